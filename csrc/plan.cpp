@@ -1,0 +1,388 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <unordered_map>
+
+namespace lucid {
+namespace {
+
+DLExchangeApi* exchange = nullptr;
+PyTypeObject* tensor_type = nullptr;
+PyObject* grad_name = nullptr;
+PyObject* is_neg_name = nullptr;
+PyObject* slot_names[4] = {};
+
+// False where the object is no tensor with memory of its own on some device.
+bool read(PyObject* object, DLTensor* out) {
+  if (exchange->tensor_from_object(object, out) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+bool on_cpu(const DLTensor& tensor) { return tensor.device.type == 1; }
+
+int64_t element_size(DLDataType type) { return type.bits / 8; }
+
+int64_t elements(const DLTensor& tensor) {
+  int64_t n = 1;
+  for (int k = 0; k < tensor.ndim; ++k) n *= tensor.shape[k];
+  return n;
+}
+
+int64_t span_in_bytes(const DLTensor& tensor) {
+  if (elements(tensor) == 0) return 0;
+  int64_t last = 0;
+  for (int k = 0; k < tensor.ndim; ++k) last += (tensor.shape[k] - 1) * tensor.strides[k];
+  return (last + 1) * element_size(tensor.dtype);
+}
+
+bool aligned(const DLTensor& tensor) {
+  const int64_t part = tensor.dtype.code == 5 ? element_size(tensor.dtype) / 2 : element_size(tensor.dtype);
+  return reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(part) == 0;
+}
+
+// The type of a real number in it; false where the engine has none for it.
+bool real_type(DLDataType type, Type* out) {
+  const int bits = type.code == 5 ? type.bits / 2 : type.bits;
+  if (type.code == 4 && bits == 16) {
+    *out = Type::bfloat16;
+  } else if (type.code != 2 && type.code != 5) {
+    return false;
+  } else if (bits == 64) {
+    *out = Type::float64;
+  } else if (bits == 32) {
+    *out = Type::float32;
+  } else if (bits == 16 && type.code == 2) {
+    *out = Type::float16;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool negated_view(PyObject* tensor) {
+  PyObject* answer = PyObject_CallMethodNoArgs(tensor, is_neg_name);
+  if (answer == nullptr) PyErr_Clear();
+  const bool negated = answer != Py_False;
+  Py_XDECREF(answer);
+  return negated;
+}
+
+}  // namespace
+
+bool connect(nb::handle tensor) {
+  PyObject* capsule = PyObject_GetAttrString(tensor.ptr(), "__dlpack_c_exchange_api__");
+  if (capsule == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  auto* api = static_cast<DLExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  Py_DECREF(capsule);
+  if (api == nullptr) PyErr_Clear();
+  if (api == nullptr || api->major != 1 || api->tensor_from_object == nullptr) return false;
+  exchange = api;
+  tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  grad_name = PyUnicode_InternFromString("grad");
+  is_neg_name = PyUnicode_InternFromString("is_neg");
+  const char* names[] = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  for (int k = 0; k < 4; ++k) slot_names[k] = PyUnicode_InternFromString(names[k]);
+  return true;
+}
+
+Plan::Plan(nb::list groups) {
+  int group = 0;
+  for (nb::handle params : groups) {
+    for (nb::handle param : nb::cast<nb::list>(params)) rows_.emplace_back(param.ptr(), group);
+    ++group;
+  }
+  layouts_.resize(rows_.size());
+}
+
+Plan::~Plan() { release(); }
+
+bool Plan::same_groups(nb::list groups) const {
+  size_t row = 0;
+  int group = 0;
+  for (nb::handle params : groups) {
+    if (!PyList_CheckExact(params.ptr())) return false;
+    const Py_ssize_t n = PyList_GET_SIZE(params.ptr());
+    for (Py_ssize_t i = 0; i < n; ++i, ++row) {
+      if (row == rows_.size() || rows_[row].group != group) return false;
+      if (rows_[row].param != PyList_GET_ITEM(params.ptr(), i)) return false;
+      if (rows_[row].param_type != Py_TYPE(rows_[row].param)) return false;
+    }
+    ++group;
+  }
+  return row == rows_.size();
+}
+
+bool Plan::same_tensor(const Row& row, int operand, const DLTensor& tensor) const {
+  if (!on_cpu(tensor) || tensor.ndim != row.ndim || tensor.byte_offset != 0) return false;
+  if (!(tensor.dtype == (operand == grad ? row.gradient_type : row.type))) return false;
+  const int64_t* shape = dims_.data() + row.dims;
+  const int64_t* strides = shape + (operand + 1) * row.ndim;
+  for (int k = 0; k < row.ndim; ++k) {
+    if (tensor.shape[k] != shape[k] || tensor.strides[k] != strides[k]) return false;
+  }
+  return operand == grad ? aligned(tensor) && (tensor.data != nullptr || row.work.elements == 0)
+                         : tensor.data == row.work.address[operand];
+}
+
+bool Plan::overlaps(const Row& row, const void* gradient) const {
+  const auto* begin = static_cast<const char*>(gradient);
+  const char* end = begin + row.span[grad];
+  for (int o = 0; o <= row.moments() + 1; ++o) {
+    const auto* other = static_cast<const char*>(row.work.address[o]);
+    if (o != grad && begin < other + row.span[o] && other < end) return true;
+  }
+  return false;
+}
+
+// The row's gradient of this step; `look` where it is not such as it was bound with.
+void Plan::gather_gradient(Row& row) {
+  PyObject* gradient = PyObject_GetAttr(row.param, grad_name);
+  if (gradient == nullptr) throw nb::python_error();
+  row.active = gradient != Py_None;
+  if (!row.active) {
+    Py_DECREF(gradient);
+    return;
+  }
+  row.gradient = gradient;
+  DLTensor tensor;
+  row.look = !row.bound || Py_TYPE(gradient) != tensor_type || !read(gradient, &tensor) ||
+             !same_tensor(row, grad, tensor) || overlaps(row, tensor.data);
+  // A dense gradient that is a negated view comes about only where it has one element (the imaginary part of a
+  // conjugate) or by torch._neg_view, which keeps its base.
+  if (!row.look && negated_view(gradient)) row.look = true;
+  if (row.look) return;
+  row.work.address[grad] = tensor.data;
+  row.look = !read(row.param, &tensor) || !same_tensor(row, param, tensor);
+}
+
+// Walks through the state as it was walked through last; false where it is no longer the same.
+bool Plan::gather_state(PyObject* state) {
+  Py_ssize_t at = 0;
+  PyObject *key, *entry;
+  size_t visited = 0, slot = 0;
+  while (PyDict_Next(state, &at, &key, &entry)) {
+    if (visited == seen_entries_.size()) return false;
+    const SeenEntry& seen = seen_entries_[visited++];
+    if (key != seen.key || entry != seen.entry) return false;
+    if (seen.row < 0) continue;
+    if (!PyDict_Check(entry) || PyDict_GET_SIZE(entry) != seen.slots) return false;
+    Row& row = rows_[static_cast<size_t>(seen.row)];
+    const bool wanted = row.active && !row.look;
+    Py_ssize_t inner = 0;
+    PyObject *name, *value;
+    while (PyDict_Next(entry, &inner, &name, &value)) {
+      const SeenSlot& known = seen_slots_[slot++];
+      if (name != known.key || value != known.value) return false;
+      if (!wanted || known.slot < 0) continue;
+      DLTensor tensor;
+      if (!read(value, &tensor)) {
+        row.look = true;
+      } else if (known.slot == 0) {
+        row.look |= tensor.data != row.step || tensor.ndim != 0 || !on_cpu(tensor) || tensor.dtype.code != 2 ||
+                    tensor.dtype.bits != 32;
+      } else if (known.slot <= row.moments()) {
+        row.look |= !same_tensor(row, known.slot + 1, tensor);
+      }
+    }
+  }
+  return visited == seen_entries_.size();
+}
+
+nb::object Plan::gather(nb::list groups, nb::dict state) {
+  release();
+  if (!same_groups(groups)) return nb::none();
+  for (Row& row : rows_) gather_gradient(row);
+  if (changed_ || !gather_state(state.ptr())) {
+    changed_ = true;
+    for (Row& row : rows_) row.look = row.active;
+  }
+  nb::list looks;
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (!rows_[i].look) continue;
+    looks.append(i);
+    rows_[i].active = false;  // until it is bound
+  }
+  return looks;
+}
+
+nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::tuple slots) {
+  Row& row = rows_.at(index);
+  const int operands = static_cast<int>(slots.size()) + 1;
+  PyObject* object[max_operands] = {row.param, gradient.ptr()};
+  for (int k = 1; k < static_cast<int>(slots.size()); ++k) object[k + 1] = slots[static_cast<size_t>(k)].ptr();
+
+  DLTensor tensor[max_operands], step;
+  for (int o = 0; o < operands; ++o) {
+    if (!read(object[o], &tensor[o]) || !on_cpu(tensor[o]) || tensor[o].byte_offset != 0) {
+      return nb::str("its memory cannot be read as a plain CPU tensor's");
+    }
+    if (!aligned(tensor[o])) return nb::str("an address is not a multiple of its element's size");
+  }
+  if (!read(slots[0].ptr(), &step)) return nb::str("its step count cannot be read");
+
+  row.ndim = tensor[param].ndim;
+  row.type = tensor[param].dtype;
+  row.gradient_type = tensor[grad].dtype;
+  row.work.amsgrad = operands == max_operands;
+  row.work.elements = elements(tensor[param]);
+  if (!real_type(row.type, &row.work.compute) || !real_type(row.gradient_type, &row.work.gradient)) {
+    return nb::str("the CPU engine does not know its dtype");
+  }
+
+  // A complex number is two reals, one after the other.
+  const bool complex = row.type.code == 5;
+  const int ndim = row.ndim + complex;
+  row.dims = dims_.size();
+  std::vector<int64_t> reals(static_cast<size_t>((operands + 1) * ndim));
+  const int64_t* strides[max_operands];
+  for (int o = -1; o < operands; ++o) {
+    const int64_t* from = o < 0 ? tensor[param].shape : tensor[o].strides;
+    int64_t* to = reals.data() + (o + 1) * ndim;
+    for (int k = 0; k < row.ndim; ++k) {
+      dims_.push_back(from[k]);
+      to[k] = complex && o >= 0 ? 2 * from[k] : from[k];
+    }
+    if (complex) to[row.ndim] = o < 0 ? 2 : 1;
+    if (o < 0) continue;
+    strides[o] = to;
+    row.work.address[o] = tensor[o].data;
+    row.span[o] = span_in_bytes(tensor[o]);
+  }
+  if (complex) row.work.elements *= 2;
+  Layout& layout = layouts_[index];
+  layout = Layout::of(ndim, reals.data(), operands, strides);
+  const bool direct = row.work.compute == row.work.gradient &&
+                      std::all_of(layout.contiguous, layout.contiguous + operands, [](bool c) { return c; });
+  row.work.layout = direct ? nullptr : &layout;
+  if (overlaps(row, tensor[grad].data)) {
+    return nb::str("its gradient lies in the memory of the parameter or its state");
+  }
+
+  row.step = static_cast<float*>(step.data);
+  changed_ |= !row.bound || row.entry != entry.ptr();
+  row.entry = entry.ptr();
+  for (size_t k = 0; k < slots.size(); ++k) {
+    changed_ |= row.slot[k] != slots[k].ptr();
+    row.slot[k] = slots[k].ptr();
+  }
+  Py_INCREF(gradient.ptr());
+  Py_XSETREF(row.gradient, gradient.ptr());
+  row.bound = true;
+  row.active = true;
+  return nb::none();
+}
+
+void Plan::remember(nb::dict state) {
+  if (!changed_) return;
+  std::unordered_map<PyObject*, int> row_of;
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (rows_[i].bound) row_of.emplace(rows_[i].param, static_cast<int>(i));
+  }
+  seen_entries_.clear();
+  seen_slots_.clear();
+  Py_ssize_t at = 0;
+  PyObject *key, *entry;
+  while (PyDict_Next(state.ptr(), &at, &key, &entry)) {
+    const auto found = row_of.find(key);
+    if (found == row_of.end() || !PyDict_Check(entry)) {
+      seen_entries_.push_back({key, entry, 0, -1});
+      continue;
+    }
+    seen_entries_.push_back({key, entry, PyDict_GET_SIZE(entry), found->second});
+    Py_ssize_t inner = 0;
+    PyObject *name, *value;
+    while (PyDict_Next(entry, &inner, &name, &value)) {
+      int slot = -1;
+      for (int k = 0; k < 4; ++k) {
+        if (PyUnicode_Check(name) && PyUnicode_Compare(name, slot_names[k]) == 0) slot = k;
+      }
+      seen_slots_.push_back({name, value, slot});
+    }
+  }
+
+  // Dimensions of rows bound more than once have left gaps.
+  std::vector<int64_t> dims;
+  std::vector<std::pair<const char*, const char*>> spans;
+  for (Row& row : rows_) {
+    if (!row.bound) continue;
+    const auto begin = dims_.begin() + static_cast<std::ptrdiff_t>(row.dims);
+    row.dims = dims.size();
+    dims.insert(dims.end(), begin, begin + (row.moments() + 3) * row.ndim);
+    for (int o = 0; o <= row.moments() + 1; ++o) {
+      if (o == grad || row.span[o] == 0) continue;
+      const auto* first = static_cast<const char*>(row.work.address[o]);
+      spans.emplace_back(first, first + row.span[o]);
+    }
+  }
+  dims_.swap(dims);
+  std::sort(spans.begin(), spans.end());
+  serial_ = false;
+  for (size_t i = 1; i < spans.size(); ++i) {
+    serial_ |= spans[i].first < spans[i - 1].second;
+    spans[i].second = std::max(spans[i].second, spans[i - 1].second);
+  }
+  changed_ = false;
+}
+
+std::vector<std::pair<int, double>> Plan::steps() {
+  std::vector<std::pair<int, double>> found;
+  size_t first_of_group = 0;
+  int group = -1;
+  for (Row& row : rows_) {
+    if (!row.active) continue;
+    if (row.group != group) {
+      group = row.group;
+      first_of_group = found.size();
+    }
+    const double step = static_cast<double>(*row.step) + 1;
+    size_t which = first_of_group;
+    while (which < found.size() && found[which].second != step) ++which;
+    if (which == found.size()) found.emplace_back(group, step);
+    row.work.scalars = static_cast<int>(which);
+  }
+  return found;
+}
+
+nb::list Plan::params() const {
+  nb::list active;
+  for (const Row& row : rows_) {
+    if (row.active) active.append(nb::handle(row.param));
+  }
+  return active;
+}
+
+void Plan::run(const std::vector<HostScalars>& scalars, int threads) {
+  works_.clear();
+  std::vector<PyObject*> owned;
+  for (const Row& row : rows_) {
+    if (!row.active) continue;
+    works_.push_back(row.work);
+    owned.push_back(row.param);
+    for (int k = 0; k <= row.moments(); ++k) owned.push_back(row.slot[k]);
+  }
+  for (PyObject* object : owned) Py_INCREF(object);
+  for (const Row& row : rows_) {
+    if (row.active) *row.step += 1;
+  }
+  {
+    const nb::gil_scoped_release unlocked;
+    update(works_, scalars, threads, serial_);
+  }
+  ran_ = true;
+  for (PyObject* object : owned) Py_DECREF(object);
+}
+
+void Plan::release() {
+  for (Row& row : rows_) {
+    row.active = row.look = false;
+    Py_CLEAR(row.gradient);
+  }
+  ran_ = false;
+}
+
+}  // namespace lucid

@@ -1,0 +1,97 @@
+// The rows of an optimizer's step and what was known of them at the last one. A step begins with gather(),
+// which reads every address anew and names the rows that are not as they were; Python checks those and binds
+// them again. Nothing is written before run().
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "dlpack.h"
+#include "engine.h"
+
+namespace lucid {
+
+namespace nb = nanobind;
+
+// Given torch.Tensor once, before any plan is made: its DLPack exchange API, its type. False where torch has no
+// such API (it came with 2.10).
+bool connect(nb::handle tensor_type);
+
+class Plan {
+ public:
+  // groups: the lists of parameters, as in param_groups.
+  explicit Plan(nb::list groups);
+  ~Plan();
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  // Row numbers that need a look before this step; none where the groups hold other parameters than planned.
+  nb::object gather(nb::list groups, nb::dict state);
+  // Row `index` takes part in this step with this gradient and state. slots: step, exp_avg, exp_avg_sq, and
+  // max_exp_avg_sq for amsgrad; `entry`, the dict that they lie in (or will, when this step is run). Returns
+  // what is wrong with their addresses, or nothing.
+  nb::object bind(size_t index, nb::handle gradient, nb::dict entry, nb::tuple slots);
+  // Takes over from `state` in which order its entries stand, once all rows are bound.
+  void remember(nb::dict state);
+  // (group, step count after this step) for every set of scalars that run() will want, in that order.
+  std::vector<std::pair<int, double>> steps();
+  nb::list params() const;
+  void run(const std::vector<HostScalars>& scalars, int threads);
+  // Ends the step, run or not; lets go of the gradients.
+  void release();
+  bool ran() const { return ran_; }
+
+ private:
+  struct Row {
+    PyObject* param;  // identities: compared, and owned only while a step runs
+    PyTypeObject* param_type;
+    PyObject* entry = nullptr;
+    PyObject* slot[4] = {};     // step, then the moments
+    PyObject* gradient = nullptr;  // owned from gather() or bind() to release()
+    float* step = nullptr;
+    Work work = {};
+    size_t dims = 0;  // where in dims_ this row's shape and strides stand
+    int64_t span[max_operands] = {};  // bytes from the first to behind the last element
+    int ndim = 0;
+    int group;
+    DLDataType gradient_type = {}, type = {};
+    bool bound = false;
+    bool active = false;
+    bool look = false;
+
+    Row(PyObject* param_, int group_) : param(param_), param_type(Py_TYPE(param_)), group(group_) {}
+    int moments() const { return work.amsgrad ? 3 : 2; }
+  };
+
+  // What stood in `state` when it was last walked through: one entry, then `slots` slots in seen_slots_.
+  struct SeenEntry {
+    PyObject *key, *entry;
+    Py_ssize_t slots;
+    int row;  // -1: none of ours
+  };
+  struct SeenSlot {
+    PyObject *key, *value;
+    int slot;  // 0 step, 1... the moments; -1: none of ours
+  };
+
+  bool same_groups(nb::list groups) const;
+  void gather_gradient(Row& row);
+  bool gather_state(PyObject* state);
+  bool same_tensor(const Row& row, int operand, const DLTensor& tensor) const;
+  bool overlaps(const Row& row, const void* gradient) const;
+
+  std::vector<Row> rows_;
+  std::vector<Layout> layouts_;   // by row
+  std::vector<int64_t> dims_;
+  std::vector<SeenEntry> seen_entries_;
+  std::vector<SeenSlot> seen_slots_;
+  std::vector<Work> works_;
+  bool changed_ = false;  // since the last remember()
+  bool serial_ = false;   // some rows share memory
+  bool ran_ = false;
+};
+
+}  // namespace lucid

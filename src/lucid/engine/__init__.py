@@ -1,0 +1,12 @@
+"""How a step runs: a plan of rows, and the engines that update them.
+
+``cpu`` is C++ (``csrc/``), ``reference`` plain torch operations on any device: the definition that every other
+engine equals bit for bit. A row's engine is chosen by its parameter's device.
+"""
+
+from . import cpu
+from .plan import Plan, name_for, only_reference
+from .row import Row, check_param, checked_gradient
+from .scalars import Scalars
+
+__all__ = ["Plan", "Row", "Scalars", "check_param", "checked_gradient", "cpu", "name_for", "only_reference"]

@@ -1,0 +1,122 @@
+"""The plan: which rows a step updates, on which engines, as one unit.
+
+A step is `gather`, `bind` for every row that needs a look, `steps`, `run`, `release`. Nothing that the user sees
+is written before `run`, and `run` leaves nothing half done.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+from .row import Row
+from .scalars import Scalars
+
+_only_reference = False
+
+
+def name_for(device: torch.device) -> str:
+    """Return the name of the engine that updates parameters on `device`."""
+    if device.type == "cpu" and cpu.missing is None and not _only_reference:
+        return "cpu"
+    return "reference"
+
+
+@contextmanager
+def only_reference() -> Iterator[None]:
+    """Run every step inside on the reference engine, to compare another with it."""
+    global _only_reference
+    before, _only_reference = _only_reference, True
+    try:
+        yield
+    finally:
+        _only_reference = before
+
+
+class Plan:
+    """The rows of one optimizer.
+
+    The CPU engine keeps its rows from step to step and names those that are not as they were; rows of other
+    engines are looked at anew each time.
+    """
+
+    def __init__(self, groups: list[list[Tensor]]) -> None:
+        self._params = [param for group in groups for param in group]
+        self._native = cpu.Plan(groups) if name_for(torch.device("cpu")) == "cpu" else None
+        self._only_reference = _only_reference
+        self._rows: list[Row] = []
+        self._updates: list[reference.Update] = []
+
+    def gather(self, groups: list[list[Tensor]], state: dict[Tensor, Any]) -> list[int] | None:
+        """Begin a step: the numbers of the rows to bind, or None where this plan is of other parameters."""
+        if self._only_reference != _only_reference:
+            return None
+        if self._native is not None:
+            return self._native.gather(groups, state)
+        params = [param for group in groups for param in group]
+        if len(params) != len(self._params) or any(
+            old is not new for old, new in zip(self._params, params, strict=True)
+        ):
+            return None
+        return [index for index, param in enumerate(params) if param.grad is not None]
+
+    def bind(self, row: Row) -> None:
+        """Let a checked row take part in this step."""
+        engine = name_for(row.param.device)
+        if engine == "cpu" and self._native is not None:
+            fault = self._native.bind(row.index, row.gradient, row.entry, row.slots)
+            if fault is not None:
+                raise ValueError(f"{row.name} cannot be updated: {fault}")
+            return
+        if not _only_reference:
+            _warn_of_reference(row.param.device)
+        self._rows.append(row)
+
+    def steps(self) -> list[tuple[int, float]]:
+        """Return (group, step count) for each of the scalars that `run` wants, in its order."""
+        native = [] if self._native is None else self._native.steps()
+        return native + [(row.group, row.slots[0].item() + 1) for row in self._rows]
+
+    def run(self, scalars: Sequence[Scalars], state: dict[Tensor, Any]) -> None:
+        """Update every row, or none if an exception comes before the first write."""
+        own = len(scalars) - len(self._rows)
+        self._updates = reference.compute(self._rows, scalars[own:])
+        if self._native is not None:
+            self._native.remember(state)
+            torch.autograd.graph.increment_version(self._native.params())
+        try:
+            self._write(scalars[:own])
+        except BaseException:  # an interrupt between two writes: finish them first
+            self._write(scalars[:own])
+            raise
+
+    def _write(self, scalars: Sequence[Scalars]) -> None:
+        if self._native is not None and not self._native.ran:
+            self._native.run(list(scalars), torch.get_num_threads())
+        reference.commit(self._updates)
+
+    @property
+    def ran(self) -> bool:
+        """Whether this step has begun to write."""
+        return self._native.ran if self._native is not None else bool(self._updates)
+
+    def release(self) -> None:
+        """End the step; let go of its gradients."""
+        self._rows, self._updates = [], []
+        if self._native is not None:
+            self._native.release()
+
+
+def _warn_of_reference(device: torch.device) -> None:
+    reason = cpu.missing if device.type == "cpu" else f"there is none for {device.type} devices yet"
+    warnings.warn(
+        f"lucid.optim updates parameters on {device.type} with its slow reference engine: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )

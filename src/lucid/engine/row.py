@@ -1,0 +1,111 @@
+"""A row: what is updated together, checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REAL_GRADIENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COMPLEX_GRADIENTS = (torch.complex64, torch.complex128)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One parameter with its gradient and state.
+
+    ``slots``: the step count (0-dim float32 on the CPU), then the moments as the formats table orders them.
+    ``entry``: the dict of the optimizer's state that holds the slots.
+    """
+
+    index: int
+    group: int
+    name: str
+    param: Tensor
+    gradient: Tensor
+    entry: dict[str, Any]
+    slots: tuple[Tensor, ...]
+
+
+def check_param(param: Tensor, name: str) -> None:
+    """Raise unless `param` is one that can be updated in place."""
+    if param.layout is not torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense (strided) parameter, got layout {param.layout}; "
+            "lucid.optim updates dense parameters only"
+        )
+    if param.device.type == "meta":
+        raise ValueError(
+            f"{name} is on the meta device and has no values to update; "
+            "materialise the model (to_empty, load_state_dict) before the first step"
+        )
+    if param.is_conj() or param.is_neg():
+        raise ValueError(
+            f"{name} is a lazily conjugated or negated view and cannot be updated in place; "
+            "make it a leaf of its own with resolve_conj() or resolve_neg()"
+        )
+    if overlaps_itself(param):
+        raise ValueError(
+            f"{name} has several elements at one place in memory (shape {tuple(param.shape)}, "
+            f"strides {param.stride()}), which no step can update; make it contiguous() first"
+        )
+
+
+def checked_gradient(param: Tensor, name: str) -> Tensor:
+    """Return the gradient of `param` as a plain tensor, or raise."""
+    gradient = param.grad
+    assert gradient is not None
+    if gradient.layout is not torch.strided:
+        raise TypeError(
+            f"the gradient of {name} is sparse ({gradient.layout}); AdamW moves every element at every step, so "
+            "use dense gradients (nn.Embedding(sparse=False)) or torch.optim.SparseAdam for that parameter"
+        )
+    if gradient.shape != param.shape:
+        raise ValueError(
+            f"the gradient of {name} has shape {tuple(gradient.shape)}, expected {tuple(param.shape)} like the "
+            "parameter; was the parameter replaced between backward and step? zero_grad() first"
+        )
+    if gradient.device != param.device:
+        raise ValueError(
+            f"the gradient of {name} is on {gradient.device}, expected {param.device} like the parameter; "
+            "was the model moved between backward and step? zero_grad() first"
+        )
+    allowed = COMPLEX_GRADIENTS if param.is_complex() else REAL_GRADIENTS
+    if gradient.dtype not in allowed:
+        raise TypeError(
+            f"the gradient of {name} has dtype {gradient.dtype}, expected one of "
+            f"{', '.join(str(dtype) for dtype in allowed)} for a parameter of {param.dtype}"
+        )
+    if gradient._is_zerotensor():
+        return torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+    return gradient.detach().resolve_conj().resolve_neg()
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements of `tensor` share memory."""
+    if tensor.numel() <= 1:
+        return False
+    dims = sorted(
+        (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+    )
+    reach = 0
+    nested = True
+    for stride, size in dims:
+        nested = nested and stride > reach
+        reach += stride * (size - 1)
+    return not nested and not _offsets_differ(dims, reach)
+
+
+def _offsets_differ(dims: Sequence[tuple[int, int]], reach: int) -> bool:
+    """By trying: strides may interleave without two elements meeting."""
+    if any(stride == 0 for stride, _ in dims):
+        return False
+    seen = torch.zeros(reach + 1, dtype=torch.bool)
+    offsets = torch.zeros((), dtype=torch.int64)
+    for stride, size in dims:
+        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+    seen[offsets.reshape(-1)] = True
+    return int(seen.sum()) == offsets.numel()

@@ -1,0 +1,142 @@
+"""AdamW: Adam with decoupled weight decay."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .groups import ParamGroup, pair
+from .optimizer import Hyperparameters, Optimizer, Params
+
+
+class AdamW(Optimizer):
+    r"""AdamW, Adam with decoupled weight decay; takes the place of ``torch.optim.AdamW``.
+
+    At step t, with gradient g (negated if `maximize`) and parameter θ:
+
+    .. math::
+
+        m_t &= β_1 m_{t-1} + (1 - β_1) g_t \\
+        v_t &= β_2 v_{t-1} + (1 - β_2) g_t^2 \\
+        w_t &= v_t, \text{ or } \max(w_{t-1}, v_t) \text{ with amsgrad} \\
+        \hat m_t &= m_t / (1 - β_1^t), \quad \hat v_t = w_t / (1 - β_2^t) \\
+        θ_t &= θ_{t-1} - α \hat m_t / (\sqrt{\hat v_t} + ε) - α λ θ_{t-1}
+
+    The decay is taken from the parameter and is never mixed into the gradient. ``docs/numerics.md`` gives the
+    order of operations, which every engine keeps to the bit.
+
+    Parameters
+    ----------
+    params : iterable of Parameter, of (name, Parameter) pairs, or of dict
+        float32, float64, complex64 or complex128, of any shape and dense layout. A group dict has ``"params"``
+        and may override every hyperparameter below; ``betas`` or ``beta1`` and ``beta2``.
+    lr : float or 0-dim Tensor, default 1e-3
+        Learning rate α, finite and ≥ 0.
+    betas : pair of float, default (0.9, 0.999)
+        Coefficients β1, β2 of the running averages of the gradient and its square, each in [0, 1).
+    eps : float, default 1e-8
+        ε, added to the denominator, finite and ≥ 0.
+    weight_decay : float, default 0.01
+        λ, finite and ≥ 0.
+    amsgrad : bool, default False
+        Divide by the maximum of all v so far. It may be switched on later.
+    maximize : bool, default False
+        Ascend instead of descend.
+
+    Attributes
+    ----------
+    param_groups : list of dict
+        Each with ``"params"``, ``"lr"``, ``"beta1"``, ``"beta2"``, ``"eps"``, ``"weight_decay"``, ``"amsgrad"``
+        and ``"maximize"``; ``"betas"`` reads and writes the two. A change takes effect at the next step.
+    defaults : dict
+        The hyperparameters of groups that do not give their own, under the same names.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where an argument is not as described; the message names it, its value and what is allowed.
+
+    Notes
+    -----
+    State is 8 bytes a float32 parameter (12 with amsgrad), created at a parameter's first gradient. A step is
+    all or nothing: whatever is wrong is found before the first write.
+
+    References
+    ----------
+    I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2. There the decay is
+    η_t λ θ with λ apart from α; here, as in PyTorch, it is α λ θ. amsgrad: S. J. Reddi, S. Kale, S. Kumar, "On the
+    Convergence of Adam and Beyond", ICLR 2018; as in PyTorch, the maximum is of v before its bias correction.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import lucid.optim as optim
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1e-2)
+    >>> optimizer.zero_grad()
+    >>> loss = model(torch.ones(3, 2)).square().mean()
+    >>> loss.backward()
+    >>> optimizer.step()
+    >>> int(optimizer.state[model.weight]["step"])
+    1
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        beta1, beta2 = pair(betas)
+        defaults = ParamGroup(
+            {
+                "lr": lr,
+                "beta1": beta1,
+                "beta2": beta2,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "amsgrad": amsgrad,
+                "maximize": maximize,
+            }
+        )
+        self._hyperparameters(defaults)
+        super().__init__(params, defaults)
+
+    def _hyperparameters(self, group: ParamGroup) -> Hyperparameters:
+        try:
+            lr = group["lr"]
+            return Hyperparameters(
+                lr=_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr),
+                beta1=_number("beta1", group["beta1"], below=1.0),
+                beta2=_number("beta2", group["beta2"], below=1.0),
+                eps=_number("eps", group["eps"]),
+                weight_decay=_number("weight_decay", group["weight_decay"]),
+                amsgrad=_flag("amsgrad", group["amsgrad"]),
+                maximize=_flag("maximize", group["maximize"]),
+            )
+        except KeyError as error:
+            raise ValueError(f"a parameter group has no {error}; set it, or add the group anew") from None
+
+
+def _number(name: str, value: Any, below: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    number = float(value)
+    if not 0.0 <= number < below:
+        raise ValueError(f"{name}: expected a number in [0, {below:g}), got {value!r}")
+    return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value

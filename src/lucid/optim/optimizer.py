@@ -1,0 +1,371 @@
+"""The base of our optimizers: groups, the step that happens whole or not at all, state."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from lucid import engine
+
+from .formats import FP32, MAX_STEP, STEP
+from .groups import ParamGroup
+from .state_dict import loaded
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+class Hyperparameters(NamedTuple):
+    """A group's hyperparameters as the step uses them, checked."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    amsgrad: bool
+    maximize: bool
+
+
+class _NewState(NamedTuple):
+    """State that a step has made and not yet shown to anyone."""
+
+    param: Tensor
+    gradient: Tensor
+    entry: dict[str, Any]
+    missing: dict[str, Tensor]
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base class of the optimizers of ``lucid.optim``.
+
+    A subclass gives the defaults and reads a group's hyperparameters; the base gathers, checks, updates and saves.
+
+    Parameters
+    ----------
+    params : iterable
+        Parameters, (name, Parameter) pairs, or group dicts with ``"params"`` and any hyperparameter.
+    defaults : ParamGroup
+        The hyperparameters of a group that does not give its own.
+    """
+
+    param_groups: list[ParamGroup]  # type: ignore[assignment]
+    defaults: ParamGroup
+
+    def __init__(self, params: Params, defaults: ParamGroup) -> None:
+        self._begin()
+        super().__init__(params, defaults)
+
+    def _begin(self) -> None:
+        """Set what is never saved."""
+        self._format = FP32
+        self._plan: engine.Plan | None = None
+        self._planned_amsgrad: list[bool] = []
+        self._lock = threading.RLock()
+        self._stepping = False
+
+    # Groups
+
+    def _hyperparameters(self, group: ParamGroup) -> Hyperparameters:
+        """Return the group's hyperparameters; raise where one is out of range."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, for example of a layer that is unfrozen later.
+
+        Parameters
+        ----------
+        param_group : dict
+            ``"params"`` (a Parameter, or a list of Parameters or (name, Parameter) pairs) and any hyperparameter;
+            the rest comes from ``defaults``. The dict itself is not changed.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Where a parameter or hyperparameter is not as it must be; the optimizer is unchanged then.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group: expected a dict, got {type(param_group).__name__}")
+        if "params" not in param_group:
+            raise ValueError(f"param_group: expected a key 'params', got {sorted(map(str, param_group))}")
+        group = ParamGroup(param_group)
+        if not isinstance(group["params"], Tensor | set) and isinstance(group["params"], Iterable):
+            group["params"] = list(group["params"])
+            tensors = [item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in group["params"]]
+            if len({id(tensor) for tensor in tensors}) != len(tensors):
+                raise ValueError(
+                    "params: a parameter comes more than once in one group, expected each once; "
+                    "model.parameters() lists shared parameters once"
+                )
+        for name, default in self.defaults.items():
+            group.setdefault(name, default)
+        self._hyperparameters(group)
+        super().add_param_group(group)
+
+    def _checked_groups(self) -> list[ParamGroup]:
+        """Return the groups, wrapped again where someone has put plain dicts in their place."""
+        groups = self.param_groups
+        for index, group in enumerate(groups):
+            if type(group) is not ParamGroup:
+                groups[index] = ParamGroup(group)
+            if type(group["params"]) is not list:
+                groups[index]["params"] = list(group["params"])
+        return groups
+
+    def _name(self, group: int, index: int) -> str:
+        """How messages call parameter number `index` of a group."""
+        names = self.param_groups[group].get("param_names")
+        return f"parameter {names[index]!r}" if names else f"parameter {index} of group {group}"
+
+    # The step
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Update every parameter that has a gradient, all of them or none.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the loss and its gradients, run first with gradients enabled.
+
+        Returns
+        -------
+        Tensor or None
+            What the closure returned.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Where a gradient, parameter, hyperparameter or state is not as it must be: the message names it, and
+            parameters, state and step counts are bit for bit what they were.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with self._lock:
+            if self._stepping:
+                raise RuntimeError("step() was called from within itself, by an interrupt handler perhaps")
+            self._stepping = True
+            try:
+                self._update()
+            finally:
+                self._stepping = False
+        return loss
+
+    def _update(self) -> None:
+        groups = self._checked_groups()
+        hyperparameters = [self._hyperparameters(group) for group in groups]
+        amsgrad = [hyper.amsgrad for hyper in hyperparameters]
+        params = [group["params"] for group in groups]
+        looks = None
+        if self._plan is not None and self._planned_amsgrad == amsgrad:
+            looks = self._plan.gather(params, self.state)
+        if looks is None:
+            self._plan, self._planned_amsgrad = engine.Plan(params), amsgrad
+            looks = self._plan.gather(params, self.state)
+        plan = self._plan
+        assert plan is not None and looks is not None
+        new: list[_NewState] = []
+        try:
+            if looks:
+                for row in self._rows(looks, amsgrad, new):
+                    plan.bind(row)
+            scalars = [
+                self._scalars(hyperparameters[group], step, group) for group, step in plan.steps()
+            ]
+            if new and self._is_initialising(new, hyperparameters):
+                self._adopt(new)
+                return
+            had = [(item.param in self.state, dict(item.entry)) for item in new]
+            try:
+                self._adopt(new)
+                plan.run(scalars, self.state)
+            except BaseException:
+                if not plan.ran:
+                    self._abandon(new, had)
+                raise
+        finally:
+            plan.release()
+
+    def _rows(
+        self, looks: list[int], amsgrad: list[bool], new: list[_NewState]
+    ) -> Iterator[engine.Row]:
+        """Check the rows numbered `looks`, making state for those that have none; raise where one is not right."""
+        numbered = [
+            (group, index, param)
+            for group, items in enumerate(self.param_groups)
+            for index, param in enumerate(items["params"])
+        ]
+        for look in looks:
+            group, index, param = numbered[look]
+            name = self._name(group, index)
+            self._check_param(param, name)
+            gradient = engine.checked_gradient(param, name)
+            entry = self.state.get(param)
+            if entry is None:
+                entry = {}
+            elif not isinstance(entry, dict):
+                raise TypeError(f"state of {name}: expected a dict, got {type(entry).__name__}")
+            missing = self._format.complete(param, entry, amsgrad[group], name)
+            if missing:
+                new.append(_NewState(param, gradient, entry, missing))
+            slots = tuple(
+                missing[key] if key in missing else entry[key]
+                for key in (STEP, *self._format.keys(amsgrad[group]))
+            )
+            yield engine.Row(look, group, name, param, gradient, entry, slots)
+
+    def _check_param(self, param: Tensor, name: str) -> None:
+        self._format.check_param(param, name)
+        engine.check_param(param, name)
+
+    def _is_initialising(
+        self, new: list[_NewState], hyperparameters: list[Hyperparameters]
+    ) -> bool:
+        """Whether this is how torch's checkpoint tools make an optimizer create its state.
+
+        They step a fresh optimizer with lr 0 and zero gradients, which must not count as a step.
+        """
+        return (
+            all(hyper.lr == 0 for hyper in hyperparameters)
+            and not any(self.state.values())
+            and not any(bool(item.gradient.any()) for item in new)
+        )
+
+    def _adopt(self, new: list[_NewState]) -> None:
+        for item in new:
+            item.entry.update(item.missing)
+            self.state[item.param] = item.entry
+
+    def _abandon(self, new: list[_NewState], had: list[tuple[bool, dict[str, Any]]]) -> None:
+        for item, (known, before) in zip(new, had, strict=True):
+            item.entry.clear()
+            item.entry.update(before)
+            if not known:
+                self.state.pop(item.param, None)
+
+    def _scalars(self, hyper: Hyperparameters, step: float, group: int) -> engine.Scalars:
+        if not (1 <= step <= MAX_STEP and step.is_integer()):
+            raise ValueError(
+                f"step count of a parameter in group {group}: expected a whole number from 1 to {MAX_STEP} "
+                f"(float32 counts no further), got {step}"
+            )
+        return engine.Scalars.of(
+            lr=hyper.lr,
+            beta1=hyper.beta1,
+            beta2=hyper.beta2,
+            eps=hyper.eps,
+            weight_decay=hyper.weight_decay,
+            maximize=hyper.maximize,
+            step=step,
+        )
+
+    # State
+
+    def init_state(self) -> None:
+        """Create the state of every parameter that requires a gradient and has none yet.
+
+        Without it, state is created at a parameter's first gradient. The bits of training are the same; the
+        memory is known before the first step.
+        """
+        new: list[_NewState] = []
+        for number, group in enumerate(self._checked_groups()):
+            amsgrad = self._hyperparameters(group).amsgrad
+            for index, param in enumerate(group["params"]):
+                if not param.requires_grad:
+                    continue
+                name = self._name(number, index)
+                self._check_param(param, name)
+                entry = self.state.get(param, {})
+                missing = self._format.complete(param, entry, amsgrad, name)
+                new.append(_NewState(param, param, entry, missing))
+        self._adopt(new)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain dicts and tensors that share memory with the optimizer's.
+
+        Returns
+        -------
+        dict
+            ``"state"``: for each parameter's number its ``step``, ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
+            ``max_exp_avg_sq``; ``"param_groups"``: hyperparameters, with ``beta1``, ``beta2`` and ``betas``.
+            ``torch.optim.AdamW`` loads it, and so does ``torch.load(weights_only=True)`` what was saved of it.
+        """
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            if "beta1" in group and "beta2" in group:
+                group["betas"] = (group["beta1"], group["beta2"])
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` of this class or of ``torch.optim.AdamW`` returned.
+
+        Parameters are matched by name where both sides have the same set of names, else by position. Values are
+        copied, converted to the dtypes of this optimizer's state; hyperparameters that are missing come from
+        ``defaults``, and keys that are not ours are kept.
+
+        Parameters
+        ----------
+        state_dict : dict
+            With ``"state"`` and ``"param_groups"``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Where anything does not fit: a count, a shape, a value out of range. Nothing is changed then.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
+        saved = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = pre_hook(self, saved)
+            if result is not None:
+                saved = result
+        groups = self._checked_groups()
+        names = [
+            [self._name(number, index) for index in range(len(group["params"]))]
+            for number, group in enumerate(groups)
+        ]
+        state, new_groups = loaded(saved, groups, self.defaults, self._format, names)
+        for group in new_groups:
+            self._hyperparameters(group)
+        self.state, self.param_groups = state, new_groups
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_lock" not in self.__dict__:
+            self._begin()
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch's base adds it
+        self._checked_groups()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy, hooks included: they are called with the optimizer that steps."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        for hooks in _HOOKS:
+            getattr(twin, hooks).update(getattr(self, hooks))
+        return twin
+
+    def engine_for(self, param: Tensor) -> str:
+        """Return the name of the engine that updates `param`: ``"cpu"`` or ``"reference"``."""
+        return engine.name_for(param.device)
+
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)

@@ -1,0 +1,111 @@
+"""Loading: saved groups and state into a new state, or an exception."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .formats import StateFormat
+from .groups import ParamGroup
+
+State = defaultdict[Any, Any]
+
+
+def loaded(
+    saved: Mapping[str, Any],
+    groups: Sequence[ParamGroup],
+    defaults: ParamGroup,
+    state_format: StateFormat,
+    names: Sequence[Sequence[str]],
+) -> tuple[State, list[ParamGroup]]:
+    """Return the state and groups that `saved` makes of an optimizer with `groups`; nothing given is changed.
+
+    ``names`` is how messages call the parameters of each group.
+    """
+    saved_groups = _checked_groups(saved, groups)
+    new_groups = [
+        _group(old, own, defaults) for old, own in zip(saved_groups, groups, strict=True)
+    ]
+    order = _matched(saved_groups, groups)
+    state: State = defaultdict(dict)
+    entries = dict(saved["state"])
+    position = 0
+    for number, group in enumerate(new_groups):
+        for index, param in enumerate(group["params"]):
+            name = names[number][index]
+            entry = entries.pop(order[position], {})
+            position += 1
+            if not isinstance(entry, Mapping):
+                raise ValueError(f"state of {name}: expected a dict, got {type(entry).__name__}")
+            if entry:
+                state_format.check_param(param, name)
+                own = state_format.converted(param, entry, name)
+                state[param] = own | {
+                    key: _copied(value) for key, value in entry.items() if key not in own
+                }
+    for key, value in entries.items():  # of no parameter: torch keeps it too
+        state[key] = _copied(value)
+    return state, new_groups
+
+
+def _checked_groups(
+    saved: Mapping[str, Any], groups: Sequence[ParamGroup]
+) -> list[Mapping[str, Any]]:
+    if not isinstance(saved, Mapping) or "state" not in saved or "param_groups" not in saved:
+        raise ValueError("state_dict: expected a dict with the keys 'state' and 'param_groups'")
+    if not isinstance(saved["state"], Mapping):
+        raise ValueError(
+            f"state_dict['state']: expected a dict, got {type(saved['state']).__name__}"
+        )
+    saved_groups = saved["param_groups"]
+    if not isinstance(saved_groups, list | tuple) or not all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple)
+        for group in saved_groups
+    ):
+        raise ValueError("state_dict['param_groups']: expected a list of dicts, each with a list 'params'")
+    sizes = [len(group["params"]) for group in groups]
+    saved_sizes = [len(group["params"]) for group in saved_groups]
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"state_dict: expected groups of {sizes} parameters like the optimizer's, got {saved_sizes}; "
+            "build the optimizer with the groups that it was saved with"
+        )
+    return list(saved_groups)
+
+
+def _group(saved: Mapping[str, Any], own: ParamGroup, defaults: ParamGroup) -> ParamGroup:
+    """The group's hyperparameters as saved, its parameters as they are."""
+    group = ParamGroup({key: _copied(value) for key, value in saved.items() if key != "params"})
+    group["params"] = own["params"]
+    if "param_names" in own:
+        group.setdefault("param_names", own["param_names"])
+    for key, value in defaults.items():
+        group.setdefault(key, value)
+    return group
+
+
+def _matched(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[ParamGroup]) -> list[Any]:
+    """The saved key of each parameter's state, in the order of `groups`."""
+    keys = [key for group in saved_groups for key in group["params"]]
+    saved_names = [name for group in saved_groups for name in group.get("param_names") or ()]
+    names = [name for group in groups for name in group.get("param_names") or ()]
+    if len(names) != len(keys) or len(saved_names) != len(keys):
+        return keys
+    key_of = dict(zip(saved_names, keys, strict=True))
+    if len(key_of) == len(keys) and key_of.keys() == set(names):
+        return [key_of[name] for name in names]
+    warnings.warn(
+        "load_state_dict: the saved parameters have other names than the optimizer's, so they are matched by position",
+        UserWarning,
+        stacklevel=4,
+    )
+    return keys
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
