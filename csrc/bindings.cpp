@@ -22,23 +22,24 @@ NB_MODULE(_cpu, m) {
 
   nb::class_<lucid::Plan>(m, "Plan")
       .def(nb::init<nb::list>(), "groups"_a)
-      .def("gather", &lucid::Plan::gather, "groups"_a, "state"_a)
+      .def("gather", &lucid::Plan::gather, "groups"_a, "state_box"_a)
       .def("bind", &lucid::Plan::bind, "index"_a, "gradient"_a, "entry"_a, "slots"_a)
       .def("remember", &lucid::Plan::remember, "state"_a)
       .def("steps", &lucid::Plan::steps)
       .def("params", &lucid::Plan::params)
       .def(
           "run",
-          [](lucid::Plan& plan, const std::vector<ScalarsTuple>& scalars, int threads) {
+          [](lucid::Plan& plan, const std::vector<ScalarsTuple>& scalars, int threads, nb::list state_box) {
             std::vector<lucid::HostScalars> host;
             for (const ScalarsTuple& one : scalars) {
               host.push_back(std::apply([](auto... field) { return lucid::HostScalars{field...}; }, one));
             }
-            plan.run(host, threads);
+            plan.run(host, threads, state_box);
           },
-          "scalars"_a, "threads"_a)
+          "scalars"_a, "threads"_a, "state_box"_a)
       .def("release", &lucid::Plan::release)
-      .def_prop_ro("ran", &lucid::Plan::ran);
+      .def_prop_ro("ran", &lucid::Plan::ran)
+      .def_prop_ro("sealed", &lucid::Plan::sealed);
 
   m.def("connect", &lucid::connect, "tensor_type"_a);
   m.def("simd_levels", &lucid::simd_levels);

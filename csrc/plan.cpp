@@ -9,8 +9,9 @@ namespace {
 
 DLExchangeApi* exchange = nullptr;
 PyTypeObject* tensor_type = nullptr;
-PyObject* grad_name = nullptr;
+PyObject* grad_descriptor = nullptr;  // of torch.Tensor: its getter without the look-up
 PyObject* is_neg_name = nullptr;
+PyObject* is_conj_name = nullptr;
 PyObject* slot_names[4] = {};
 
 // False where the object is no tensor with memory of its own on some device.
@@ -19,6 +20,8 @@ bool read(PyObject* object, DLTensor* out) {
   PyErr_Clear();
   return false;
 }
+
+constexpr DLDataType step_type = {2, 32, 1};
 
 bool on_cpu(const DLTensor& tensor) { return tensor.device.type == 1; }
 
@@ -61,13 +64,51 @@ bool real_type(DLDataType type, Type* out) {
   return true;
 }
 
-bool negated_view(PyObject* tensor) {
-  PyObject* answer = PyObject_CallMethodNoArgs(tensor, is_neg_name);
+bool answers_false(PyObject* tensor, PyObject* question) {
+  PyObject* answer = PyObject_CallMethodNoArgs(tensor, question);
   if (answer == nullptr) PyErr_Clear();
-  const bool negated = answer != Py_False;
+  const bool is_false = answer == Py_False;
   Py_XDECREF(answer);
-  return negated;
+  return is_false;
 }
+
+// Counts the references to a tensor's storage, from C++ and from Python; -1 if that cannot be told. A storage that
+// nobody else holds has the count that a fresh tensor's has.
+long storage_references(PyObject* tensor) {
+  static PyObject* use_count = nullptr;
+  if (use_count == nullptr) use_count = PyObject_GetAttrString(nb::module_::import_("torch._C").ptr(), "_storage_Use_Count");
+  PyObject* storage = PyObject_CallMethod(tensor, "untyped_storage", nullptr);
+  PyObject* address = storage == nullptr ? nullptr : PyObject_GetAttrString(storage, "_cdata");
+  PyObject* count = address == nullptr || use_count == nullptr ? nullptr : PyObject_CallOneArg(use_count, address);
+  const long references = count == nullptr ? -1 : PyLong_AsLong(count) + static_cast<long>(Py_REFCNT(storage));
+  PyErr_Clear();
+  Py_XDECREF(count);
+  Py_XDECREF(address);
+  Py_XDECREF(storage);
+  return references;
+}
+
+bool has_weak_references(PyObject* object) {
+  static PyObject* count_of = nullptr;
+  if (count_of == nullptr) count_of = PyObject_GetAttrString(nb::module_::import_("weakref").ptr(), "getweakrefcount");
+  PyObject* count = count_of == nullptr ? nullptr : PyObject_CallOneArg(count_of, object);
+  const bool none = count != nullptr && PyLong_AsLong(count) == 0;
+  PyErr_Clear();
+  Py_XDECREF(count);
+  return !none;
+}
+
+// With thousands of small tensors a step is made of cache misses. What rows[i] will read first is asked for
+// while rows before it are read.
+constexpr size_t rows_ahead = 6;
+
+// Steps without a look at the state before it is worth finding out whether anyone else can still reach it, and
+// steps before that is tried again where someone can.
+constexpr int quiet_steps = 8;
+constexpr int quiet_steps_after_failure = 1024;
+
+// Elements below which a step keeps the interpreter's lock: a fraction of a millisecond.
+constexpr int64_t worth_unlocking = 1 << 19;
 
 }  // namespace
 
@@ -83,8 +124,10 @@ bool connect(nb::handle tensor) {
   if (api == nullptr || api->major != 1 || api->tensor_from_object == nullptr) return false;
   exchange = api;
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
-  grad_name = PyUnicode_InternFromString("grad");
+  grad_descriptor = PyObject_GetAttrString(tensor.ptr(), "grad");
+  if (grad_descriptor == nullptr || Py_TYPE(grad_descriptor)->tp_descr_get == nullptr) return false;
   is_neg_name = PyUnicode_InternFromString("is_neg");
+  is_conj_name = PyUnicode_InternFromString("is_conj");
   const char* names[] = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   for (int k = 0; k < 4; ++k) slot_names[k] = PyUnicode_InternFromString(names[k]);
   return true;
@@ -141,7 +184,8 @@ bool Plan::overlaps(const Row& row, const void* gradient) const {
 
 // The row's gradient of this step; `look` where it is not such as it was bound with.
 void Plan::gather_gradient(Row& row) {
-  PyObject* gradient = PyObject_GetAttr(row.param, grad_name);
+  PyObject* gradient =
+      Py_TYPE(grad_descriptor)->tp_descr_get(grad_descriptor, row.param, reinterpret_cast<PyObject*>(row.param_type));
   if (gradient == nullptr) throw nb::python_error();
   row.active = gradient != Py_None;
   if (!row.active) {
@@ -149,18 +193,30 @@ void Plan::gather_gradient(Row& row) {
     return;
   }
   row.gradient = gradient;
+  Py_INCREF(row.param);
   DLTensor tensor;
   row.look = !row.bound || Py_TYPE(gradient) != tensor_type || !read(gradient, &tensor) ||
              !same_tensor(row, grad, tensor) || overlaps(row, tensor.data);
-  // A dense gradient that is a negated view comes about only where it has one element (the imaginary part of a
-  // conjugate) or by torch._neg_view, which keeps its base.
-  if (!row.look && negated_view(gradient)) row.look = true;
+  // A lazily negated gradient is the imaginary part of a conjugate, so that no stride of it is 1 but where it has
+  // one element: a dense one need not be asked, which would cost as much as all else here.
+  if (!row.look && (row.work.layout != nullptr || row.work.elements <= 2)) {
+    row.look = !answers_false(gradient, is_neg_name) || !answers_false(gradient, is_conj_name);
+  }
   if (row.look) return;
   row.work.address[grad] = tensor.data;
+  row.near_gradient = tensor.shape;
   row.look = !read(row.param, &tensor) || !same_tensor(row, param, tensor);
+  row.near_param = tensor.shape;
 }
 
-// Walks through the state as it was walked through last; false where it is no longer the same.
+void Plan::hold_slots(Row& row) {
+  if (row.holds_slots) return;
+  for (int k = 0; k <= row.moments(); ++k) Py_INCREF(row.slot[k]);
+  row.holds_slots = true;
+}
+
+// Walks through the state as it was walked through last and reads its addresses; false where it holds other
+// objects than then.
 bool Plan::gather_state(PyObject* state) {
   Py_ssize_t at = 0;
   PyObject *key, *entry;
@@ -168,38 +224,90 @@ bool Plan::gather_state(PyObject* state) {
   while (PyDict_Next(state, &at, &key, &entry)) {
     if (visited == seen_entries_.size()) return false;
     const SeenEntry& seen = seen_entries_[visited++];
+    if (visited + rows_ahead < seen_entries_.size()) __builtin_prefetch(seen_entries_[visited + rows_ahead].entry);
+    const size_t ahead = slot + 3 * rows_ahead;
+    for (size_t k = ahead; k < ahead + 3 && k < seen_slots_.size(); ++k) {
+      __builtin_prefetch(seen_slots_[k].value);
+      __builtin_prefetch(seen_slots_[k].near);
+    }
     if (key != seen.key || entry != seen.entry) return false;
     if (seen.row < 0) continue;
     if (!PyDict_Check(entry) || PyDict_GET_SIZE(entry) != seen.slots) return false;
     Row& row = rows_[static_cast<size_t>(seen.row)];
-    const bool wanted = row.active && !row.look;
+    bool same = true;
     Py_ssize_t inner = 0;
     PyObject *name, *value;
     while (PyDict_Next(entry, &inner, &name, &value)) {
-      const SeenSlot& known = seen_slots_[slot++];
+      SeenSlot& known = seen_slots_[slot++];
       if (name != known.key || value != known.value) return false;
-      if (!wanted || known.slot < 0) continue;
+      if (!row.bound || known.slot < 0 || known.slot > row.moments()) continue;
       DLTensor tensor;
       if (!read(value, &tensor)) {
-        row.look = true;
-      } else if (known.slot == 0) {
-        row.look |= tensor.data != row.step || tensor.ndim != 0 || !on_cpu(tensor) || tensor.dtype.code != 2 ||
-                    tensor.dtype.bits != 32;
-      } else if (known.slot <= row.moments()) {
-        row.look |= !same_tensor(row, known.slot + 1, tensor);
+        same = false;
+        continue;
       }
+      known.near = tensor.shape;
+      if (known.slot == 0) {
+        same &= tensor.data == row.step && tensor.ndim == 0 && on_cpu(tensor) && tensor.dtype == step_type;
+      } else {
+        same &= same_tensor(row, known.slot + 1, tensor);
+      }
+    }
+    if (!same) {
+      row.bound = false;
+      row.look = row.active;
+    } else if (row.active && !row.look) {
+      hold_slots(row);
     }
   }
   return visited == seen_entries_.size();
 }
 
-nb::object Plan::gather(nb::list groups, nb::dict state) {
+// Whether nobody but the optimizer holds the state, an entry, a tensor in it or its storage: then none of them can
+// change before someone asks the optimizer for its state.
+bool Plan::unreachable(PyObject* state) const {
+  if (Py_REFCNT(state) != 1 || has_weak_references(state)) return false;
+  const nb::object lone = nb::module_::import_("torch").attr("zeros")(1);
+  const long fresh = storage_references(lone.ptr());
+  if (fresh < 0) return false;
+  const SeenSlot* slot = seen_slots_.data();
+  for (const SeenEntry& seen : seen_entries_) {
+    if (seen.row < 0) continue;
+    const Py_ssize_t own = rows_[static_cast<size_t>(seen.row)].holds_slots ? 2 : 1;
+    if (Py_REFCNT(seen.entry) != 1) return false;
+    for (const SeenSlot* end = slot + seen.slots; slot != end; ++slot) {
+      if (slot->slot < 0) continue;
+      if (Py_REFCNT(slot->value) != own || has_weak_references(slot->value)) return false;
+      if (storage_references(slot->value) != fresh) return false;
+    }
+  }
+  return true;
+}
+
+nb::object Plan::gather(nb::list groups, nb::list state_box) {
   release();
+  PyObject* state = PyList_GET_ITEM(state_box.ptr(), 0);
+  if (PyList_GET_ITEM(state_box.ptr(), 1) != Py_False) {
+    sealed_ = false;
+    quiet_ = 0;
+    state_box[1] = false;
+  }
+  if (!PyDict_Check(state)) throw nb::type_error("the optimizer's state: expected a dict");
   if (!same_groups(groups)) return nb::none();
-  for (Row& row : rows_) gather_gradient(row);
-  if (changed_ || !gather_state(state.ptr())) {
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (i + rows_ahead < rows_.size()) {
+      __builtin_prefetch(rows_[i + rows_ahead].param);
+      __builtin_prefetch(rows_[i + rows_ahead].near_param);
+      __builtin_prefetch(rows_[i + rows_ahead].near_gradient);
+    }
+    gather_gradient(rows_[i]);
+  }
+  if (changed_ || (!sealed_ && !gather_state(state))) {
     changed_ = true;
     for (Row& row : rows_) row.look = row.active;
+  } else if (!sealed_ && ++quiet_ >= quiet_steps) {
+    sealed_ = unreachable(state);
+    if (!sealed_) quiet_ = quiet_steps - quiet_steps_after_failure;
   }
   nb::list looks;
   for (size_t i = 0; i < rows_.size(); ++i) {
@@ -212,6 +320,7 @@ nb::object Plan::gather(nb::list groups, nb::dict state) {
 
 nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::tuple slots) {
   Row& row = rows_.at(index);
+  drop_slots(row);
   const int operands = static_cast<int>(slots.size()) + 1;
   PyObject* object[max_operands] = {row.param, gradient.ptr()};
   for (int k = 1; k < static_cast<int>(slots.size()); ++k) object[k + 1] = slots[static_cast<size_t>(k)].ptr();
@@ -272,6 +381,8 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::tup
   }
   Py_INCREF(gradient.ptr());
   Py_XSETREF(row.gradient, gradient.ptr());
+  hold_slots(row);
+  sealed_ &= !changed_;
   row.bound = true;
   row.active = true;
   return nb::none();
@@ -301,7 +412,7 @@ void Plan::remember(nb::dict state) {
       for (int k = 0; k < 4; ++k) {
         if (PyUnicode_Check(name) && PyUnicode_Compare(name, slot_names[k]) == 0) slot = k;
       }
-      seen_slots_.push_back({name, value, slot});
+      seen_slots_.push_back({name, value, slot, nullptr});
     }
   }
 
@@ -356,31 +467,42 @@ nb::list Plan::params() const {
   return active;
 }
 
-void Plan::run(const std::vector<HostScalars>& scalars, int threads) {
+void Plan::run(const std::vector<HostScalars>& scalars, int threads, nb::list state_box) {
+  if (sealed_ && PyList_GET_ITEM(state_box.ptr(), 1) != Py_False) {
+    throw std::runtime_error("another thread asked for the optimizer's state during step(); nothing was changed");
+  }
   works_.clear();
-  std::vector<PyObject*> owned;
+  int64_t total = 0;
   for (const Row& row : rows_) {
     if (!row.active) continue;
     works_.push_back(row.work);
-    owned.push_back(row.param);
-    for (int k = 0; k <= row.moments(); ++k) owned.push_back(row.slot[k]);
-  }
-  for (PyObject* object : owned) Py_INCREF(object);
-  for (const Row& row : rows_) {
-    if (row.active) *row.step += 1;
-  }
-  {
-    const nb::gil_scoped_release unlocked;
-    update(works_, scalars, threads, serial_);
+    total += row.work.elements;
+    *row.step += 1;
   }
   ran_ = true;
-  for (PyObject* object : owned) Py_DECREF(object);
+  if (total < worth_unlocking) {
+    update(works_, scalars, threads, serial_);
+    return;
+  }
+  for (Row& row : rows_) {
+    if (row.active) hold_slots(row);
+  }
+  const nb::gil_scoped_release unlocked;
+  update(works_, scalars, threads, serial_);
+}
+
+void Plan::drop_slots(Row& row) {
+  if (!row.holds_slots) return;
+  for (int k = 0; k <= row.moments(); ++k) Py_DECREF(row.slot[k]);
+  row.holds_slots = false;
 }
 
 void Plan::release() {
   for (Row& row : rows_) {
-    row.active = row.look = false;
+    drop_slots(row);
+    if (row.gradient != nullptr) Py_DECREF(row.param);
     Py_CLEAR(row.gradient);
+    row.active = row.look = false;
   }
   ran_ = false;
 }

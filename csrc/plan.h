@@ -29,7 +29,9 @@ class Plan {
   Plan& operator=(const Plan&) = delete;
 
   // Row numbers that need a look before this step; none where the groups hold other parameters than planned.
-  nb::object gather(nb::list groups, nb::dict state);
+  // state_box: the optimizer's state, whose only holder it is, and whether anyone has asked for it since the last
+  // step, which is set to False.
+  nb::object gather(nb::list groups, nb::list state_box);
   // Row `index` takes part in this step with this gradient and state. slots: step, exp_avg, exp_avg_sq, and
   // max_exp_avg_sq for amsgrad; `entry`, the dict that they lie in (or will, when this step is run). Returns
   // what is wrong with their addresses, or nothing.
@@ -39,21 +41,23 @@ class Plan {
   // (group, step count after this step) for every set of scalars that run() will want, in that order.
   std::vector<std::pair<int, double>> steps();
   nb::list params() const;
-  void run(const std::vector<HostScalars>& scalars, int threads);
+  void run(const std::vector<HostScalars>& scalars, int threads, nb::list state_box);
   // Ends the step, run or not; lets go of the gradients.
   void release();
   bool ran() const { return ran_; }
+  bool sealed() const { return sealed_; }
 
  private:
   struct Row {
-    PyObject* param;  // identities: compared, and owned only while a step runs
+    PyObject* param;  // identities: compared, and owned from gather() to release() only
     PyTypeObject* param_type;
     PyObject* entry = nullptr;
     PyObject* slot[4] = {};     // step, then the moments
-    PyObject* gradient = nullptr;  // owned from gather() or bind() to release()
+    PyObject* gradient = nullptr;
     float* step = nullptr;
     Work work = {};
-    size_t dims = 0;  // where in dims_ this row's shape and strides stand
+    const void *near_param = nullptr, *near_gradient = nullptr;  // where torch keeps the shapes: to prefetch only
+    size_t dims = 0;                                             // where in dims_ this row's shape and strides stand
     int64_t span[max_operands] = {};  // bytes from the first to behind the last element
     int ndim = 0;
     int group;
@@ -61,6 +65,7 @@ class Plan {
     bool bound = false;
     bool active = false;
     bool look = false;
+    bool holds_slots = false;
 
     Row(PyObject* param_, int group_) : param(param_), param_type(Py_TYPE(param_)), group(group_) {}
     int moments() const { return work.amsgrad ? 3 : 2; }
@@ -75,11 +80,15 @@ class Plan {
   struct SeenSlot {
     PyObject *key, *value;
     int slot;  // 0 step, 1... the moments; -1: none of ours
+    const void* near;  // as near_param
   };
 
   bool same_groups(nb::list groups) const;
   void gather_gradient(Row& row);
   bool gather_state(PyObject* state);
+  static void hold_slots(Row& row);  // until release()
+  static void drop_slots(Row& row);
+  bool unreachable(PyObject* state) const;
   bool same_tensor(const Row& row, int operand, const DLTensor& tensor) const;
   bool overlaps(const Row& row, const void* gradient) const;
 
@@ -90,6 +99,8 @@ class Plan {
   std::vector<SeenSlot> seen_slots_;
   std::vector<Work> works_;
   bool changed_ = false;  // since the last remember()
+  bool sealed_ = false;   // unreachable() since the state was last read, so that it need not be read
+  int quiet_ = 0;         // steps since the state was last seen by anyone
   bool serial_ = false;   // some rows share memory
   bool ran_ = false;
 };

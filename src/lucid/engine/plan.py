@@ -52,13 +52,18 @@ class Plan:
         self._only_reference = _only_reference
         self._rows: list[Row] = []
         self._updates: list[reference.Update] = []
+        self._writing = False
 
-    def gather(self, groups: list[list[Tensor]], state: dict[Tensor, Any]) -> list[int] | None:
-        """Begin a step: the numbers of the rows to bind, or None where this plan is of other parameters."""
+    def gather(self, groups: list[list[Tensor]], state_box: list[Any]) -> list[int] | None:
+        """Begin a step: the numbers of the rows to bind, or None where this plan is of other parameters.
+
+        ``state_box`` is [state, whether anyone was given it since the last step] and the state's only holder. As
+        long as nobody was given it and nobody holds a part of it, it is as it was and need not be read again.
+        """
         if self._only_reference != _only_reference:
             return None
         if self._native is not None:
-            return self._native.gather(groups, state)
+            return self._native.gather(groups, state_box)
         params = [param for group in groups for param in group]
         if len(params) != len(self._params) or any(
             old is not new for old, new in zip(self._params, params, strict=True)
@@ -83,32 +88,34 @@ class Plan:
         native = [] if self._native is None else self._native.steps()
         return native + [(row.group, row.slots[0].item() + 1) for row in self._rows]
 
-    def run(self, scalars: Sequence[Scalars], state: dict[Tensor, Any]) -> None:
+    def run(self, scalars: Sequence[Scalars], state_box: list[Any]) -> None:
         """Update every row, or none if an exception comes before the first write."""
         own = len(scalars) - len(self._rows)
         self._updates = reference.compute(self._rows, scalars[own:])
         if self._native is not None:
-            self._native.remember(state)
+            self._native.remember(state_box[0])
             torch.autograd.graph.increment_version(self._native.params())
         try:
-            self._write(scalars[:own])
+            self._write(scalars[:own], state_box)
         except BaseException:  # an interrupt between two writes: finish them first
-            self._write(scalars[:own])
+            if self.ran:
+                self._write(scalars[:own], state_box)
             raise
 
-    def _write(self, scalars: Sequence[Scalars]) -> None:
+    def _write(self, scalars: Sequence[Scalars], state_box: list[Any]) -> None:
+        self._writing = True
         if self._native is not None and not self._native.ran:
-            self._native.run(list(scalars), torch.get_num_threads())
+            self._native.run(list(scalars), torch.get_num_threads(), state_box)
         reference.commit(self._updates)
 
     @property
     def ran(self) -> bool:
         """Whether this step has begun to write."""
-        return self._native.ran if self._native is not None else bool(self._updates)
+        return self._writing if self._native is None else self._native.ran
 
     def release(self) -> None:
         """End the step; let go of its gradients."""
-        self._rows, self._updates = [], []
+        self._rows, self._updates, self._writing = [], [], False
         if self._native is not None:
             self._native.release()
 

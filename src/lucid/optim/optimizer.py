@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
@@ -65,8 +66,20 @@ class Optimizer(torch.optim.Optimizer):
         self._format = FP32
         self._plan: engine.Plan | None = None
         self._planned_amsgrad: list[bool] = []
+        self._state_box: list[Any] = [defaultdict(dict), True]
         self._lock = threading.RLock()
         self._stepping = False
+
+    @property
+    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+        """The state of each parameter, a dict of tensors; created at its first gradient or by `init_state`."""
+        state: dict[Any, Any] = self._state_box[0]
+        self._state_box[1] = True  # whoever has it may change it: the next step looks
+        return state
+
+    @state.setter
+    def state(self, value: dict[Any, Any]) -> None:
+        self._state_box = [value, True]
 
     # Groups
 
@@ -163,10 +176,10 @@ class Optimizer(torch.optim.Optimizer):
         params = [group["params"] for group in groups]
         looks = None
         if self._plan is not None and self._planned_amsgrad == amsgrad:
-            looks = self._plan.gather(params, self.state)
+            looks = self._plan.gather(params, self._state_box)
         if looks is None:
             self._plan, self._planned_amsgrad = engine.Plan(params), amsgrad
-            looks = self._plan.gather(params, self.state)
+            looks = self._plan.gather(params, self._state_box)
         plan = self._plan
         assert plan is not None and looks is not None
         new: list[_NewState] = []
@@ -180,10 +193,10 @@ class Optimizer(torch.optim.Optimizer):
             if new and self._is_initialising(new, hyperparameters):
                 self._adopt(new)
                 return
-            had = [(item.param in self.state, dict(item.entry)) for item in new]
+            had = [(item.param in self._state_box[0], dict(item.entry)) for item in new]
             try:
                 self._adopt(new)
-                plan.run(scalars, self.state)
+                plan.run(scalars, self._state_box)
             except BaseException:
                 if not plan.ran:
                     self._abandon(new, had)
@@ -205,7 +218,7 @@ class Optimizer(torch.optim.Optimizer):
             name = self._name(group, index)
             self._check_param(param, name)
             gradient = engine.checked_gradient(param, name)
-            entry = self.state.get(param)
+            entry = self._state_box[0].get(param)
             if entry is None:
                 entry = {}
             elif not isinstance(entry, dict):
@@ -232,21 +245,21 @@ class Optimizer(torch.optim.Optimizer):
         """
         return (
             all(hyper.lr == 0 for hyper in hyperparameters)
-            and not any(self.state.values())
+            and not any(self._state_box[0].values())
             and not any(bool(item.gradient.any()) for item in new)
         )
 
     def _adopt(self, new: list[_NewState]) -> None:
         for item in new:
             item.entry.update(item.missing)
-            self.state[item.param] = item.entry
+            self._state_box[0][item.param] = item.entry
 
     def _abandon(self, new: list[_NewState], had: list[tuple[bool, dict[str, Any]]]) -> None:
         for item, (known, before) in zip(new, had, strict=True):
             item.entry.clear()
             item.entry.update(before)
             if not known:
-                self.state.pop(item.param, None)
+                self._state_box[0].pop(item.param, None)
 
     def _scalars(self, hyper: Hyperparameters, step: float, group: int) -> engine.Scalars:
         if not (1 <= step <= MAX_STEP and step.is_integer()):
@@ -343,7 +356,8 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_lock" not in self.__dict__:
             self._begin()
-        super().__setstate__(state)
+        super().__setstate__({key: value for key, value in state.items() if key != "state"})
+        self.state = state["state"]
         self.defaults.pop("differentiable", None)  # torch's base adds it
         self._checked_groups()
 

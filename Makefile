@@ -1,0 +1,56 @@
+# `make help` lists the targets. Everything happens in .venv, made from nothing by whichever target needs it.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -c constraints.txt
+
+.PHONY: help setup train compare test lint sanitize bench accuracy format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: $(VENV)/.installed  ## make .venv: the pinned tools, and this package built and installed in it
+
+$(VENV)/.tools: constraints.txt tools/requirements.py pyproject.toml
+	@$(PYTHON) tools/requirements.py --check
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) tools/requirements.py dev | $(PIP) -r /dev/stdin
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools CMakeLists.txt $(wildcard csrc/*)
+	$(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+train: setup  ## the main job: train a small GPT with lucid.optim (ARGS="--compare" and others: see --help)
+	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+compare: setup  ## the same training with lucid's AdamW and torch's, side by side
+	$(BIN)/python examples/train_gpt.py --compare
+
+test: setup lint  ## everything that must pass: lint, types, formats, tests, doctests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## ruff, mypy --strict, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
+
+format: setup  ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
+
+sanitize: setup  ## build the engine with address/undefined-behaviour and thread sanitizers and run its tests under each
+	tools/sanitize.sh
+
+bench: setup  ## measure the step beside torch's (and DeepSpeed's where installed); writes benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/step.py $(ARGS)
+
+accuracy: setup  ## measure the error against exact arithmetic, as docs/numerics.md shows it
+	$(BIN)/python benchmarks/accuracy.py
+
+clean:  ## remove what was built
+	rm -rf $(VENV) build dist runs

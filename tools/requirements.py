@@ -1,0 +1,54 @@
+"""Print the requirements of a dependency group of pyproject.toml and of the package itself, for pip.
+
+pip 23, which Debian and pyenv ship with Python 3.11, does not know ``--group`` yet. Standard library only.
+"""
+
+import argparse
+import shutil
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def group(groups: dict[str, list[str | dict[str, str]]], name: str) -> list[str]:
+    found: list[str] = []
+    for item in groups[name]:
+        found += [item] if isinstance(item, str) else group(groups, item["include-group"])
+    return found
+
+
+def missing() -> str | None:
+    """What this machine lacks to build the package, and how to get it."""
+    if sys.version_info < (3, 11):
+        return f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: set PYTHON=python3.11"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python's headers are missing: apt-get install python3-dev"
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        return "a C++ compiler is missing: apt-get install g++"
+    try:
+        import ensurepip  # noqa: F401
+    except ImportError:
+        return "Python's venv module is missing: apt-get install python3-venv"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("group", nargs="?")
+    parser.add_argument("--check", action="store_true", help="say what the machine lacks")
+    arguments = parser.parse_args()
+    if arguments.check and (lack := missing()):
+        print(lack, file=sys.stderr)
+        return 1
+    if arguments.group:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        wanted = project["project"]["dependencies"]
+        print("\n".join(wanted + group(project["dependency-groups"], arguments.group)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
