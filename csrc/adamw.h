@@ -23,8 +23,8 @@ inline T maximum(T a, T b) {
 
 // One step of `n` elements in place. Nothing may overlap but equal elements of one array.
 template <class T, bool amsgrad>
-void adamw(const Scalars<T>& scalars, int64_t n, T* __restrict param, const T* __restrict grad,
-           T* __restrict exp_avg, T* __restrict exp_avg_sq, T* __restrict max_exp_avg_sq) noexcept {
+void adamw(const Scalars<T>& scalars, int64_t n, T* __restrict param, const T* __restrict grad, T* __restrict exp_avg,
+           T* __restrict exp_avg_sq, T* __restrict max_exp_avg_sq) noexcept {
   const Scalars<T> h = scalars;
   for (int64_t i = 0; i < n; ++i) {
     const T theta = param[i];

@@ -102,8 +102,7 @@ void update_part(const Work& work, const Scalars<T>& scalars, int64_t begin, int
       if (!layout.contiguous[o]) gather(layout, o, work.address[o], first, count, buffer[o]);
     }
     const T* gradient = staged_gradient(work, typed, first, count, buffer[grad]);
-    update(scalars, count, operand[param], gradient, operand[exp_avg], operand[exp_avg_sq],
-           operand[max_exp_avg_sq]);
+    update(scalars, count, operand[param], gradient, operand[exp_avg], operand[exp_avg_sq], operand[max_exp_avg_sq]);
     for (int o = 0; o < operands; ++o) {
       if (o != grad && !layout.contiguous[o]) scatter(layout, o, work.address[o], first, count, buffer[o]);
     }

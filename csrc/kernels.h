@@ -14,9 +14,9 @@ enum class Type : int { float32, float64, float16, bfloat16 };
 // The scalars of one group and step count, as src/lucid/optim/adamw.py makes them, rounded once to T.
 template <class T>
 struct Scalars {
-  T weight1, weight2;  // of the two means: 1 - beta where beta >= 1/2, else beta
-  T d, k, s, e;        // alpha lambda; alpha / (1 - beta1^t); 1 / sqrt(1 - beta2^t); epsilon
-  T sign;              // 1, or -1 to maximize: g times it is exact
+  T weight1, weight2;                 // of the two means: 1 - beta where beta >= 1/2, else beta
+  T d, k, s, e;                       // alpha lambda; alpha / (1 - beta1^t); 1 / sqrt(1 - beta2^t); epsilon
+  T sign;                             // 1, or -1 to maximize: g times it is exact
   bool from_average1, from_average2;  // beta >= 1/2
 };
 
@@ -30,7 +30,7 @@ using ConvertFn = void (*)(const void* from, T* to, int64_t n) noexcept;
 
 template <class T>
 struct TypedKernels {
-  UpdateFn<T> update[2];   // without and with amsgrad
+  UpdateFn<T> update[2];    // without and with amsgrad
   ConvertFn<T> convert[4];  // by Type
 };
 

@@ -72,11 +72,12 @@ bool answers_false(PyObject* tensor, PyObject* question) {
   return is_false;
 }
 
-// Counts the references to a tensor's storage, from C++ and from Python; -1 if that cannot be told. A storage that
-// nobody else holds has the count that a fresh tensor's has.
+// Counts the references to a tensor's storage, from C++ and from Python; -1 if that cannot be told. A storage
+// that nobody else holds has the count that a fresh tensor's has.
 long storage_references(PyObject* tensor) {
   static PyObject* use_count = nullptr;
-  if (use_count == nullptr) use_count = PyObject_GetAttrString(nb::module_::import_("torch._C").ptr(), "_storage_Use_Count");
+  if (use_count == nullptr)
+    use_count = PyObject_GetAttrString(nb::module_::import_("torch._C").ptr(), "_storage_Use_Count");
   PyObject* storage = PyObject_CallMethod(tensor, "untyped_storage", nullptr);
   PyObject* address = storage == nullptr ? nullptr : PyObject_GetAttrString(storage, "_cdata");
   PyObject* count = address == nullptr || use_count == nullptr ? nullptr : PyObject_CallOneArg(use_count, address);
@@ -102,8 +103,8 @@ bool has_weak_references(PyObject* object) {
 // while rows before it are read.
 constexpr size_t rows_ahead = 6;
 
-// Steps without a look at the state before it is worth finding out whether anyone else can still reach it, and
-// steps before that is tried again where someone can.
+// Steps without a look at the state before it is worth finding out whether anyone else can still reach it,
+// and steps before that is tried again where someone can.
 constexpr int quiet_steps = 8;
 constexpr int quiet_steps_after_failure = 1024;
 
@@ -197,8 +198,8 @@ void Plan::gather_gradient(Row& row) {
   DLTensor tensor;
   row.look = !row.bound || Py_TYPE(gradient) != tensor_type || !read(gradient, &tensor) ||
              !same_tensor(row, grad, tensor) || overlaps(row, tensor.data);
-  // A lazily negated gradient is the imaginary part of a conjugate, so that no stride of it is 1 but where it has
-  // one element: a dense one need not be asked, which would cost as much as all else here.
+  // A lazily negated gradient is the imaginary part of a conjugate, so that no stride of it is 1 but where it
+  // has one element: a dense one need not be asked, which would cost as much as all else here.
   if (!row.look && (row.work.layout != nullptr || row.work.elements <= 2)) {
     row.look = !answers_false(gradient, is_neg_name) || !answers_false(gradient, is_conj_name);
   }
@@ -263,8 +264,8 @@ bool Plan::gather_state(PyObject* state) {
   return visited == seen_entries_.size();
 }
 
-// Whether nobody but the optimizer holds the state, an entry, a tensor in it or its storage: then none of them can
-// change before someone asks the optimizer for its state.
+// Whether nobody but the optimizer holds the state, an entry, a tensor in it or its storage: then none of
+// them can change before someone asks the optimizer for its state.
 bool Plan::unreachable(PyObject* state) const {
   if (Py_REFCNT(state) != 1 || has_weak_references(state)) return false;
   const nb::object lone = nb::module_::import_("torch").attr("zeros")(1);

@@ -16,8 +16,8 @@ namespace lucid {
 
 namespace nb = nanobind;
 
-// Given torch.Tensor once, before any plan is made: its DLPack exchange API, its type. False where torch has no
-// such API (it came with 2.10).
+// Given torch.Tensor once, before any plan is made: its DLPack exchange API, its type. False where torch has
+// no such API (it came with 2.10).
 bool connect(nb::handle tensor_type);
 
 class Plan {
@@ -29,8 +29,8 @@ class Plan {
   Plan& operator=(const Plan&) = delete;
 
   // Row numbers that need a look before this step; none where the groups hold other parameters than planned.
-  // state_box: the optimizer's state, whose only holder it is, and whether anyone has asked for it since the last
-  // step, which is set to False.
+  // state_box: the optimizer's state, whose only holder it is, and whether anyone has asked for it since the
+  // last step, which is set to False.
   nb::object gather(nb::list groups, nb::list state_box);
   // Row `index` takes part in this step with this gradient and state. slots: step, exp_avg, exp_avg_sq, and
   // max_exp_avg_sq for amsgrad; `entry`, the dict that they lie in (or will, when this step is run). Returns
@@ -52,13 +52,14 @@ class Plan {
     PyObject* param;  // identities: compared, and owned from gather() to release() only
     PyTypeObject* param_type;
     PyObject* entry = nullptr;
-    PyObject* slot[4] = {};     // step, then the moments
+    PyObject* slot[4] = {};  // step, then the moments
     PyObject* gradient = nullptr;
     float* step = nullptr;
     Work work = {};
-    const void *near_param = nullptr, *near_gradient = nullptr;  // where torch keeps the shapes: to prefetch only
-    size_t dims = 0;                                             // where in dims_ this row's shape and strides stand
-    int64_t span[max_operands] = {};  // bytes from the first to behind the last element
+    const void *near_param = nullptr,
+               *near_gradient = nullptr;  // where torch keeps the shapes: to prefetch only
+    size_t dims = 0;                      // where in dims_ this row's shape and strides stand
+    int64_t span[max_operands] = {};      // bytes from the first to behind the last element
     int ndim = 0;
     int group;
     DLDataType gradient_type = {}, type = {};
@@ -79,7 +80,7 @@ class Plan {
   };
   struct SeenSlot {
     PyObject *key, *value;
-    int slot;  // 0 step, 1... the moments; -1: none of ours
+    int slot;          // 0 step, 1... the moments; -1: none of ours
     const void* near;  // as near_param
   };
 
@@ -93,7 +94,7 @@ class Plan {
   bool overlaps(const Row& row, const void* gradient) const;
 
   std::vector<Row> rows_;
-  std::vector<Layout> layouts_;   // by row
+  std::vector<Layout> layouts_;  // by row
   std::vector<int64_t> dims_;
   std::vector<SeenEntry> seen_entries_;
   std::vector<SeenSlot> seen_slots_;

@@ -7,7 +7,6 @@ import argparse
 import shutil
 import sys
 import sysconfig
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -22,8 +21,6 @@ def group(groups: dict[str, list[str | dict[str, str]]], name: str) -> list[str]
 
 def missing() -> str | None:
     """What this machine lacks to build the package, and how to get it."""
-    if sys.version_info < (3, 11):
-        return f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: set PYTHON=python3.11"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         return "Python's headers are missing: apt-get install python3-dev"
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
@@ -36,6 +33,12 @@ def missing() -> str | None:
 
 
 def main() -> int:
+    if sys.version_info < (3, 11):  # noqa: UP036 - whoever runs this may have an older one
+        print(
+            f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.11",
+            file=sys.stderr,
+        )
+        return 1
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("group", nargs="?")
     parser.add_argument("--check", action="store_true", help="say what the machine lacks")
@@ -44,6 +47,8 @@ def main() -> int:
         print(lack, file=sys.stderr)
         return 1
     if arguments.group:
+        import tomllib
+
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())
         wanted = project["project"]["dependencies"]
         print("\n".join(wanted + group(project["dependency-groups"], arguments.group)))

@@ -9,4 +9,13 @@ from .plan import Plan, name_for, only_reference
 from .row import Row, check_param, checked_gradient
 from .scalars import Scalars
 
-__all__ = ["Plan", "Row", "Scalars", "check_param", "checked_gradient", "cpu", "name_for", "only_reference"]
+__all__ = [
+    "Plan",
+    "Row",
+    "Scalars",
+    "check_param",
+    "checked_gradient",
+    "cpu",
+    "name_for",
+    "only_reference",
+]

@@ -88,9 +88,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements of `tensor` share memory."""
     if tensor.numel() <= 1:
         return False
-    dims = sorted(
-        (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
-    )
+    dims = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
     reach = 0
     nested = True
     for stride, size in dims:

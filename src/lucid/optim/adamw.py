@@ -6,7 +6,6 @@ import math
 import numbers
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .groups import ParamGroup, pair

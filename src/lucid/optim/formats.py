@@ -43,9 +43,7 @@ class StateFormat:
         """Return zeros of the parameter's shape, strides and device."""
         return torch.zeros_like(param, dtype=self.dtypes[param.dtype], requires_grad=False)
 
-    def complete(
-        self, param: Tensor, entry: Mapping[str, Any], amsgrad: bool, name: str
-    ) -> dict[str, Tensor]:
+    def complete(self, param: Tensor, entry: Mapping[str, Any], amsgrad: bool, name: str) -> dict[str, Tensor]:
         """Return what `entry`, a parameter's state so far, lacks; raise where what it has does not fit.
 
         A parameter without state gets all of it. The maximum of amsgrad may come later: it starts from zero.
@@ -61,10 +59,10 @@ class StateFormat:
             if value is None and key == self.amsgrad_slot:
                 missing[key] = self.new_slot(param)
             else:
-                check_slot(value, param, key, name)
-                if value.dtype != self.dtypes[param.dtype] or value.device != param.device:
+                tensor = checked_slot(value, param, key, name)
+                if tensor.dtype != self.dtypes[param.dtype] or tensor.device != param.device:
                     raise ValueError(
-                        f"state {key!r} of {name} is {value.dtype} on {value.device}, expected "
+                        f"state {key!r} of {name} is {tensor.dtype} on {tensor.device}, expected "
                         f"{self.dtypes[param.dtype]} on {param.device}; load it with load_state_dict, which converts"
                     )
         return missing
@@ -73,8 +71,7 @@ class StateFormat:
         """Return a copy of the slots of a saved `entry` in this format, sharing no memory with it."""
         own = {STEP: checked_step(entry.get(STEP), name).clone()}
         for key in self.keys(self.amsgrad_slot in entry):
-            check_slot(entry.get(key), param, key, name)
-            own[key] = self.new_slot(param).copy_(entry[key])
+            own[key] = self.new_slot(param).copy_(checked_slot(entry.get(key), param, key, name))
         return own
 
 
@@ -106,8 +103,8 @@ def checked_step(value: Any, name: str) -> Tensor:
     return torch.tensor(count, dtype=torch.float32)
 
 
-def check_slot(value: Any, param: Tensor, key: str, name: str) -> None:
-    """Raise unless `value` is a dense tensor of numbers of the parameter's shape and kind."""
+def checked_slot(value: Any, param: Tensor, key: str, name: str) -> Tensor:
+    """Return `value`, or raise unless it is a dense tensor of numbers of the parameter's shape and kind."""
     if not isinstance(value, Tensor):
         raise ValueError(
             f"state {key!r} of {name}: expected a tensor of shape {tuple(param.shape)}, got "
@@ -124,6 +121,7 @@ def check_slot(value: Any, param: Tensor, key: str, name: str) -> None:
             f"state {key!r} of {name} is {value.dtype} with layout {value.layout}, expected dense "
             f"{'complex' if param.is_complex() else 'floating-point'} numbers"
         )
+    return value
 
 
 FP32 = StateFormat(

@@ -52,7 +52,7 @@ class ParamGroup(dict[str, Any]):
             super().__delitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401 - this is `get`
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         if key not in self:
@@ -77,7 +77,7 @@ class ParamGroup(dict[str, Any]):
         if betas is not _MISSING:
             self["betas"] = betas
 
-    def __ior__(self, items: Any) -> Self:  # type: ignore[override, misc]
+    def __ior__(self, items: Any) -> Self:  # type: ignore[override]
         self.update(items)
         return self
 

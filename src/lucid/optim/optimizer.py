@@ -71,14 +71,14 @@ class Optimizer(torch.optim.Optimizer):
         self._stepping = False
 
     @property
-    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Any, Any]:
         """The state of each parameter, a dict of tensors; created at its first gradient or by `init_state`."""
-        state: dict[Any, Any] = self._state_box[0]
+        state: defaultdict[Any, Any] = self._state_box[0]
         self._state_box[1] = True  # whoever has it may change it: the next step looks
         return state
 
     @state.setter
-    def state(self, value: dict[Any, Any]) -> None:
+    def state(self, value: defaultdict[Any, Any]) -> None:
         self._state_box = [value, True]
 
     # Groups
@@ -181,15 +181,14 @@ class Optimizer(torch.optim.Optimizer):
             self._plan, self._planned_amsgrad = engine.Plan(params), amsgrad
             looks = self._plan.gather(params, self._state_box)
         plan = self._plan
-        assert plan is not None and looks is not None
+        assert plan is not None
+        assert looks is not None
         new: list[_NewState] = []
         try:
             if looks:
                 for row in self._rows(looks, amsgrad, new):
                     plan.bind(row)
-            scalars = [
-                self._scalars(hyperparameters[group], step, group) for group, step in plan.steps()
-            ]
+            scalars = [self._scalars(hyperparameters[group], step, group) for group, step in plan.steps()]
             if new and self._is_initialising(new, hyperparameters):
                 self._adopt(new)
                 return
@@ -204,9 +203,7 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             plan.release()
 
-    def _rows(
-        self, looks: list[int], amsgrad: list[bool], new: list[_NewState]
-    ) -> Iterator[engine.Row]:
+    def _rows(self, looks: list[int], amsgrad: list[bool], new: list[_NewState]) -> Iterator[engine.Row]:
         """Check the rows numbered `looks`, making state for those that have none; raise where one is not right."""
         numbered = [
             (group, index, param)
@@ -227,8 +224,7 @@ class Optimizer(torch.optim.Optimizer):
             if missing:
                 new.append(_NewState(param, gradient, entry, missing))
             slots = tuple(
-                missing[key] if key in missing else entry[key]
-                for key in (STEP, *self._format.keys(amsgrad[group]))
+                missing[key] if key in missing else entry[key] for key in (STEP, *self._format.keys(amsgrad[group]))
             )
             yield engine.Row(look, group, name, param, gradient, entry, slots)
 
@@ -236,9 +232,7 @@ class Optimizer(torch.optim.Optimizer):
         self._format.check_param(param, name)
         engine.check_param(param, name)
 
-    def _is_initialising(
-        self, new: list[_NewState], hyperparameters: list[Hyperparameters]
-    ) -> bool:
+    def _is_initialising(self, new: list[_NewState], hyperparameters: list[Hyperparameters]) -> bool:
         """Whether this is how torch's checkpoint tools make an optimizer create its state.
 
         They step a fresh optimizer with lr 0 and zero gradients, which must not count as a step.
@@ -340,8 +334,7 @@ class Optimizer(torch.optim.Optimizer):
                 saved = result
         groups = self._checked_groups()
         names = [
-            [self._name(number, index) for index in range(len(group["params"]))]
-            for number, group in enumerate(groups)
+            [self._name(number, index) for index in range(len(group["params"]))] for number, group in enumerate(groups)
         ]
         state, new_groups = loaded(saved, groups, self.defaults, self._format, names)
         for group in new_groups:

@@ -28,9 +28,7 @@ def loaded(
     ``names`` is how messages call the parameters of each group.
     """
     saved_groups = _checked_groups(saved, groups)
-    new_groups = [
-        _group(old, own, defaults) for old, own in zip(saved_groups, groups, strict=True)
-    ]
+    new_groups = [_group(old, own, defaults) for old, own in zip(saved_groups, groups, strict=True)]
     order = _matched(saved_groups, groups)
     state: State = defaultdict(dict)
     entries = dict(saved["state"])
@@ -45,27 +43,20 @@ def loaded(
             if entry:
                 state_format.check_param(param, name)
                 own = state_format.converted(param, entry, name)
-                state[param] = own | {
-                    key: _copied(value) for key, value in entry.items() if key not in own
-                }
+                state[param] = own | {key: _copied(value) for key, value in entry.items() if key not in own}
     for key, value in entries.items():  # of no parameter: torch keeps it too
         state[key] = _copied(value)
     return state, new_groups
 
 
-def _checked_groups(
-    saved: Mapping[str, Any], groups: Sequence[ParamGroup]
-) -> list[Mapping[str, Any]]:
+def _checked_groups(saved: Mapping[str, Any], groups: Sequence[ParamGroup]) -> list[Mapping[str, Any]]:
     if not isinstance(saved, Mapping) or "state" not in saved or "param_groups" not in saved:
         raise ValueError("state_dict: expected a dict with the keys 'state' and 'param_groups'")
     if not isinstance(saved["state"], Mapping):
-        raise ValueError(
-            f"state_dict['state']: expected a dict, got {type(saved['state']).__name__}"
-        )
+        raise ValueError(f"state_dict['state']: expected a dict, got {type(saved['state']).__name__}")
     saved_groups = saved["param_groups"]
     if not isinstance(saved_groups, list | tuple) or not all(
-        isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple)
-        for group in saved_groups
+        isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple) for group in saved_groups
     ):
         raise ValueError("state_dict['param_groups']: expected a list of dicts, each with a list 'params'")
     sizes = [len(group["params"]) for group in groups]
