@@ -7,97 +7,8 @@
 namespace lucid {
 namespace {
 
-DLExchangeApi* exchange = nullptr;
-PyTypeObject* tensor_type = nullptr;
-PyObject* grad_descriptor = nullptr;  // of torch.Tensor: its getter without the look-up
-PyObject* is_neg_name = nullptr;
-PyObject* is_conj_name = nullptr;
-PyObject* slot_names[4] = {};
-
-// False where the object is no tensor with memory of its own on some device.
-bool read(PyObject* object, DLTensor* out) {
-  if (exchange->tensor_from_object(object, out) == 0) return true;
-  PyErr_Clear();
-  return false;
-}
-
+constexpr const char* slot_names[] = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
 constexpr DLDataType step_type = {2, 32, 1};
-
-bool on_cpu(const DLTensor& tensor) { return tensor.device.type == 1; }
-
-int64_t element_size(DLDataType type) { return type.bits / 8; }
-
-int64_t elements(const DLTensor& tensor) {
-  int64_t n = 1;
-  for (int k = 0; k < tensor.ndim; ++k) n *= tensor.shape[k];
-  return n;
-}
-
-int64_t span_in_bytes(const DLTensor& tensor) {
-  if (elements(tensor) == 0) return 0;
-  int64_t last = 0;
-  for (int k = 0; k < tensor.ndim; ++k) last += (tensor.shape[k] - 1) * tensor.strides[k];
-  return (last + 1) * element_size(tensor.dtype);
-}
-
-bool aligned(const DLTensor& tensor) {
-  const int64_t part = tensor.dtype.code == 5 ? element_size(tensor.dtype) / 2 : element_size(tensor.dtype);
-  return reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(part) == 0;
-}
-
-// The type of a real number in it; false where the engine has none for it.
-bool real_type(DLDataType type, Type* out) {
-  const int bits = type.code == 5 ? type.bits / 2 : type.bits;
-  if (type.code == 4 && bits == 16) {
-    *out = Type::bfloat16;
-  } else if (type.code != 2 && type.code != 5) {
-    return false;
-  } else if (bits == 64) {
-    *out = Type::float64;
-  } else if (bits == 32) {
-    *out = Type::float32;
-  } else if (bits == 16 && type.code == 2) {
-    *out = Type::float16;
-  } else {
-    return false;
-  }
-  return true;
-}
-
-bool answers_false(PyObject* tensor, PyObject* question) {
-  PyObject* answer = PyObject_CallMethodNoArgs(tensor, question);
-  if (answer == nullptr) PyErr_Clear();
-  const bool is_false = answer == Py_False;
-  Py_XDECREF(answer);
-  return is_false;
-}
-
-// Counts the references to a tensor's storage, from C++ and from Python; -1 if that cannot be told. A storage
-// that nobody else holds has the count that a fresh tensor's has.
-long storage_references(PyObject* tensor) {
-  static PyObject* use_count = nullptr;
-  if (use_count == nullptr)
-    use_count = PyObject_GetAttrString(nb::module_::import_("torch._C").ptr(), "_storage_Use_Count");
-  PyObject* storage = PyObject_CallMethod(tensor, "untyped_storage", nullptr);
-  PyObject* address = storage == nullptr ? nullptr : PyObject_GetAttrString(storage, "_cdata");
-  PyObject* count = address == nullptr || use_count == nullptr ? nullptr : PyObject_CallOneArg(use_count, address);
-  const long references = count == nullptr ? -1 : PyLong_AsLong(count) + static_cast<long>(Py_REFCNT(storage));
-  PyErr_Clear();
-  Py_XDECREF(count);
-  Py_XDECREF(address);
-  Py_XDECREF(storage);
-  return references;
-}
-
-bool has_weak_references(PyObject* object) {
-  static PyObject* count_of = nullptr;
-  if (count_of == nullptr) count_of = PyObject_GetAttrString(nb::module_::import_("weakref").ptr(), "getweakrefcount");
-  PyObject* count = count_of == nullptr ? nullptr : PyObject_CallOneArg(count_of, object);
-  const bool none = count != nullptr && PyLong_AsLong(count) == 0;
-  PyErr_Clear();
-  Py_XDECREF(count);
-  return !none;
-}
 
 // With thousands of small tensors a step is made of cache misses. What rows[i] will read first is asked for
 // while rows before it are read.
@@ -112,27 +23,6 @@ constexpr int quiet_steps_after_failure = 1024;
 constexpr int64_t worth_unlocking = 1 << 19;
 
 }  // namespace
-
-bool connect(nb::handle tensor) {
-  PyObject* capsule = PyObject_GetAttrString(tensor.ptr(), "__dlpack_c_exchange_api__");
-  if (capsule == nullptr) {
-    PyErr_Clear();
-    return false;
-  }
-  auto* api = static_cast<DLExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  Py_DECREF(capsule);
-  if (api == nullptr) PyErr_Clear();
-  if (api == nullptr || api->major != 1 || api->tensor_from_object == nullptr) return false;
-  exchange = api;
-  tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
-  grad_descriptor = PyObject_GetAttrString(tensor.ptr(), "grad");
-  if (grad_descriptor == nullptr || Py_TYPE(grad_descriptor)->tp_descr_get == nullptr) return false;
-  is_neg_name = PyUnicode_InternFromString("is_neg");
-  is_conj_name = PyUnicode_InternFromString("is_conj");
-  const char* names[] = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
-  for (int k = 0; k < 4; ++k) slot_names[k] = PyUnicode_InternFromString(names[k]);
-  return true;
-}
 
 Plan::Plan(nb::list groups) {
   int group = 0;
@@ -185,8 +75,7 @@ bool Plan::overlaps(const Row& row, const void* gradient) const {
 
 // The row's gradient of this step; `look` where it is not such as it was bound with.
 void Plan::gather_gradient(Row& row) {
-  PyObject* gradient =
-      Py_TYPE(grad_descriptor)->tp_descr_get(grad_descriptor, row.param, reinterpret_cast<PyObject*>(row.param_type));
+  PyObject* gradient = gradient_of(row.param);
   if (gradient == nullptr) throw nb::python_error();
   row.active = gradient != Py_None;
   if (!row.active) {
@@ -196,12 +85,12 @@ void Plan::gather_gradient(Row& row) {
   row.gradient = gradient;
   Py_INCREF(row.param);
   DLTensor tensor;
-  row.look = !row.bound || Py_TYPE(gradient) != tensor_type || !read(gradient, &tensor) ||
-             !same_tensor(row, grad, tensor) || overlaps(row, tensor.data);
+  row.look = !row.bound || !is_plain_tensor(gradient) || !read(gradient, &tensor) || !same_tensor(row, grad, tensor) ||
+             overlaps(row, tensor.data);
   // A lazily negated gradient is the imaginary part of a conjugate, so that no stride of it is 1 but where it
   // has one element: a dense one need not be asked, which would cost as much as all else here.
   if (!row.look && (row.work.layout != nullptr || row.work.elements <= 2)) {
-    row.look = !answers_false(gradient, is_neg_name) || !answers_false(gradient, is_conj_name);
+    row.look = is_lazy_view(gradient);
   }
   if (row.look) return;
   row.work.address[grad] = tensor.data;
@@ -345,7 +234,7 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::tup
   }
 
   // A complex number is two reals, one after the other.
-  const bool complex = row.type.code == 5;
+  const bool complex = is_complex(row.type);
   const int ndim = row.ndim + complex;
   row.dims = dims_.size();
   std::vector<int64_t> reals(static_cast<size_t>((operands + 1) * ndim));
@@ -411,7 +300,7 @@ void Plan::remember(nb::dict state) {
     while (PyDict_Next(entry, &inner, &name, &value)) {
       int slot = -1;
       for (int k = 0; k < 4; ++k) {
-        if (PyUnicode_Check(name) && PyUnicode_Compare(name, slot_names[k]) == 0) slot = k;
+        if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, slot_names[k]) == 0) slot = k;
       }
       seen_slots_.push_back({name, value, slot, nullptr});
     }

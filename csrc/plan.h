@@ -3,22 +3,14 @@
 // them again. Nothing is written before run().
 #pragma once
 
-#include <nanobind/nanobind.h>
-
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "dlpack.h"
 #include "engine.h"
+#include "tensor.h"
 
 namespace lucid {
-
-namespace nb = nanobind;
-
-// Given torch.Tensor once, before any plan is made: its DLPack exchange API, its type. False where torch has
-// no such API (it came with 2.10).
-bool connect(nb::handle tensor_type);
 
 class Plan {
  public:

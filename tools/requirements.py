@@ -3,6 +3,8 @@
 pip 23, which Debian and pyenv ship with Python 3.11, does not know ``--group`` yet. Standard library only.
 """
 
+from __future__ import annotations
+
 import argparse
 import shutil
 import sys
