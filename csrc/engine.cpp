@@ -109,6 +109,16 @@ void update_part(const Work& work, const Scalars<T>& scalars, int64_t begin, int
   }
 }
 
+// Small rows are over before the hardware has seen a pattern in them: their first lines are asked for beforehand.
+void prefetch(const Work& work) {
+  constexpr int64_t line = 64, lines = 4;
+  const int64_t bytes = work.elements * size_of(work.compute);
+  for (int o = 0; o <= (work.amsgrad ? max_exp_avg_sq : exp_avg_sq); ++o) {
+    const char* address = static_cast<const char*>(work.address[o]);
+    for (int64_t at = 0; at < bytes && at < line * lines; at += line) __builtin_prefetch(address + at);
+  }
+}
+
 // All rows laid end to end; batch b is elements [b * size, (b + 1) * size) of that.
 struct Step {
   const std::vector<Work>& works;
@@ -123,6 +133,7 @@ struct Step {
     size_t row = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin());
     for (int64_t i = begin; i < end; ++row) {
       const Work& work = works[row];
+      if (row + 2 < works.size()) prefetch(works[row + 2]);
       const int64_t first = i - (ends[row] - work.elements);
       const int64_t n = std::min(end, ends[row]) - i;
       const auto which = static_cast<size_t>(work.scalars);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <unordered_map>
+#include <utility>
 
 namespace lucid {
 namespace {
@@ -211,6 +212,8 @@ nb::object Plan::gather(nb::list groups, nb::list state_box) {
 nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::tuple slots) {
   Row& row = rows_.at(index);
   drop_slots(row);
+  const bool was_bound = std::exchange(row.bound, false);
+  const int ndim_before = row.ndim;
   const int operands = static_cast<int>(slots.size()) + 1;
   PyObject* object[max_operands] = {row.param, gradient.ptr()};
   for (int k = 1; k < static_cast<int>(slots.size()); ++k) object[k + 1] = slots[static_cast<size_t>(k)].ptr();
@@ -236,14 +239,19 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::tup
   // A complex number is two reals, one after the other.
   const bool complex = is_complex(row.type);
   const int ndim = row.ndim + complex;
-  row.dims = dims_.size();
+  if (!was_bound || row.ndim != ndim_before) {
+    changed_ = true;
+    row.dims = dims_.size();
+    dims_.resize(row.dims + static_cast<size_t>((operands + 1) * row.ndim));
+  }
+  int64_t* dim = dims_.data() + row.dims;
   std::vector<int64_t> reals(static_cast<size_t>((operands + 1) * ndim));
   const int64_t* strides[max_operands];
   for (int o = -1; o < operands; ++o) {
     const int64_t* from = o < 0 ? tensor[param].shape : tensor[o].strides;
     int64_t* to = reals.data() + (o + 1) * ndim;
     for (int k = 0; k < row.ndim; ++k) {
-      dims_.push_back(from[k]);
+      *dim++ = from[k];
       to[k] = complex && o >= 0 ? 2 * from[k] : from[k];
     }
     if (complex) to[row.ndim] = o < 0 ? 2 : 1;
@@ -263,7 +271,7 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::tup
   }
 
   row.step = static_cast<float*>(step.data);
-  changed_ |= !row.bound || row.entry != entry.ptr();
+  changed_ |= row.entry != entry.ptr();
   row.entry = entry.ptr();
   for (size_t k = 0; k < slots.size(); ++k) {
     changed_ |= row.slot[k] != slots[k].ptr();
@@ -306,7 +314,7 @@ void Plan::remember(nb::dict state) {
     }
   }
 
-  // Dimensions of rows bound more than once have left gaps.
+  // Rows that were bound again with other dimensions have left gaps.
   std::vector<int64_t> dims;
   std::vector<std::pair<const char*, const char*>> spans;
   for (Row& row : rows_) {

@@ -127,7 +127,7 @@ class AdamW(Optimizer):
 
 
 def _number(name: str, value: Any, below: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     number = float(value)
     if not 0.0 <= number < below:
