@@ -47,10 +47,10 @@ sanitize: setup  ## build the engine with address/undefined-behaviour and thread
 	tools/sanitize.sh
 
 bench: setup  ## measure the step beside torch's (and DeepSpeed's where installed); writes benchmarks/RESULTS.md
-	$(BIN)/python benchmarks/step.py $(ARGS)
+	$(BIN)/python -m benchmarks.step $(if $(ARGS),$(ARGS),--markdown benchmarks/RESULTS.md)
 
 accuracy: setup  ## measure the error against exact arithmetic, as docs/numerics.md shows it
-	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python -m benchmarks.accuracy
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build dist runs

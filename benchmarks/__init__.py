@@ -1,0 +1,1 @@
+"""Speed, memory and accuracy of ``lucid.optim``, measured beside its peers."""

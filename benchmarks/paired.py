@@ -1,0 +1,90 @@
+"""Paired measurements: rounds in which every contender runs once, in an order that alternates.
+
+What the machine does meanwhile falls on all of a round alike, so ratios within rounds are steadier
+than times.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+SAMPLE_SECONDS = 5e-3  # at least, for each sample
+PAUSE_SECONDS = 0.02  # before each sample: OpenMP's workers spin for some ms after their last work
+
+
+class Quartiles(NamedTuple):
+    """The middle of some values, and how far they spread."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Quartiles:
+        found = sorted(values)
+        if len(found) < 2:
+            return cls(*(3 * found))
+        return cls(*statistics.quantiles(found, n=4, method="inclusive"))
+
+
+def ratios(over: Sequence[float], under: Sequence[float]) -> Quartiles:
+    """Return the ratios within the rounds that both took part in: the first of each."""
+    return Quartiles.of(a / b for a, b in zip(over, under, strict=False))
+
+
+def order(names: Sequence[str], number: int) -> list[str]:
+    """Return round `number`'s order: two by two they mirror each other (ABBA), then turn by one."""
+    first = number // 2 % len(names)
+    turned = [*names[first:], *names[:first]]
+    return turned[::-1] if number % 2 else turned
+
+
+def rounds(samplers: Mapping[str, Callable[[], T]], counts: Mapping[str, int], label: str) -> dict[str, list[T]]:
+    """Take `counts[name]` samples of each contender, the n-th of each in the same round."""
+    samples: dict[str, list[T]] = {name: [] for name in samplers}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for number in tqdm(range(max(counts.values())), label, leave=False, disable=None):
+            for name in order([name for name in samplers if number < counts[name]], number):
+                time.sleep(PAUSE_SECONDS)
+                samples[name].append(samplers[name]())
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def sampler(step: Callable[[], object], *, warm: bool) -> Callable[[], float]:
+    """Return a function that times `step`, as often as one sample needs, in seconds a step.
+
+    The first steps are taken here, untimed: they create state. Where `warm`, so is the first of
+    each sample: it brings to the caches what the contenders before have driven out.
+    """
+    step()
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - started)
+    repetitions = math.ceil(SAMPLE_SECONDS / min(taken))
+
+    def sample() -> float:
+        if warm:
+            step()
+        started = time.perf_counter()
+        for _ in range(repetitions):
+            step()
+        return (time.perf_counter() - started) / repetitions
+
+    return sample

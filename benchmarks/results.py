@@ -1,0 +1,87 @@
+"""What was measured: samples, before any statistics but each sample's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .contenders import BYTES_MOVED, LIMIT, LUCID
+from .footprint import ImportSeconds
+from .overhead import Cost
+from .paired import Quartiles, ratios
+from .shapes import Case
+from .training import LoopSeconds
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The step alone: samples of each contender in seconds, the n-th of each of the same round."""
+
+    case: str
+    tensors: int
+    elements: int
+    samples: dict[str, list[float]]
+    temporary: dict[str, int]  # bytes, by contender; empty where not measured
+
+    @classmethod
+    def of(cls, case: Case, samples: dict[str, list[float]], temporary: dict[str, int]) -> StepResult:
+        return cls(case.name, len(case.shapes), case.elements, samples, temporary)
+
+    def seconds(self, name: str) -> float:
+        return Quartiles.of(self.samples[name]).median
+
+    def times_lucid(self, peer: str) -> Quartiles | None:
+        """How many times as long as lucid's step `peer`'s took; None where it did not take part."""
+        return ratios(self.samples[peer], self.samples[LUCID]) if peer in self.samples else None
+
+    @property
+    def part_of_limit(self) -> Quartiles | None:
+        """Lucid's speed, as a part of that of only moving the same bytes."""
+        return self.times_lucid(LIMIT)
+
+    @property
+    def limit_gigabytes(self) -> float:
+        """GB/s that the machine moved."""
+        return BYTES_MOVED * self.elements / self.seconds(LIMIT) / 1e9
+
+    @property
+    def microseconds_a_tensor(self) -> float:
+        return 1e6 * self.seconds(LUCID) / self.tensors
+
+
+@dataclass(frozen=True, slots=True)
+class LoopResult:
+    """Training: samples of each contender, the n-th of each of the same round."""
+
+    training: str
+    tensors: int
+    elements: int
+    samples: dict[str, list[LoopSeconds]]
+
+    def milliseconds(self, name: str) -> LoopSeconds:
+        step, whole = (1e3 * Quartiles.of(each).median for each in self._columns(name))
+        return LoopSeconds(step, whole)
+
+    def times_lucid(self, peer: str) -> tuple[Quartiles, Quartiles]:
+        """How many times as long as lucid's `peer`'s step and whole iteration took."""
+        step, whole = (
+            ratios(over, under) for over, under in zip(self._columns(peer), self._columns(LUCID), strict=True)
+        )
+        return step, whole
+
+    def _columns(self, name: str) -> tuple[Sequence[float], Sequence[float]]:
+        return [each.step for each in self.samples[name]], [each.whole for each in self.samples[name]]
+
+
+@dataclass(slots=True)
+class Results:
+    """One run of the benchmarks; what was not asked for is empty."""
+
+    machine: dict[str, str]
+    quick: bool
+    neighbours: float = math.nan  # part of all cores' time that others took meanwhile
+    steps: dict[str, StepResult] = field(default_factory=dict)
+    loops: dict[str, LoopResult] = field(default_factory=dict)
+    imports: list[ImportSeconds] = field(default_factory=list)
+    overhead: dict[str, list[Cost]] = field(default_factory=dict)

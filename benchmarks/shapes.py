@@ -1,0 +1,75 @@
+"""The parameter shapes that are timed: two models', written from their architecture, and plain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A set of parameters to step."""
+
+    name: str
+    shapes: Sequence[Shape]
+    amsgrad: bool = False
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def bytes(self) -> int:
+        """What one optimizer works on: float32 parameters, gradients and moments."""
+        return self.elements * (20 if self.amsgrad else 16)
+
+
+def gpt2_small() -> list[Shape]:
+    """148 tensors, 124.4 M parameters: 12 blocks of width 768, the output tied to the embedding."""
+    width, vocabulary, context = 768, 50257, 1024
+
+    def linear(inputs: int, outputs: int) -> list[Shape]:
+        return [(inputs, outputs), (outputs,)]  # as OpenAI's Conv1D stores it
+
+    norm: list[Shape] = [(width,), (width,)]
+    attention = linear(width, 3 * width) + linear(width, width)
+    mlp = linear(width, 4 * width) + linear(4 * width, width)
+    block = norm + attention + norm + mlp
+    return [(vocabulary, width), (context, width)] + 12 * block + norm
+
+
+def resnet50() -> list[Shape]:
+    """161 tensors, 25.6 M parameters: stages of 3, 4, 6 and 3 bottlenecks; norms are affine."""
+
+    def convolution(inputs: int, outputs: int, kernel: int) -> list[Shape]:
+        return [(outputs, inputs, kernel, kernel), (outputs,), (outputs,)]
+
+    shapes = convolution(3, 64, 7)
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        outputs = 4 * width
+        for block in range(blocks):
+            shapes += convolution(inputs, width, 1) + convolution(width, width, 3)
+            shapes += convolution(width, outputs, 1)
+            if block == 0:
+                shapes += convolution(inputs, outputs, 1)  # the shortcut
+            inputs = outputs
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("64M", [(64 * 2**20,)]),
+        Case("gpt2-small", gpt2_small()),
+        Case("resnet50", resnet50()),
+        Case("1000x1000", 1000 * [(1000,)]),
+        Case("1000x64", 1000 * [(64,)]),
+        Case("10000x64", 10_000 * [(64,)]),
+        Case("64M-amsgrad", [(64 * 2**20,)], amsgrad=True),
+        Case("1000x1000-amsgrad", 1000 * [(1000,)], amsgrad=True),
+    )
+}

@@ -1,0 +1,130 @@
+"""Time the AdamW step of `lucid.optim` beside its peers, in paired rounds in one process.
+
+    python -m benchmarks.step                            # all of it
+    python -m benchmarks.step --quick                    # a look: few rounds, not for quoting
+    python -m benchmarks.step --case 64M loop-gpt        # some of it
+    python -m benchmarks.step --markdown benchmarks/RESULTS.md
+
+The step alone is timed with a pause before each sample, so that no other contender's threads still
+spin; the training loops are timed with torch's threads as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import footprint, machine, overhead, report
+from .contenders import FUSED, LIMIT, LUCID, SLOW, mover, optimizers
+from .paired import rounds, sampler
+from .results import LoopResult, Results, StepResult
+from .shapes import CASES, Case
+from .training import TRAININGS, Loop, LoopSeconds, Training
+
+OTHERS = ("import", "overhead")
+
+
+def time_step(case: Case, count: int, slow_count: int) -> StepResult:
+    """Time one case; each contender has parameters, gradients and state of its own."""
+    large = case.bytes >= 4 * machine.last_level_cache()
+    values = [torch.empty(shape).normal_(std=0.02) for shape in case.shapes]
+    gradients = [torch.empty(shape).normal_(std=1e-3) for shape in case.shapes]
+
+    def params() -> list[Tensor]:
+        own = []
+        for value, gradient in zip(values, gradients, strict=True):
+            param = value.clone().requires_grad_()
+            param.grad = gradient.clone()
+            own.append(param)
+        return own
+
+    steps: dict[str, Callable[[], object]] = {}
+    for name, make in optimizers(amsgrad=case.amsgrad).items():
+        steps[name] = make(params()).step
+    values, gradients = [], []
+    if large and not case.amsgrad:
+        steps[LIMIT] = mover(case.elements)
+    samplers = {name: sampler(step, warm=not large) for name, step in steps.items()}
+    counts = {name: slow_count if name in SLOW else count for name in samplers}
+    samples = rounds(samplers, counts, case.name)
+    temporary = {
+        name: size
+        for name, step in steps.items()
+        if large and name != LIMIT and (size := footprint.temporary_bytes(step)) is not None
+    }
+    return StepResult.of(case, samples, temporary)
+
+
+def time_training(training: Training, count: int) -> LoopResult:
+    """Time the loop under lucid and under torch fused."""
+    makers = optimizers()
+    loops = {name: Loop(training, makers[name]) for name in (LUCID, FUSED)}
+    samples: dict[str, list[LoopSeconds]] = rounds(
+        {name: loop.sample for name, loop in loops.items()},
+        dict.fromkeys(loops, count),
+        training.name,
+    )
+    sizes = [param.numel() for param in loops[LUCID].model.parameters()]
+    return LoopResult(training.name, len(sizes), sum(sizes), samples)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.partition("\n")[0])
+    names = [*CASES, *TRAININGS, *OTHERS]
+    parser.add_argument("--case", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--rounds", type=_count, help="pairs of lucid and its fast peers (61)")
+    parser.add_argument("--quick", action="store_true", help="few rounds: a look, not for quoting")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every sample there")
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="put the tables between this file's markers")
+    return parser
+
+
+def _count(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.markdown is not None:  # before minutes of measuring
+        try:
+            report.spliced(options.markdown.read_text(), "")
+        except (OSError, ValueError) as error:
+            parser.error(f"--markdown {options.markdown}: {error}")
+    count: int = options.rounds or (5 if options.quick else 61)
+    slow_count = min(count, 1 if options.quick else 9)
+
+    results = Results(machine.description(), options.quick)
+    torch.manual_seed(0)
+    neighbours = machine.Neighbours()
+    bar = tqdm(list(dict.fromkeys(options.case)), "cases", disable=None)
+    for name in bar:
+        bar.set_postfix_str(name)
+        if name in CASES:
+            results.steps[name] = time_step(CASES[name], count, slow_count)
+        elif name in TRAININGS:
+            results.loops[name] = time_training(TRAININGS[name], count)
+        elif name == "import":
+            results.imports = footprint.import_seconds(2 if options.quick else max(9, count // 4))
+        else:
+            results.overhead = overhead.accounts()
+    results.neighbours = neighbours.share()
+    results.machine["neighbours"] = f"took {results.neighbours:.1%} of all cores' time meanwhile"
+    print(report.terminal(results))
+    if options.json is not None:
+        report.write_json(results, options.json)
+    if options.markdown is not None:
+        text = report.spliced(options.markdown.read_text(), report.markdown(results))
+        options.markdown.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

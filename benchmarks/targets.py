@@ -1,0 +1,69 @@
+"""What the project promises of its speed, next to what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .contenders import DEFAULT, FUSED, LUCID
+from .paired import Quartiles
+from .results import Results
+
+IMPORT_MS = 30.0
+TEMPORARY_MIB = 1.0  # "none that grows with the model": 64 M parameters are 256 MiB
+
+
+class Target(NamedTuple):
+    """One promise and its measured value."""
+
+    what: str
+    wanted: str
+    measured: str
+    met: bool
+
+
+def targets(results: Results) -> list[Target]:
+    """Return every promise of which something was measured."""
+    return [*_steps(results), *_loops(results), *_footprint(results)]
+
+
+def _at_least(what: str, bound: float, found: Quartiles, unit: str = "×") -> Target:
+    return Target(what, f"≥ {bound:.4g}{unit}", f"{found.median:.3g}{unit}", found.median >= bound)
+
+
+def _at_most(what: str, bound: float, found: float, unit: str) -> Target:
+    return Target(what, f"≤ {bound:.4g}{unit}", f"{found:.3g}{unit}", found <= bound)
+
+
+def _steps(results: Results) -> Iterator[Target]:
+    for name in ("64M", "gpt2-small"):
+        if (step := results.steps.get(name)) is None:
+            continue
+        for peer, bound in ((FUSED, 0.97), (DEFAULT, 6.0)):
+            if (found := step.times_lucid(peer)) is not None:
+                yield _at_least(f"{name}: {peer}'s time over lucid's", bound, found)
+        if (found := step.part_of_limit) is not None:
+            yield _at_least(f"{name}: part of the memory's limit", 0.9, found, unit="")
+    for name in ("1000x1000", "1000x64", "10000x64"):
+        if (step := results.steps.get(name)) is None:
+            continue
+        if (found := step.times_lucid(FUSED)) is not None:
+            yield _at_least(f"{name}: {FUSED}'s time over lucid's", 15.0, found)
+        if name != "1000x1000":
+            yield _at_most(f"{name}: a tensor, all in", 0.5, step.microseconds_a_tensor, " µs")
+
+
+def _loops(results: Results) -> Iterator[Target]:
+    for name, loop in results.loops.items():
+        step, _ = loop.times_lucid(FUSED)
+        yield _at_least(f"{name}: {FUSED}'s step over lucid's", 1.0, step)
+
+
+def _footprint(results: Results) -> Iterator[Target]:
+    for name, step in results.steps.items():
+        if LUCID in step.temporary:
+            mebibytes = step.temporary[LUCID] / 2**20
+            yield _at_most(f"{name}: temporary memory of a step", TEMPORARY_MIB, mebibytes, " MiB")
+    if results.imports:
+        seconds = Quartiles.of(each.lucid for each in results.imports).median
+        yield _at_most("import lucid.optim after torch", IMPORT_MS, 1e3 * seconds, " ms")
