@@ -7,28 +7,22 @@
 The text is `pydoc_data.topics`, which every Python carries; the model reads and writes single
 characters. Every tenth topic is kept out of training, whole, and gives the held-out loss.
 
-A run writes `checkpoint.pt`, `loss.json`, `loss.png` and `sample.txt` into `--out`, a comparison
-`compare.json` and `compare.png`. Ctrl-C saves a checkpoint at the last whole step. `--resume`
-continues from it to the very bits that an uninterrupted run ends with: all that a step depends on
-is in the checkpoint or follows from the seed and the number of the step.
+A run writes `checkpoint.pt`, `loss.png` and `sample.txt` into `--out`, a comparison `compare.png`.
+Ctrl-C saves a checkpoint at the last whole step. `--resume` continues from it to the very bits that
+an uninterrupted run ends with: all that a step depends on is in the checkpoint, or follows from the
+seed and the number of the step.
 """
 
-from __future__ import annotations
-
 import argparse
-import contextlib
 import hashlib
-import json
 import math
 import os
 import signal
 import statistics
 import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -41,7 +35,6 @@ from tqdm import tqdm
 
 import lucid.optim as optim
 
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands for every rare character
 EVERY = 100  # steps between two held-out losses, and between two checkpoints
 
 
@@ -50,7 +43,7 @@ class Config:
     """All that the result depends on, but for the text."""
 
     optimizer: str = "lucid"
-    steps: int = 1000
+    steps: int = 900
     seed: int = 0
     lr: float = 2e-3  # at its peak
     betas: tuple[float, float] = (0.9, 0.99)
@@ -64,29 +57,27 @@ class Config:
     layers: int = 4
 
 
+def encode(text: str) -> Tensor:
+    """Return ASCII codes; a character that has no likeness in ASCII becomes "?"."""
+    likenesses = str.maketrans("‘’“”–—", "''\"\"--")
+    return torch.tensor(list(text.translate(likenesses).encode("ascii", "replace")))
+
+
 class Corpus:
-    """The text as codes of characters: 1-d int64 tensors `train` and `held_out`."""
+    """The text in codes, 1-d int64 tensors `train` and `held_out`; the `digest` names it."""
 
     def __init__(self) -> None:
-        names = sorted(topics)
-        train = "\n\n".join(topics[name] for i, name in enumerate(names) if i % 10 != 5)
-        held_out = "\n\n".join(topics[name] for i, name in enumerate(names) if i % 10 == 5)
-        frequent = {char for char, count in Counter(train).items() if count >= 20}
-        self.vocabulary = "".join(sorted(frequent | {UNKNOWN}))
-        self.train, self.held_out = self.encode(train), self.encode(held_out)
-        self.digest = hashlib.sha256((train + held_out).encode()).hexdigest()[:12]
+        texts = [topics[name] for name in sorted(topics)]
+        self.train = encode("\n\n".join(text for i, text in enumerate(texts) if i % 10 != 5))
+        self.held_out = encode("\n\n".join(texts[5::10]))
+        self.digest = hashlib.sha256("".join(texts).encode()).hexdigest()[:12]
 
-    def encode(self, text: str) -> Tensor:
-        codes = {char: code for code, char in enumerate(self.vocabulary)}
-        return torch.tensor([codes.get(char, codes[UNKNOWN]) for char in text])
-
-    def batch(self, config: Config, step: int) -> tuple[Tensor, Tensor]:
-        """Draw the (batch, context) inputs and targets of a step from the seed and its number."""
+    def batch(self, config: Config, step: int) -> Tensor:
+        """Draw a step's (batch, context + 1) codes; they follow from the seed and its number."""
         generator = torch.Generator().manual_seed((config.seed << 32) + step)
         last = len(self.train) - config.context
         starts = torch.randint(last, (config.batch, 1), generator=generator)
-        windows = self.train[starts + torch.arange(config.context + 1)]
-        return windows[:, :-1], windows[:, 1:]
+        return self.train[starts + torch.arange(config.context + 1)]
 
 
 class Block(nn.Module):
@@ -107,57 +98,46 @@ class Block(nn.Module):
         query, key, value = heads.transpose(1, 2).chunk(3, dim=1)  # (batch, heads, context, -1)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.attention_out(mixed.transpose(1, 2).flatten(2))
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+        mapped: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+        return x + mapped
 
 
 class GPT(nn.Module):
     """Codes in, scores of the next character out; the token embedding is the head as well."""
 
-    def __init__(self, config: Config, vocabulary_size: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.token = nn.Embedding(vocabulary_size, config.width)
-        self.position = nn.Embedding(config.context, config.width)
+        self.token = nn.Embedding(128, config.width)
         self.blocks = nn.Sequential(*(Block(config) for _ in range(config.layers)))
         self.norm = nn.LayerNorm(config.width)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 depth = 2 * config.layers if name.endswith("_out.weight") else 1
                 nn.init.normal_(parameter, std=0.05 / math.sqrt(depth))
-        # Sinusoids to start from: attention then finds its neighbours in half as many steps.
-        frequency = 1000.0 ** -torch.arange(0, 1, 2 / config.width)
-        angle = torch.arange(config.context)[:, None] * frequency
-        self.position.weight.data = 0.1 * torch.cat([angle.sin(), angle.cos()], dim=1)
+        # Positions start as sinusoids: attention then learns to find neighbours in half the steps.
+        angle = torch.arange(config.context)[:, None] / 1000 ** torch.arange(0, 1, 2 / config.width)
+        self.position = nn.Parameter(0.1 * torch.cat([angle.sin(), angle.cos()], dim=1))
 
     def forward(self, codes: Tensor) -> Tensor:
-        x = self.token(codes) + self.position.weight[: codes.shape[1]]
+        x = self.token(codes) + self.position[: codes.shape[1]]
         return F.linear(self.norm(self.blocks(x)), self.token.weight)
 
 
-def cross_entropy(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean loss in nats a character."""
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+def cross_entropy(model: GPT, codes: Tensor) -> Tensor:
+    """Return the mean loss, in nats a character, of predicting each code from those before it."""
+    return F.cross_entropy(model(codes[:, :-1]).flatten(0, 1), codes[:, 1:].flatten())
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT, corpus: Corpus, config: Config) -> float:
-    """Return the loss over all of the held-out text, cut into windows side by side."""
-    count = (len(corpus.held_out) - 1) // config.context
-    inputs = corpus.held_out[: count * config.context].view(count, -1).split(config.batch)
-    targets = corpus.held_out[1 : count * config.context + 1].view(count, -1).split(config.batch)
-    batches = zip(inputs, targets, strict=True)
-    return sum(len(x) * cross_entropy(model, x, y).item() for x, y in batches) / count
-
-
-@torch.no_grad()
-def sample(model: GPT, corpus: Corpus, config: Config, length: int = 600) -> str:
+def sample(model: GPT, config: Config, length: int = 600) -> str:
     """Continue a prompt by `length` characters, each drawn from the model's own prediction."""
     generator = torch.Generator().manual_seed(config.seed)
-    codes = corpus.encode("The ")[None]
+    codes = encode("When a ")[None]
     for _ in range(length):
         scores = model(codes[:, -config.context :])[:, -1] / 0.7  # sharpened: fewer slips
         drawn = torch.multinomial(scores.softmax(-1), 1, generator=generator)
         codes = torch.cat([codes, drawn], dim=1)
-    return "".join(corpus.vocabulary[code] for code in codes[0].tolist())
+    return bytes(codes[0].tolist()).decode()
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -181,83 +161,71 @@ def lr_factor(step: int, config: Config) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup))
 
 
-@dataclass(slots=True)
-class History:
-    """The losses of a run; equal bits for an equal Config."""
-
-    train: list[float] = field(default_factory=list)  # of every step
-    held_out: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss)
-
-    def smoothed(self, step: int) -> float:
-        """Return the mean training loss of the 50 steps up to `step`: one batch is too noisy."""
-        return statistics.fmean(self.train[max(0, step - 50) : step])
-
-
 class Run:
     """A model in training: what a checkpoint holds, and how long the steps done here took."""
 
     def __init__(self, config: Config, corpus: Corpus) -> None:
         self.config, self.corpus = config, corpus
+        self.identity = asdict(config) | {"text": corpus.digest}
         torch.manual_seed(config.seed)
-        self.model = GPT(config, len(corpus.vocabulary))
+        self.model = GPT(config)
         self.optimizer = make_optimizer(self.model, config)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, config)
         )
-        self.history = History()
-        self.step_seconds: list[float] = []
-        self.optimizer_seconds: list[float] = []
+        self.losses: list[float] = []  # of every step, in nats a character
+        self.held_out: list[tuple[int, float]] = []  # (steps done, loss)
+        self.seconds: list[tuple[float, float]] = []  # (whole step, optimizer's step)
 
     @property
     def step(self) -> int:
         """The number of steps done, those before a resume included."""
-        return len(self.history.train)
+        return len(self.losses)
 
     def advance(self) -> None:
-        """Do one step, and at times a held-out loss, which is not timed."""
-        inputs, targets = self.corpus.batch(self.config, self.step)
+        """Do one training step."""
+        codes = self.corpus.batch(self.config, self.step)
         started = time.perf_counter()
-        loss = cross_entropy(self.model, inputs, targets)
+        loss = cross_entropy(self.model, codes)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         updating = time.perf_counter()
         self.optimizer.step()
         updated = time.perf_counter()
         self.schedule.step()
-        self.history.train.append(loss.item())
-        self.optimizer_seconds.append(updated - updating)
-        self.step_seconds.append(time.perf_counter() - started)
-        if self.step % EVERY == 0 or self.step == self.config.steps:
-            held_out = held_out_loss(self.model, self.corpus, self.config)
-            self.history.held_out.append((self.step, held_out))
+        self.losses.append(loss.item())
+        self.seconds.append((time.perf_counter() - started, updated - updating))
 
-    def losses(self) -> str:
-        held_out = f"{self.history.held_out[-1][1]:.3f}" if self.history.held_out else "-"
-        return f"train {self.history.smoothed(self.step):.3f}, held-out {held_out}"
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Take the loss over all of the held-out text, cut into windows side by side."""
+        context = self.config.context
+        windows = self.corpus.held_out.unfold(0, context + 1, context)
+        batches = torch.split(windows, self.config.batch)
+        losses = [len(batch) * cross_entropy(self.model, batch).item() for batch in batches]
+        self.held_out.append((self.step, sum(losses) / len(windows)))
+
+    def smoothed_loss(self, step: int) -> float:
+        """Return the mean training loss of the 50 steps up to `step`: one batch is too noisy."""
+        return statistics.fmean(self.losses[max(0, step - 50) : step])
 
     def milliseconds(self) -> tuple[float, float]:
-        """Return the medians of a whole step and of the optimizer's step."""
-        seconds = (self.step_seconds, self.optimizer_seconds)
-        step, update = (1e3 * statistics.median(each) for each in seconds)
+        """Return the medians of a whole step and of the optimizer's; NaN if none was done here."""
+        seconds = self.seconds or [(math.nan, math.nan)]
+        step, update = (1e3 * statistics.median(each) for each in zip(*seconds, strict=True))
         return step, update
-
-    def share(self) -> float:
-        """Return the part of the steps' time that was spent in the optimizer."""
-        return sum(self.optimizer_seconds) / sum(self.step_seconds)
-
-    def identity(self) -> dict[str, Any]:
-        return asdict(self.config) | {"text": self.corpus.digest}
 
     def save(self, path: Path) -> None:
         """Write a checkpoint whole or not at all: a crash leaves the previous one in place."""
         unfinished = path.with_suffix(".tmp")
         checkpoint = {
-            "identity": self.identity(),
+            "identity": self.identity,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "history": asdict(self.history),
+            "losses": self.losses,
+            "held_out": self.held_out,
         }
         torch.save(checkpoint, unfinished)
         os.replace(unfinished, path)
@@ -265,129 +233,114 @@ class Run:
     def load(self, path: Path) -> None:
         """Take up a checkpoint, or raise ValueError if it is another run's."""
         checkpoint = torch.load(path, weights_only=True)
-        for name, value in self.identity().items():
+        for name, value in self.identity.items():
             if (saved := checkpoint["identity"].get(name)) != value:
-                raise ValueError(f"{path} was made with {name} {saved!r}, not {value!r}")
+                raise ValueError(f"{path} was made with {name} {saved!r}, this run has {value!r}")
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.schedule.load_state_dict(checkpoint["schedule"])
-        self.history = History(**checkpoint["history"])
+        self.losses, self.held_out = checkpoint["losses"], checkpoint["held_out"]
 
 
-@contextlib.contextmanager
-def interrupt_between_steps() -> Iterator[threading.Event]:
-    """Let Ctrl-C set a flag, so that it cuts no step in half; a second one acts at once."""
-    interrupted = threading.Event()
-    previous = signal.getsignal(signal.SIGINT)
-
-    def note(*_: object) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def train(runs: Sequence[Run], last: int, checkpoint: Path | None) -> bool:
-    """Advance the runs to step `last`; False if Ctrl-C came first. Only one run checkpoints.
+def train(runs: Sequence[Run], last: int, checkpoint: Path | None) -> None:
+    """Advance the runs to step `last`, or until Ctrl-C; the first one writes the checkpoints.
 
     Runs that are compared take turns, so that whatever else the machine does slows them alike.
+    Ctrl-C is only noted while this goes on, so that it cuts no step in half.
     """
-    first = runs[0]
-    with (
-        interrupt_between_steps() as interrupted,
-        tqdm(total=first.config.steps, initial=first.step, disable=None, unit="step") as bar,
-    ):
-        while first.step < last and not interrupted.is_set():
+    first, config = runs[0], runs[0].config
+    interrupts: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    bar = tqdm(total=config.steps, initial=first.step, disable=None, unit="step")
+    try:
+        while first.step < last and not interrupts:
             for run in runs:
                 run.advance()
-            tokens = first.config.batch * first.config.context / first.step_seconds[-1]
-            bar.set_postfix_str(
-                f"loss {first.history.smoothed(first.step):.3f}, {tokens:,.0f} tokens/s, "
-                f"optimizer {first.share():.1%}",
-                refresh=False,
-            )
+            step, update = first.milliseconds()
+            speed = 1e3 * config.batch * config.context / step
+            loss = f"loss {first.smoothed_loss(first.step):.3f}, {speed:,.0f} tokens/s"
+            bar.set_postfix_str(f"{loss}, optimizer {update / step:.1%}", refresh=False)
             bar.update()
-            if first.step % EVERY == 0 or first.step == first.config.steps:
-                losses = (f"{run.config.optimizer}: {run.losses()}" for run in runs)
-                bar.write(f"step {first.step:>5}   " + "   ".join(losses))
+            if first.step % EVERY == 0 or first.step == config.steps:
+                line = f"step {first.step:>5}"
+                for run in runs:
+                    run.evaluate()
+                    line += f"   {run.config.optimizer}: train {run.smoothed_loss(run.step):.3f},"
+                    line += f" held-out {run.held_out[-1][1]:.3f}"
+                bar.write(line)
                 sys.stdout.flush()
-            if checkpoint and first.step % EVERY == 0:
-                first.save(checkpoint)
+                if checkpoint:
+                    first.save(checkpoint)
         if checkpoint:
             first.save(checkpoint)
-    return not interrupted.is_set()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        bar.close()
 
 
-def save_curves(runs: Sequence[Run], stem: Path) -> None:
-    """Write the losses as numbers and as a picture; where runs agree, thin lines lie on thick."""
-    histories = {run.config.optimizer: asdict(run.history) for run in runs}
-    stem.with_suffix(".json").write_text(json.dumps(histories))
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for run, width, color in zip(runs, (5, 2.5, 1), ("#f4b942", "#2a6f97", "#222222")):
-        name, steps = run.config.optimizer, range(1, run.step + 1)
-        smoothed = [run.history.smoothed(step) for step in steps]
-        axes.plot(steps, smoothed, color=color, linewidth=width, label=f"{name}, train")
-        at, held_out = zip(*run.history.held_out, strict=True)
-        axes.plot(at, held_out, "o--", color=color, markersize=3 + width, label=f"{name}, held-out")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a character)")
-    axes.set_title("A small GPT on Python's language reference (train: mean of 50 steps)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(stem.with_suffix(".png"))
-
-
-def comparison(runs: Sequence[Run]) -> str:
-    """Lay out one column for each run, lucid's first."""
+def summary(runs: Sequence[Run]) -> str:
+    """Lay out one column for each run."""
     step, update = zip(*(run.milliseconds() for run in runs), strict=True)
     rows = {
         "": [run.config.optimizer for run in runs],
-        "final train loss": [f"{run.history.smoothed(run.step):.4f}" for run in runs],
-        "final held-out loss": [f"{run.history.held_out[-1][1]:.4f}" for run in runs],
-        "whole step, ms": [f"{ms:.1f}" for ms in step],
-        "optimizer step, ms": [f"{ms:.2f}" for ms in update],
-        "optimizer's share": [f"{run.share():.1%}" for run in runs],
-        "optimizer, times lucid's": [f"{ms / update[0]:.2f}" for ms in update],
+        "train loss, last 50 steps": [f"{run.smoothed_loss(run.step):.4f}" for run in runs],
+        "held-out loss": [f"{run.held_out[-1][1]:.4f}" for run in runs],
+        "step, ms (median)": [f"{ms:.1f}" for ms in step],
+        "  forward, backward, clip": [f"{s - u:.1f}" for s, u in zip(step, update, strict=True)],
+        "  optimizer": [f"{ms:.2f}" for ms in update],
+        "optimizer's share": [f"{u / s:.1%}" for s, u in zip(step, update, strict=True)],
     }
-    return "\n".join(f"{name:<26}" + "".join(f"{x:>13}" for x in row) for name, row in rows.items())
+    if len(runs) > 1:
+        rows["optimizer, against lucid"] = [f"{ms / update[0]:.2f} x" for ms in update]
+    return "\n".join(f"{name:<25}" + "".join(f"{x:>13}" for x in row) for name, row in rows.items())
 
 
-def whole_number(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if text.isdecimal() and low <= int(text) < 2**31:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"expected a whole number from {low} on, got {text!r}")
-
-    return parse
+def save_curves(runs: Sequence[Run], path: Path) -> None:
+    """Draw lines for training and rings for held-out, the wider the more runs cover them."""
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for i, run in enumerate(runs):
+        name, steps, cover = run.config.optimizer, range(1, run.step + 1), len(runs) - i
+        smoothed = [run.smoothed_loss(step) for step in steps]
+        axes.plot(steps, smoothed, f"C{i}", linewidth=1.5 * cover, label=f"{name}, train")
+        at, held_out = zip(*run.held_out, strict=True)
+        axes.plot(
+            at, held_out, f"C{i}o", fillstyle="none", ms=4 + 3 * cover, label=f"{name}, held-out"
+        )
+    title = "A small GPT on Python's language reference (train: mean of 50 steps)"
+    axes.set(xlabel="step", ylabel="loss (nats a character)", title=title)
+    axes.legend()
+    figure.savefig(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    optimizers = ("lucid", "torch", "torch-fused")
+    """Run the command line; return the exit status."""
     default = Config()
+    optimizers = ("lucid", "torch", "torch-fused")
     parser = argparse.ArgumentParser(description="Train a small GPT on Python's own reference.")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--optimizer", choices=optimizers, default=default.optimizer)
     which.add_argument("--compare", action="store_true", help="train with each, side by side")
-    parser.add_argument("--steps", type=whole_number(1), default=default.steps)
-    parser.add_argument("--seed", type=whole_number(0), default=default.seed)
-    parser.add_argument("--stop-after", type=whole_number(1), metavar="STEP", help="as Ctrl-C does")
+    parser.add_argument("--steps", type=int, default=default.steps)
+    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop early, as by Ctrl-C")
     parser.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
     parser.add_argument("--out", type=Path, default=Path("runs/train_gpt"), help="folder to fill")
     options = parser.parse_args(arguments)
+    out, checkpoint = options.out, options.out / "checkpoint.pt"
+    last = options.steps if options.stop_after is None else min(options.steps, options.stop_after)
+    if last < 1:
+        parser.error("--steps and --stop-after must be at least 1")
+    if not 0 <= options.seed < 2**31:
+        parser.error(f"--seed must lie in 0 ... 2**31 - 1, got {options.seed}")
     if options.compare and (options.resume or options.stop_after):
         parser.error("--compare runs from start to end: drop --resume and --stop-after")
-    config = Config(options.optimizer, options.steps, options.seed)
-    out, checkpoint = options.out, options.out / "checkpoint.pt"
     if options.resume and not checkpoint.exists():
         parser.error(f"--resume: there is no {checkpoint}; start once without --resume")
 
     corpus = Corpus()
-    names = optimizers if options.compare else [config.optimizer]
+    config = Config(options.optimizer, options.steps, options.seed)
+    names = optimizers if options.compare else (config.optimizer,)
     runs = [Run(replace(config, optimizer=name), corpus) for name in names]
     run = runs[0]
     try:
@@ -395,38 +348,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.resume:
             run.load(checkpoint)
     except (OSError, ValueError) as error:
-        parser.error(f"{error}")
-    parameters = sum(p.numel() for p in run.model.parameters())
-    print(
-        f"{parameters:,} parameters, {len(corpus.vocabulary)} symbols, "
-        f"{len(corpus.train):,} characters to train on, {len(corpus.held_out):,} held out"
-    )
-    last = min(config.steps, options.stop_after or config.steps)
-    finished = train(runs, last, None if options.compare else checkpoint)
-    if options.compare:
-        if not finished:
-            print("stopped: an unfinished comparison saves nothing")
-            return 130
-        save_curves(runs, out / "compare")
-        print(f"
-{comparison(runs)}
-
-written to {out}: compare.json, compare.png")
-        return 0
+        parser.error(str(error))
+    size = sum(p.numel() for p in run.model.parameters())
+    print(f"{size:,} parameters, {len(corpus.train):,} characters to learn from", flush=True)
+    train(runs, last, None if options.compare else checkpoint)
     if run.step < config.steps:
-        print(f"saved {checkpoint} at step {run.step}: the same command with --resume goes on")
-        return 0 if finished else 130
-    text = sample(run.model, corpus, config)
-    (out / "sample.txt").write_text(text, encoding="utf-8")
-    save_curves(runs, out / "loss")
-    print(f"\n{text}\n\nfinal loss in nats a character: {run.losses()}")
-    if run.step_seconds:  # none where a finished run was resumed
-        step, update = run.milliseconds()
-        print(
-            f"median step {step:.1f} ms: {step - update:.1f} forward, backward and clipping, "
-            f"{update:.2f} optimizer; its share of all time {run.share():.1%}"
-        )
-    print(f"written to {out}: checkpoint.pt, loss.json, loss.png, sample.txt")
+        way_on = "a comparison starts anew" if options.compare else "add --resume to continue"
+        print(f"stopped after step {run.step} of {config.steps}: {way_on}")
+        return 0 if run.step == last else 130
+    if not options.compare:
+        text = sample(run.model, config)
+        (out / "sample.txt").write_text(text, encoding="utf-8")
+        print(f"\n{text}\n")
+    save_curves(runs, out / ("compare.png" if options.compare else "loss.png"))
+    print(f"{summary(runs)}\nwritten to {out}/")
     return 0
 
 
