@@ -91,7 +91,8 @@ class Plan:
     def run(self, scalars: Sequence[Scalars], state_box: list[Any]) -> None:
         """Update every row, or none if an exception comes before the first write."""
         own = len(scalars) - len(self._rows)
-        self._updates = reference.compute(self._rows, scalars[own:])
+        if self._rows:
+            self._updates = reference.compute(self._rows, scalars[own:])
         if self._native is not None:
             self._native.remember(state_box[0])
             torch.autograd.graph.increment_version(self._native.params())
@@ -106,7 +107,8 @@ class Plan:
         self._writing = True
         if self._native is not None and not self._native.ran:
             self._native.run(list(scalars), torch.get_num_threads(), state_box)
-        reference.commit(self._updates)
+        if self._updates:
+            reference.commit(self._updates)
 
     @property
     def ran(self) -> bool:

@@ -129,7 +129,10 @@ class AdamW(Optimizer):
 def _number(name: str, value: Any, below: float = math.inf) -> float:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not 0.0 <= number < below:
         raise ValueError(f"{name}: expected a number in [0, {below:g}), got {value!r}")
     return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ class StateFormat:
         """Return a copy of the slots of a saved `entry` in this format, sharing no memory with it."""
         own = {STEP: checked_step(entry.get(STEP), name).clone()}
         for key in self.keys(self.amsgrad_slot in entry):
-            own[key] = self.new_slot(param).copy_(checked_slot(entry.get(key), param, key, name))
+            own[key] = self.new_slot(param).copy_(checked_slot(entry.get(key), param, key, name).detach())
         return own
 
 
@@ -86,7 +87,10 @@ def checked_step(value: Any, name: str) -> Tensor:
         isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex())
     ):
         raise ValueError(f"state 'step' of {name}: expected one number, got {value!r}")
-    count = float(value)
+    try:
+        count = float(value.detach() if isinstance(value, Tensor) else value)
+    except OverflowError:
+        count = math.inf
     if not (0 <= count < MAX_STEP and count.is_integer()):
         raise ValueError(
             f"state 'step' of {name}: expected a whole number from 0 to {MAX_STEP - 1} (float32 counts no "
@@ -98,6 +102,7 @@ def checked_step(value: Any, name: str) -> Tensor:
         and value.dtype == torch.float32
         and value.dim() == 0
         and value.device.type == "cpu"
+        and not value.requires_grad
     ):
         return value
     return torch.tensor(count, dtype=torch.float32)
@@ -114,6 +119,8 @@ def checked_slot(value: Any, param: Tensor, key: str, name: str) -> Tensor:
         raise ValueError(
             f"state {key!r} of {name} has shape {tuple(value.shape)}, expected {tuple(param.shape)} like the parameter"
         )
+    if value.device.type == "meta":
+        raise ValueError(f"state {key!r} of {name} is on the meta device and has no values; load the checkpoint anew")
     if value.layout is not torch.strided or not (
         value.is_complex() if param.is_complex() else value.is_floating_point()
     ):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, KeysView, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Self
+
+from torch import Tensor
 
 _MISSING = object()
 
@@ -31,10 +34,10 @@ class ParamGroup(dict[str, Any]):
             return super().__contains__("beta1") and super().__contains__("beta2")
         return super().__contains__(key)
 
-    def __getitem__(self, key: str) -> Any:
+    def __missing__(self, key: str) -> Any:
         if key == "betas" and key in self:
-            return (super().__getitem__("beta1"), super().__getitem__("beta2"))
-        return super().__getitem__(key)
+            return (self["beta1"], self["beta2"])
+        raise KeyError(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key == "betas":
@@ -95,6 +98,56 @@ class ParamGroup(dict[str, Any]):
 
     def copy(self) -> ParamGroup:
         return ParamGroup(self)
+
+
+def checked_params(params: Any) -> tuple[list[Tensor], list[str] | None]:
+    """Return the tensors of a group's ``"params"`` and their names, if they have any; raise where it is not so."""
+    if isinstance(params, Tensor):
+        params = [params]
+    check_ordered(params)
+    tensors: list[Tensor] = []
+    names: list[str] = []
+    for index, item in enumerate(params):
+        named = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        tensor = item[1] if named else item
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"params: expected Tensors or (name, Tensor) pairs, got {type(tensor).__name__} at position {index}"
+            )
+        if not (tensor.is_leaf or tensor.retains_grad):
+            raise ValueError(
+                f"params: the Tensor at position {index} was computed from others (no leaf), so it is no parameter; "
+                "give the Parameters that it was computed from"
+            )
+        tensors.append(tensor)
+        if named:
+            names.append(item[0])
+    if names and len(names) != len(tensors):
+        raise ValueError(
+            f"params: expected names for all Tensors or for none, got {len(names)} names for {len(tensors)} Tensors"
+        )
+    check_distinct(tensors)
+    return tensors, names or None
+
+
+def check_ordered(params: Any) -> None:
+    """Raise unless `params` can be iterated over, in the same order each time."""
+    if isinstance(params, Tensor | str | bytes) or not isinstance(params, Iterable):
+        raise TypeError(
+            "params: expected an iterable of Parameters, of (name, Parameter) pairs or of group dicts, "
+            f"got {type(params).__name__}"
+        )
+    if isinstance(params, AbstractSet) and not isinstance(params, KeysView):
+        raise TypeError(f"params: expected an ordered iterable such as a list, got {type(params).__name__}")
+
+
+def check_distinct(tensors: Sequence[Tensor]) -> None:
+    """Raise if a tensor comes twice: it would be updated twice in a step."""
+    if len({id(tensor) for tensor in tensors}) != len(tensors):
+        raise ValueError(
+            "params: a parameter comes more than once, expected each once; model.parameters() lists shared "
+            "parameters once"
+        )
 
 
 def pair(betas: Any) -> tuple[Any, Any]:

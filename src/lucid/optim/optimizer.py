@@ -14,8 +14,8 @@ from torch import Tensor
 from lucid import engine
 
 from .formats import FP32, MAX_STEP, STEP
-from .groups import ParamGroup
-from .state_dict import loaded
+from .groups import ParamGroup, check_distinct, check_ordered, checked_params
+from .state_dict import loaded, plain
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -59,6 +59,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Params, defaults: ParamGroup) -> None:
         self._begin()
+        check_ordered(params)
         super().__init__(params, defaults)
 
     def _begin(self) -> None:
@@ -106,14 +107,9 @@ class Optimizer(torch.optim.Optimizer):
         if "params" not in param_group:
             raise ValueError(f"param_group: expected a key 'params', got {sorted(map(str, param_group))}")
         group = ParamGroup(param_group)
-        if not isinstance(group["params"], Tensor | set) and isinstance(group["params"], Iterable):
-            group["params"] = list(group["params"])
-            tensors = [item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in group["params"]]
-            if len({id(tensor) for tensor in tensors}) != len(tensors):
-                raise ValueError(
-                    "params: a parameter comes more than once in one group, expected each once; "
-                    "model.parameters() lists shared parameters once"
-                )
+        group["params"], names = checked_params(group["params"])
+        if names is not None:
+            group["param_names"] = names
         for name, default in self.defaults.items():
             group.setdefault(name, default)
         self._hyperparameters(group)
@@ -131,8 +127,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _name(self, group: int, index: int) -> str:
         """How messages call parameter number `index` of a group."""
-        names = self.param_groups[group].get("param_names")
-        return f"parameter {names[index]!r}" if names else f"parameter {index} of group {group}"
+        names = self.param_groups[group].get("param_names") or ()
+        return f"parameter {names[index]!r}" if index < len(names) else f"parameter {index} of group {group}"
 
     # The step
 
@@ -178,6 +174,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._plan is not None and self._planned_amsgrad == amsgrad:
             looks = self._plan.gather(params, self._state_box)
         if looks is None:
+            check_distinct([param for group in params for param in group])
             self._plan, self._planned_amsgrad = engine.Plan(params), amsgrad
             looks = self._plan.gather(params, self._state_box)
         plan = self._plan
@@ -256,10 +253,10 @@ class Optimizer(torch.optim.Optimizer):
                 self._state_box[0].pop(item.param, None)
 
     def _scalars(self, hyper: Hyperparameters, step: float, group: int) -> engine.Scalars:
-        if not (1 <= step <= MAX_STEP and step.is_integer()):
+        if not (1 <= step < MAX_STEP and step.is_integer()):
             raise ValueError(
-                f"step count of a parameter in group {group}: expected a whole number from 1 to {MAX_STEP} "
-                f"(float32 counts no further), got {step}"
+                f"step count of a parameter in group {group}: expected a whole number from 1 to {MAX_STEP - 1} "
+                f"(float32 counts no further than {MAX_STEP}), got {step}"
             )
         return engine.Scalars.of(
             lr=hyper.lr,
@@ -302,10 +299,24 @@ class Optimizer(torch.optim.Optimizer):
             ``max_exp_avg_sq``; ``"param_groups"``: hyperparameters, with ``beta1``, ``beta2`` and ``betas``.
             ``torch.optim.AdamW`` loads it, and so does ``torch.load(weights_only=True)`` what was saved of it.
         """
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            if "beta1" in group and "beta2" in group:
-                group["betas"] = (group["beta1"], group["beta2"])
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        groups = self._checked_groups()
+        number_of = {id(param): i for i, param in enumerate(param for group in groups for param in group["params"])}
+        saved: dict[str, Any] = {
+            "state": {
+                number_of.get(id(key), key): entry
+                for key, entry in self.state.items()
+                if not isinstance(key, Tensor) or id(key) in number_of
+            },
+            "param_groups": [
+                {key: plain(value) for key, value in group.items() if key != "params"}
+                | {"betas": group["betas"], "params": [number_of[id(param)] for param in group["params"]]}
+                for group in groups
+            ],
+        }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            saved = post_hook(self, saved) or saved
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -350,7 +361,8 @@ class Optimizer(torch.optim.Optimizer):
         if "_lock" not in self.__dict__:
             self._begin()
         super().__setstate__({key: value for key, value in state.items() if key != "state"})
-        self.state = state["state"]
+        if "state" in state:
+            self.state = state["state"]
         self.defaults.pop("differentiable", None)  # torch's base adds it
         self._checked_groups()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import numbers
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -59,6 +60,15 @@ def _checked_groups(saved: Mapping[str, Any], groups: Sequence[ParamGroup]) -> l
         isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple) for group in saved_groups
     ):
         raise ValueError("state_dict['param_groups']: expected a list of dicts, each with a list 'params'")
+    keys = [key for group in saved_groups for key in group["params"]]
+    if not all(isinstance(key, int | str) for key in keys) or len(set(keys)) != len(keys):
+        raise ValueError("state_dict['param_groups']: expected each parameter's number or name once in 'params'")
+    for group in saved_groups:
+        names = group.get("param_names")
+        if names is not None and (not isinstance(names, list | tuple) or len(names) != len(group["params"])):
+            raise ValueError(
+                f"state_dict['param_groups']: expected a list of {len(group['params'])} 'param_names', got {names!r}"
+            )
     sizes = [len(group["params"]) for group in groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]
     if sizes != saved_sizes:
@@ -74,7 +84,7 @@ def _group(saved: Mapping[str, Any], own: ParamGroup, defaults: ParamGroup) -> P
     group = ParamGroup({key: _copied(value) for key, value in saved.items() if key != "params"})
     group["params"] = own["params"]
     if "param_names" in own:
-        group.setdefault("param_names", own["param_names"])
+        group["param_names"] = own["param_names"]
     for key, value in defaults.items():
         group.setdefault(key, value)
     return group
@@ -88,7 +98,9 @@ def _matched(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[ParamGr
     if len(names) != len(keys) or len(saved_names) != len(keys):
         return keys
     key_of = dict(zip(saved_names, keys, strict=True))
-    if len(key_of) == len(keys) and key_of.keys() == set(names):
+    if len(key_of) < len(keys) or len(set(names)) < len(names):  # names that do not tell parameters apart
+        return keys
+    if key_of.keys() == set(names):
         return [key_of[name] for name in names]
     warnings.warn(
         "load_state_dict: the saved parameters have other names than the optimizer's, so they are matched by position",
@@ -96,6 +108,13 @@ def _matched(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[ParamGr
         stacklevel=4,
     )
     return keys
+
+
+def plain(value: Any) -> Any:
+    """Return a hyperparameter as ``torch.load(weights_only=True)`` reads it: numpy's numbers as floats."""
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
+        return value
+    return float(value)
 
 
 def _copied(value: Any) -> Any:
