@@ -95,9 +95,9 @@ void Plan::gather_gradient(Row& row) {
   }
   if (row.look) return;
   row.work.address[grad] = tensor.data;
-  row.near_gradient = tensor.shape;
+  row.near_gradient = reinterpret_cast<const char*>(tensor.shape);
   row.look = !read(row.param, &tensor) || !same_tensor(row, param, tensor);
-  row.near_param = tensor.shape;
+  row.near_param = reinterpret_cast<const char*>(tensor.shape);
 }
 
 void Plan::hold_slots(Row& row) {
@@ -137,7 +137,7 @@ bool Plan::gather_state(PyObject* state) {
         same = false;
         continue;
       }
-      known.near = tensor.shape;
+      known.near = reinterpret_cast<const char*>(tensor.shape);
       if (known.slot == 0) {
         same &= tensor.data == row.step && tensor.ndim == 0 && on_cpu(tensor) && tensor.dtype == step_type;
       } else {
@@ -187,9 +187,11 @@ nb::object Plan::gather(nb::list groups, nb::list state_box) {
   if (!same_groups(groups)) return nb::none();
   for (size_t i = 0; i < rows_.size(); ++i) {
     if (i + rows_ahead < rows_.size()) {
-      __builtin_prefetch(rows_[i + rows_ahead].param);
-      __builtin_prefetch(rows_[i + rows_ahead].near_param);
-      __builtin_prefetch(rows_[i + rows_ahead].near_gradient);
+      const Row& ahead = rows_[i + rows_ahead];
+      __builtin_prefetch(ahead.param);
+      for (const char* near : {ahead.near_param, ahead.near_gradient}) {
+        for (int line = -1; line <= 1; ++line) __builtin_prefetch(near + 64 * line);
+      }
     }
     gather_gradient(rows_[i]);
   }

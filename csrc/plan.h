@@ -48,7 +48,7 @@ class Plan {
     PyObject* gradient = nullptr;
     float* step = nullptr;
     Work work = {};
-    const void *near_param = nullptr,
+    const char *near_param = nullptr,
                *near_gradient = nullptr;  // where torch keeps the shapes: to prefetch only
     size_t dims = 0;                      // where in dims_ this row's shape and strides stand
     int64_t span[max_operands] = {};      // bytes from the first to behind the last element
@@ -73,7 +73,7 @@ class Plan {
   struct SeenSlot {
     PyObject *key, *value;
     int slot;          // 0 step, 1... the moments; -1: none of ours
-    const void* near;  // as near_param
+    const char* near;  // as near_param
   };
 
   bool same_groups(nb::list groups) const;
