@@ -18,6 +18,9 @@ using ScalarsTuple = std::tuple<double, double, double, double, double, double, 
 }  // namespace
 
 NB_MODULE(_cpu, m) {
+  // At exit: an optimizer that a traceback or thread still holds is no news to users. tests/test_caches.py looks for
+  // leaks.
+  nb::set_leak_warnings(false);
   m.doc() = "The CPU engine of lucid.optim. Private: lucid.engine.cpu is its face.";
 
   nb::class_<lucid::Plan>(m, "Plan")

@@ -88,15 +88,15 @@ void Plan::gather_gradient(Row& row) {
   DLTensor tensor;
   row.look = !row.bound || !is_plain_tensor(gradient) || !read(gradient, &tensor) || !same_tensor(row, grad, tensor) ||
              overlaps(row, tensor.data);
-  // A lazily negated gradient is the imaginary part of a conjugate, so that no stride of it is 1 but where it
+  // A lazily negated real gradient is the imaginary part of a conjugate, so that no stride of it is 1 but where it
   // has one element: a dense one need not be asked, which would cost as much as all else here.
-  if (!row.look && (row.work.layout != nullptr || row.work.elements <= 2)) {
-    row.look = is_lazy_view(gradient);
-  }
+  const bool may_be_lazy = is_complex(row.type) || row.work.layout != nullptr || row.work.elements == 1;
+  if (!row.look && may_be_lazy) row.look = is_lazy_view(gradient);
   if (row.look) return;
   row.work.address[grad] = tensor.data;
   row.near_gradient = reinterpret_cast<const char*>(tensor.shape);
-  row.look = !read(row.param, &tensor) || !same_tensor(row, param, tensor);
+  row.look = !read(row.param, &tensor) || !same_tensor(row, param, tensor) ||
+             (is_complex(row.type) && is_lazy_view(row.param));
   row.near_param = reinterpret_cast<const char*>(tensor.shape);
 }
 
@@ -141,7 +141,7 @@ bool Plan::gather_state(PyObject* state) {
       if (known.slot == 0) {
         same &= tensor.data == row.step && tensor.ndim == 0 && on_cpu(tensor) && tensor.dtype == step_type;
       } else {
-        same &= same_tensor(row, known.slot + 1, tensor);
+        same &= same_tensor(row, known.slot + 1, tensor) && !(is_complex(row.type) && is_lazy_view(value));
       }
     }
     if (!same) {
@@ -158,7 +158,7 @@ bool Plan::gather_state(PyObject* state) {
 // them can change before someone asks the optimizer for its state.
 bool Plan::unreachable(PyObject* state) const {
   if (Py_REFCNT(state) != 1 || has_weak_references(state)) return false;
-  const nb::object lone = nb::module_::import_("torch").attr("zeros")(1);
+  const nb::object lone = nb::module_::import_("torch").attr("zeros")(1, nb::arg("device") = "cpu");
   const long fresh = storage_references(lone.ptr());
   if (fresh < 0) return false;
   const SeenSlot* slot = seen_slots_.data();
@@ -197,7 +197,10 @@ nb::object Plan::gather(nb::list groups, nb::list state_box) {
   }
   if (changed_ || (!sealed_ && !gather_state(state))) {
     changed_ = true;
-    for (Row& row : rows_) row.look = row.active;
+    for (Row& row : rows_) {
+      row.bound &= row.active;  // the others' state may be another when they take part again
+      row.look = row.active;
+    }
   } else if (!sealed_ && ++quiet_ >= quiet_steps) {
     sealed_ = unreachable(state);
     if (!sealed_) quiet_ = quiet_steps - quiet_steps_after_failure;
@@ -225,6 +228,8 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::tup
     if (!read(object[o], &tensor[o]) || !on_cpu(tensor[o]) || tensor[o].byte_offset != 0) {
       return nb::str("its memory cannot be read as a plain CPU tensor's");
     }
+    if (tensor[o].data == nullptr && elements(tensor[o]) > 0)
+      return nb::str("it, its gradient or its state has no memory");
     if (!aligned(tensor[o])) return nb::str("an address is not a multiple of its element's size");
   }
   if (!read(slots[0].ptr(), &step)) return nb::str("its step count cannot be read");
@@ -259,6 +264,7 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::tup
     if (complex) to[row.ndim] = o < 0 ? 2 : 1;
     if (o < 0) continue;
     strides[o] = to;
+    changed_ |= o != grad && row.work.address[o] != tensor[o].data;
     row.work.address[o] = tensor[o].data;
     row.span[o] = span_in_bytes(tensor[o]);
   }
@@ -268,10 +274,6 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::tup
   const bool direct = row.work.compute == row.work.gradient &&
                       std::all_of(layout.contiguous, layout.contiguous + operands, [](bool c) { return c; });
   row.work.layout = direct ? nullptr : &layout;
-  if (overlaps(row, tensor[grad].data)) {
-    return nb::str("its gradient lies in the memory of the parameter or its state");
-  }
-
   row.step = static_cast<float*>(step.data);
   changed_ |= row.entry != entry.ptr();
   row.entry = entry.ptr();
@@ -367,9 +369,15 @@ nb::list Plan::params() const {
   return active;
 }
 
+// Another thread may have been given the sealed state since gather().
+bool Plan::still_same(PyObject* state) {
+  sealed_ = false;
+  return gather_state(state) && std::none_of(rows_.begin(), rows_.end(), [](const Row& row) { return row.look; });
+}
+
 void Plan::run(const std::vector<HostScalars>& scalars, int threads, nb::list state_box) {
-  if (sealed_ && PyList_GET_ITEM(state_box.ptr(), 1) != Py_False) {
-    throw std::runtime_error("another thread asked for the optimizer's state during step(); nothing was changed");
+  if (sealed_ && PyList_GET_ITEM(state_box.ptr(), 1) != Py_False && !still_same(PyList_GET_ITEM(state_box.ptr(), 0))) {
+    throw std::runtime_error("another thread changed the optimizer's state during step(); nothing was updated");
   }
   works_.clear();
   int64_t total = 0;

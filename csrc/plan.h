@@ -82,6 +82,7 @@ class Plan {
   static void hold_slots(Row& row);  // until release()
   static void drop_slots(Row& row);
   bool unreachable(PyObject* state) const;
+  bool still_same(PyObject* state);
   bool same_tensor(const Row& row, int operand, const DLTensor& tensor) const;
   bool overlaps(const Row& row, const void* gradient) const;
 

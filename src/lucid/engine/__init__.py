@@ -6,13 +6,14 @@ engine equals bit for bit. A row's engine is chosen by its parameter's device.
 
 from . import cpu
 from .plan import Plan, name_for, only_reference
-from .row import Row, check_param, checked_gradient
+from .row import Row, check_memory, check_param, checked_gradient
 from .scalars import Scalars
 
 __all__ = [
     "Plan",
     "Row",
     "Scalars",
+    "check_memory",
     "check_param",
     "checked_gradient",
     "cpu",

@@ -47,7 +47,6 @@ class Plan:
     """
 
     def __init__(self, groups: list[list[Tensor]]) -> None:
-        self._params = [param for group in groups for param in group]
         self._native = cpu.Plan(groups) if name_for(torch.device("cpu")) == "cpu" else None
         self._only_reference = _only_reference
         self._rows: list[Row] = []
@@ -60,14 +59,13 @@ class Plan:
         ``state_box`` is [state, whether anyone was given it since the last step] and the state's only holder. As
         long as nobody was given it and nobody holds a part of it, it is as it was and need not be read again.
         """
+        self.release()
         if self._only_reference != _only_reference:
             return None
         if self._native is not None:
             return self._native.gather(groups, state_box)
         params = [param for group in groups for param in group]
-        if len(params) != len(self._params) or any(
-            old is not new for old, new in zip(self._params, params, strict=True)
-        ):
+        if len({id(param) for param in params}) != len(params):
             return None
         return [index for index, param in enumerate(params) if param.grad is not None]
 
@@ -75,7 +73,7 @@ class Plan:
         """Let a checked row take part in this step."""
         engine = name_for(row.param.device)
         if engine == "cpu" and self._native is not None:
-            fault = self._native.bind(row.index, row.gradient, row.entry, row.slots)
+            fault = self._native.bind(row.index, row.gradient, row.entry, (row.step, *row.slots.values()))
             if fault is not None:
                 raise ValueError(f"{row.name} cannot be updated: {fault}")
             return
@@ -86,7 +84,7 @@ class Plan:
     def steps(self) -> list[tuple[int, float]]:
         """Return (group, step count) for each of the scalars that `run` wants, in its order."""
         native = [] if self._native is None else self._native.steps()
-        return native + [(row.group, row.slots[0].item() + 1) for row in self._rows]
+        return native + [(row.group, row.step.item() + 1) for row in self._rows]
 
     def run(self, scalars: Sequence[Scalars], state_box: list[Any]) -> None:
         """Update every row, or none if an exception comes before the first write."""

@@ -30,7 +30,7 @@ def adamw(
     m = _mean(m, g, h.beta1, h.one_minus_beta1)
     v = _mean(v, g * g, h.beta2, h.one_minus_beta2)
     if w is not None:
-        w = torch.maximum(w, v)
+        w = torch.where((v > w) | v.isnan(), v, w)
     root = _square_root(v if w is None else w)
     theta = theta - (h.d * theta + (h.k * m) / (root * h.s + h.e))
     return theta, m, v, w
@@ -54,17 +54,21 @@ def _square_root(x: Tensor) -> Tensor:
 def compute(rows: Sequence[Row], scalars: Sequence[Scalars]) -> list[Update]:
     """Return what to copy where. Nothing is written yet: to allocate may fail."""
     updates: list[Update] = []
+    latest: dict[
+        tuple[object, ...], Tensor
+    ] = {}  # of parameters on the same memory: the second moves on from the first
     for row, h in zip(rows, scalars, strict=True):
-        step, *moments = row.slots
-        compute_type = row.param.dtype
+        param = row.param.detach()
         theta, g, m, v, *w = (
             torch.view_as_real(x) if x.is_complex() else x
-            for x in (row.param.detach(), row.gradient.to(compute_type), *moments)
+            for x in (param, row.gradient.to(param.dtype), *row.slots.values())
         )
-        new = adamw(h, theta, g, m, v, w[0] if w else None)
+        place = (param.device, param.data_ptr(), param.shape, param.stride())
+        new = adamw(h, latest.get(place, theta), g, m, v, w[0] if w else None)
+        latest[place] = new[0]
         targets = (theta, m, v, *w)
         updates += [(old, value) for old, value in zip(targets, new, strict=False) if value is not None]
-        updates.append((step, step + 1))
+        updates.append((row.step, row.step + 1))
     return updates
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ COMPLEX_GRADIENTS = (torch.complex64, torch.complex128)
 class Row:
     """One parameter with its gradient and state.
 
-    ``slots``: the step count (0-dim float32 on the CPU), then the moments as the formats table orders them.
-    ``entry``: the dict of the optimizer's state that holds the slots.
+    ``step``: its step count, 0-dim float32 on the CPU. ``slots``: the moments, in the order of the formats table.
+    ``entry``: the dict of the optimizer's state that holds them all.
     """
 
     index: int
@@ -27,7 +28,8 @@ class Row:
     param: Tensor
     gradient: Tensor
     entry: dict[str, Any]
-    slots: tuple[Tensor, ...]
+    step: Tensor
+    slots: dict[str, Tensor]
 
 
 def check_param(param: Tensor, name: str) -> None:
@@ -82,6 +84,30 @@ def checked_gradient(param: Tensor, name: str) -> Tensor:
     if gradient._is_zerotensor():
         return torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
     return gradient.detach().resolve_conj().resolve_neg()
+
+
+def check_memory(row: Row) -> None:
+    """Raise unless every tensor of the row has memory, and memory that no other of them writes."""
+    tensors = {"the parameter": row.param, "its gradient": row.gradient, "its state 'step'": row.step}
+    tensors |= {f"its state {key!r}": slot for key, slot in row.slots.items()}
+    spans: list[tuple[int, int, str]] = []
+    for what, tensor in tensors.items():
+        if tensor.is_conj() or tensor.is_neg():
+            raise ValueError(f"{row.name}: {what} is a lazily conjugated or negated view; resolve_conj() it")
+        if tensor.numel() == 0:
+            continue
+        if what != "its gradient" and overlaps_itself(tensor):
+            raise ValueError(f"{row.name}: {what} has several elements at one place in memory; clone() it")
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        if tensor._is_zerotensor() or tensor.untyped_storage().nbytes() < end:
+            raise ValueError(f"{row.name}: {what} has no memory, or less than its shape needs; was its storage freed?")
+        begin = tensor.data_ptr()
+        spans.append((begin, begin + (last + 1) * tensor.element_size(), what))
+    spans.sort()
+    for (_, end, one), (begin, _, other) in pairwise(spans):
+        if begin < end:
+            raise ValueError(f"{row.name}: {one} and {other} lie in the same memory; clone() one of them")
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +43,12 @@ class StateFormat:
 
     def new_slot(self, param: Tensor) -> Tensor:
         """Return zeros of the parameter's shape, strides and device."""
-        return torch.zeros_like(param, dtype=self.dtypes[param.dtype], requires_grad=False)
+        with torch.inference_mode(False):  # tensors made in that mode could not be updated outside of it
+            slot = torch.empty_like(param, dtype=self.dtypes[param.dtype], requires_grad=False)
+        if slot.device.type == "cpu":  # torch's own zeroing is parallel, which hangs a forked child
+            ctypes.memset(slot.data_ptr(), 0, slot.nbytes)
+            return slot
+        return slot.zero_()
 
     def complete(self, param: Tensor, entry: Mapping[str, Any], amsgrad: bool, name: str) -> dict[str, Tensor]:
         """Return what `entry`, a parameter's state so far, lacks; raise where what it has does not fit.
@@ -78,7 +84,8 @@ class StateFormat:
 
 def new_step() -> Tensor:
     """Return the step count of a parameter that has taken no step."""
-    return torch.zeros((), dtype=torch.float32)
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def checked_step(value: Any, name: str) -> Tensor:
@@ -105,7 +112,7 @@ def checked_step(value: Any, name: str) -> Tensor:
         and not value.requires_grad
     ):
         return value
-    return torch.tensor(count, dtype=torch.float32)
+    return new_step().fill_(count)
 
 
 def checked_slot(value: Any, param: Tensor, key: str, name: str) -> Tensor:

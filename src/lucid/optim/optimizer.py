@@ -220,10 +220,11 @@ class Optimizer(torch.optim.Optimizer):
             missing = self._format.complete(param, entry, amsgrad[group], name)
             if missing:
                 new.append(_NewState(param, gradient, entry, missing))
-            slots = tuple(
-                missing[key] if key in missing else entry[key] for key in (STEP, *self._format.keys(amsgrad[group]))
-            )
-            yield engine.Row(look, group, name, param, gradient, entry, slots)
+            whole: dict[str, Any] = entry | missing
+            slots = {key: whole[key] for key in self._format.keys(amsgrad[group])}
+            row = engine.Row(look, group, name, param, gradient, entry, whole[STEP], slots)
+            engine.check_memory(row)
+            yield row
 
     def _check_param(self, param: Tensor, name: str) -> None:
         self._format.check_param(param, name)
