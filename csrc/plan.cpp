@@ -90,14 +90,15 @@ void Plan::gather_gradient(Row& row) {
              overlaps(row, tensor.data);
   // A lazily negated real gradient is the imaginary part of a conjugate, so that no stride of it is 1 but where it
   // has one element: a dense one need not be asked, which would cost as much as all else here.
-  const bool may_be_lazy = is_complex(row.type) || row.work.layout != nullptr || row.work.elements == 1;
-  if (!row.look && may_be_lazy) row.look = is_lazy_view(gradient);
+  row.may_be_lazy |= is_complex(row.type) || row.work.layout != nullptr || row.work.elements == 1 ||
+                     (row.look && is_lazy_view(gradient));
+  if (!row.look && row.may_be_lazy) row.look = is_lazy_view(gradient);
   if (row.look) return;
   row.work.address[grad] = tensor.data;
-  row.near_gradient = reinterpret_cast<const char*>(tensor.shape);
+  row.near_gradient = reinterpret_cast<uintptr_t>(tensor.shape);
   row.look = !read(row.param, &tensor) || !same_tensor(row, param, tensor) ||
              (is_complex(row.type) && is_lazy_view(row.param));
-  row.near_param = reinterpret_cast<const char*>(tensor.shape);
+  row.near_param = reinterpret_cast<uintptr_t>(tensor.shape);
 }
 
 void Plan::hold_slots(Row& row) {
@@ -119,7 +120,7 @@ bool Plan::gather_state(PyObject* state) {
     const size_t ahead = slot + 3 * rows_ahead;
     for (size_t k = ahead; k < ahead + 3 && k < seen_slots_.size(); ++k) {
       __builtin_prefetch(seen_slots_[k].value);
-      __builtin_prefetch(seen_slots_[k].near);
+      __builtin_prefetch(reinterpret_cast<const void*>(seen_slots_[k].near));
     }
     if (key != seen.key || entry != seen.entry) return false;
     if (seen.row < 0) continue;
@@ -137,7 +138,7 @@ bool Plan::gather_state(PyObject* state) {
         same = false;
         continue;
       }
-      known.near = reinterpret_cast<const char*>(tensor.shape);
+      known.near = reinterpret_cast<uintptr_t>(tensor.shape);
       if (known.slot == 0) {
         same &= tensor.data == row.step && tensor.ndim == 0 && on_cpu(tensor) && tensor.dtype == step_type;
       } else {
@@ -189,8 +190,8 @@ nb::object Plan::gather(nb::list groups, nb::list state_box) {
     if (i + rows_ahead < rows_.size()) {
       const Row& ahead = rows_[i + rows_ahead];
       __builtin_prefetch(ahead.param);
-      for (const char* near : {ahead.near_param, ahead.near_gradient}) {
-        for (int line = -1; line <= 1; ++line) __builtin_prefetch(near + 64 * line);
+      for (const uintptr_t near : {ahead.near_param, ahead.near_gradient}) {
+        for (const uintptr_t at : {near - 64, near, near + 64}) __builtin_prefetch(reinterpret_cast<const void*>(at));
       }
     }
     gather_gradient(rows_[i]);
@@ -314,7 +315,7 @@ void Plan::remember(nb::dict state) {
       for (int k = 0; k < 4; ++k) {
         if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, slot_names[k]) == 0) slot = k;
       }
-      seen_slots_.push_back({name, value, slot, nullptr});
+      seen_slots_.push_back({name, value, slot, 0});
     }
   }
 

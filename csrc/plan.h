@@ -48,10 +48,9 @@ class Plan {
     PyObject* gradient = nullptr;
     float* step = nullptr;
     Work work = {};
-    const char *near_param = nullptr,
-               *near_gradient = nullptr;  // where torch keeps the shapes: to prefetch only
-    size_t dims = 0;                      // where in dims_ this row's shape and strides stand
-    int64_t span[max_operands] = {};      // bytes from the first to behind the last element
+    uintptr_t near_param = 0, near_gradient = 0;  // where torch keeps the shapes: to prefetch only
+    size_t dims = 0;                              // where in dims_ this row's shape and strides stand
+    int64_t span[max_operands] = {};              // bytes from the first to behind the last element
     int ndim = 0;
     int group;
     DLDataType gradient_type = {}, type = {};
@@ -59,6 +58,7 @@ class Plan {
     bool active = false;
     bool look = false;
     bool holds_slots = false;
+    bool may_be_lazy = false;  // its gradient, conjugated or negated: then it is asked at each step
 
     Row(PyObject* param_, int group_) : param(param_), param_type(Py_TYPE(param_)), group(group_) {}
     int moments() const { return work.amsgrad ? 3 : 2; }
@@ -72,8 +72,8 @@ class Plan {
   };
   struct SeenSlot {
     PyObject *key, *value;
-    int slot;          // 0 step, 1... the moments; -1: none of ours
-    const char* near;  // as near_param
+    int slot;        // 0 step, 1... the moments; -1: none of ours
+    uintptr_t near;  // as near_param
   };
 
   bool same_groups(nb::list groups) const;

@@ -170,9 +170,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = GPT(config)
         self.optimizer = make_optimizer(self.model, config)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: lr_factor(step, config)
-        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
         self.losses: list[float] = []  # of every step, in nats a character
         self.held_out: list[tuple[int, float]] = []  # (steps done, loss)
         self.seconds: list[tuple[float, float]] = []  # (whole step, optimizer's step)
@@ -304,9 +302,7 @@ def save_curves(runs: Sequence[Run], path: Path) -> None:
         smoothed = [run.smoothed_loss(step) for step in steps]
         axes.plot(steps, smoothed, f"C{i}", linewidth=1.5 * cover, label=f"{name}, train")
         at, held_out = zip(*run.held_out, strict=True)
-        axes.plot(
-            at, held_out, f"C{i}o", fillstyle="none", ms=4 + 3 * cover, label=f"{name}, held-out"
-        )
+        axes.plot(at, held_out, f"C{i}o", fillstyle="none", ms=4 + 3 * cover, label=f"{name}, held-out")
     title = "A small GPT on Python's language reference (train: mean of 50 steps)"
     axes.set(xlabel="step", ylabel="loss (nats a character)", title=title)
     axes.legend()
