@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include "pool.h"
+
 #include <algorithm>
 #include <cstring>
 #include <unordered_map>
@@ -186,6 +188,7 @@ nb::object Plan::gather(nb::list groups, nb::list state_box) {
   }
   if (!PyDict_Check(state)) throw nb::type_error("the optimizer's state: expected a dict");
   if (!same_groups(groups)) return nb::none();
+  if (last_elements_ > batch_elements() && last_elements_ < worth_unlocking * 8) expect_work(last_threads_);
   for (size_t i = 0; i < rows_.size(); ++i) {
     if (i + rows_ahead < rows_.size()) {
       const Row& ahead = rows_[i + rows_ahead];
@@ -389,6 +392,8 @@ void Plan::run(const std::vector<HostScalars>& scalars, int threads, nb::list st
     *row.step += 1;
   }
   ran_ = true;
+  last_elements_ = total;
+  last_threads_ = serial_ ? 1 : threads;
   if (total < worth_unlocking) {
     update(works_, scalars, threads, serial_);
     return;

@@ -97,6 +97,8 @@ class Plan {
   int quiet_ = 0;         // steps since the state was last seen by anyone
   bool serial_ = false;   // some rows share memory
   bool ran_ = false;
+  int64_t last_elements_ = 0;  // of the last step, and its threads
+  int last_threads_ = 1;
 };
 
 }  // namespace lucid

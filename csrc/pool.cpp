@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -30,6 +31,25 @@ FloatMode::~FloatMode() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
 
 namespace {
 
+void pause_briefly() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  asm volatile("yield");
+#endif
+}
+
+// Waits for what is about to happen: to put a thread to sleep and wake it again takes longer (50 us and more on a
+// virtual machine). Where cores are scarce it lets others go first; after half a millisecond it gives up.
+template <class Condition>
+void spin_until(const Condition& holds) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(500);
+  while (!holds() && std::chrono::steady_clock::now() < end) {
+    for (int i = 0; i < 16 && !holds(); ++i) pause_briefly();
+    std::this_thread::yield();
+  }
+}
+
 class Pool {
  public:
   void share(int threads, int64_t batches, BatchFn run, void* context) {
@@ -47,12 +67,23 @@ class Pool {
       next_.store(0, std::memory_order_relaxed);
       wanted_ = helpers;
       working_ = helpers;
-      ++job_;
+      job_.fetch_add(1, std::memory_order_release);
     }
     if (helpers > 0) start_.notify_all();
     work();
+    spin_until([this] { return working_.load(std::memory_order_acquire) == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return working_ == 0; });
+  }
+
+  void alert(int threads) {
+    const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (!turn.owns_lock() || hire(threads - 1) == 0) return;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      ++alert_;
+    }
+    start_.notify_all();
   }
 
  private:
@@ -60,7 +91,7 @@ class Pool {
   int hire(int wanted) {
     while (workers_ < wanted) {
       try {
-        std::thread([this, worker = workers_, job = job_] { serve(worker, job); }).detach();
+        std::thread([this, worker = workers_, job = job_.load()] { serve(worker, job); }).detach();
       } catch (const std::system_error&) {
         break;
       }
@@ -71,8 +102,16 @@ class Pool {
 
   void serve(int worker, uint64_t seen) {
     std::unique_lock<std::mutex> lock(mutex_);
+    uint64_t alerted = 0;
     for (;;) {
-      start_.wait(lock, [&] { return job_ != seen; });
+      start_.wait(lock, [&] { return job_ != seen || alert_ != alerted; });
+      alerted = alert_;
+      if (job_ == seen) {
+        lock.unlock();
+        spin_until([&] { return job_.load(std::memory_order_acquire) != seen; });
+        lock.lock();
+        continue;
+      }
       seen = job_;
       if (worker >= wanted_) continue;
       lock.unlock();
@@ -98,10 +137,11 @@ class Pool {
   void* context_ = nullptr;
   int64_t batches_ = 0;
   std::atomic<int64_t> next_ = 0;
-  uint64_t job_ = 0;
+  std::atomic<uint64_t> job_ = 0;  // this and working_ are changed under mutex_, and also read without it to spin
+  uint64_t alert_ = 0;
   int workers_ = 0;  // touched under turn_ only
   int wanted_ = 0;
-  int working_ = 0;
+  std::atomic<int> working_ = 0;
 };
 
 // Never destroyed: workers may outlive main's statics. A forked child has none of its parent's workers and
@@ -124,6 +164,10 @@ Pool& the_pool() {
 }
 
 }  // namespace
+
+void expect_work(int threads) {
+  if (threads > 1) the_pool().alert(threads);
+}
 
 void parallel_for(int threads, int64_t batches, BatchFn run, void* context) {
   if (threads <= 1 || batches <= 1) {

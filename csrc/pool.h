@@ -12,6 +12,9 @@ using BatchFn = void (*)(void* context, int64_t batch) noexcept;
 // own threads run in FloatMode; the caller's mode is the caller's business.
 void parallel_for(int threads, int64_t batches, BatchFn run, void* context);
 
+// Wakes the threads that a parallel_for within the next half millisecond will want.
+void expect_work(int threads);
+
 // The floating-point mode of the numerics contract (round to nearest, subnormals kept) while it lives.
 class FloatMode {
  public:
