@@ -31,7 +31,8 @@ struct Work {
 int64_t batch_elements();
 void set_batch_elements(int64_t elements);
 
-// Updates all of `works`. `serial`: one after the other on the calling thread, since some share memory.
+// Updates all of `works`; throws, where memory runs out, before anything is written. `serial`: one after the other on
+// the calling thread, since some share memory.
 void update(const std::vector<Work>& works, const std::vector<HostScalars>& scalars, int threads, bool serial);
 
 // The traffic of an fp32 update of n elements and no arithmetic to speak of: the memory's limit.

@@ -385,24 +385,27 @@ void Plan::run(const std::vector<HostScalars>& scalars, int threads, nb::list st
   }
   works_.clear();
   int64_t total = 0;
-  for (const Row& row : rows_) {
+  for (Row& row : rows_) {
     if (!row.active) continue;
     works_.push_back(row.work);
     total += row.work.elements;
-    *row.step += 1;
   }
-  ran_ = true;
   last_elements_ = total;
   last_threads_ = serial_ ? 1 : threads;
   if (total < worth_unlocking) {
     update(works_, scalars, threads, serial_);
-    return;
+  } else {
+    for (Row& row : rows_) {
+      if (row.active) hold_slots(row);
+    }
+    const nb::gil_scoped_release unlocked;
+    update(works_, scalars, threads, serial_);
   }
-  for (Row& row : rows_) {
-    if (row.active) hold_slots(row);
+  // update() throws before its first write or not at all.
+  for (const Row& row : rows_) {
+    if (row.active) *row.step += 1;
   }
-  const nb::gil_scoped_release unlocked;
-  update(works_, scalars, threads, serial_);
+  ran_ = true;
 }
 
 void Plan::drop_slots(Row& row) {

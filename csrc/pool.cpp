@@ -6,8 +6,8 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -92,7 +92,7 @@ class Pool {
     while (workers_ < wanted) {
       try {
         std::thread([this, worker = workers_, job = job_.load()] { serve(worker, job); }).detach();
-      } catch (const std::system_error&) {
+      } catch (const std::exception&) {
         break;
       }
       ++workers_;
