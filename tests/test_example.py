@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import train_gpt
 
 STEPS = 9
