@@ -11,7 +11,7 @@ namespace lucid {
 
 enum class Type : int { float32, float64, float16, bfloat16 };
 
-// The scalars of one group and step count, as src/lucid/optim/adamw.py makes them, rounded once to T.
+// The scalars of one group and step count, as src/lucid/engine/scalars.py makes them, rounded once to T.
 template <class T>
 struct Scalars {
   T weight1, weight2;                 // of the two means: 1 - beta where beta >= 1/2, else beta

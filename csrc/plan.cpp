@@ -199,6 +199,7 @@ nb::object Plan::gather(nb::list groups, nb::list state_box) {
     }
     gather_gradient(rows_[i]);
   }
+  unread_ = sealed_ && !changed_;
   if (changed_ || (!sealed_ && !gather_state(state))) {
     changed_ = true;
     for (Row& row : rows_) {
@@ -291,6 +292,7 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::tup
   sealed_ &= !changed_;
   row.bound = true;
   row.active = true;
+  row.look = false;
   return nb::none();
 }
 
@@ -380,8 +382,10 @@ bool Plan::still_same(PyObject* state) {
 }
 
 void Plan::run(const std::vector<HostScalars>& scalars, int threads, nb::list state_box) {
-  if (sealed_ && PyList_GET_ITEM(state_box.ptr(), 1) != Py_False && !still_same(PyList_GET_ITEM(state_box.ptr(), 0))) {
-    throw std::runtime_error("another thread changed the optimizer's state during step(); nothing was updated");
+  if (unread_ && PyList_GET_ITEM(state_box.ptr(), 1) != Py_False && !still_same(PyList_GET_ITEM(state_box.ptr(), 0))) {
+    throw std::runtime_error(
+        "another thread changed the optimizer's state during step(), so nothing was updated; "
+        "let one thread change it while no other steps");
   }
   works_.clear();
   int64_t total = 0;

@@ -94,6 +94,7 @@ class Plan {
   std::vector<Work> works_;
   bool changed_ = false;  // since the last remember()
   bool sealed_ = false;   // unreachable() since the state was last read, so that it need not be read
+  bool unread_ = false;   // in this step, since it was sealed
   int quiet_ = 0;         // steps since the state was last seen by anyone
   bool serial_ = false;   // some rows share memory
   bool ran_ = false;

@@ -120,10 +120,17 @@ class Plan:
             self._native.release()
 
 
+_warned_of: set[str] = set()
+
+
 def _warn_of_reference(device: torch.device) -> None:
+    """Say once for each kind of device that its parameters are updated slowly, and why."""
+    if device.type in _warned_of:
+        return
+    _warned_of.add(device.type)
     reason = cpu.missing if device.type == "cpu" else f"there is none for {device.type} devices yet"
     warnings.warn(
         f"lucid.optim updates parameters on {device.type} with its slow reference engine: {reason}",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=6,
     )

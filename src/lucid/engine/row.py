@@ -32,8 +32,18 @@ class Row:
     slots: dict[str, Tensor]
 
 
+def check_plain(tensor: Tensor, what: str) -> None:
+    """Raise if only operations of its own class reach the tensor's values (DTensor, FakeTensor, quantized tensors)."""
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{what} is a {type(tensor).__name__}, expected a plain tensor with memory of its own; this version does "
+            "not update sharded, fake or wrapped tensors"
+        )
+
+
 def check_param(param: Tensor, name: str) -> None:
     """Raise unless `param` is one that can be updated in place."""
+    check_plain(param, name)
     if param.layout is not torch.strided:
         raise TypeError(
             f"{name}: expected a dense (strided) parameter, got layout {param.layout}; "
@@ -60,6 +70,7 @@ def checked_gradient(param: Tensor, name: str) -> Tensor:
     """Return the gradient of `param` as a plain tensor, or raise."""
     gradient = param.grad
     assert gradient is not None
+    check_plain(gradient, f"the gradient of {name}")
     if gradient.layout is not torch.strided:
         raise TypeError(
             f"the gradient of {name} is sparse ({gradient.layout}); AdamW moves every element at every step, so "
@@ -127,9 +138,9 @@ def _offsets_differ(dims: Sequence[tuple[int, int]], reach: int) -> bool:
     """By trying: strides may interleave without two elements meeting."""
     if any(stride == 0 for stride, _ in dims):
         return False
-    seen = torch.zeros(reach + 1, dtype=torch.bool)
-    offsets = torch.zeros((), dtype=torch.int64)
+    seen = torch.zeros(reach + 1, dtype=torch.bool, device="cpu")
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for stride, size in dims:
-        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+        offsets = offsets.unsqueeze(-1) + torch.arange(size, device="cpu") * stride
     seen[offsets.reshape(-1)] = True
     return int(seen.sum()) == offsets.numel()

@@ -114,7 +114,7 @@ class AdamW(Optimizer):
         try:
             lr = group["lr"]
             return Hyperparameters(
-                lr=_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr),
+                lr=_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta else lr),
                 beta1=_number("beta1", group["beta1"], below=1.0),
                 beta2=_number("beta2", group["beta2"], below=1.0),
                 eps=_number("eps", group["eps"]),
@@ -128,7 +128,7 @@ class AdamW(Optimizer):
 
 def _number(name: str, value: Any, below: float = math.inf) -> float:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
+        raise TypeError(f"{name}: expected a number{' or a 0-dim Tensor' * (name == 'lr')}, got {value!r}")
     try:
         number = float(value)
     except OverflowError:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 STEP = "step"
-MAX_STEP = 2**24  # the last count that float32 can be raised to by one
+MAX_STEP = 2**24  # where float32 stops counting; every count of ours is below it
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,12 @@ class StateFormat:
             )
 
     def new_slot(self, param: Tensor) -> Tensor:
-        """Return zeros of the parameter's shape, strides and device."""
+        """Return zeros of the parameter's shape, order of dimensions in memory, and device."""
         with torch.inference_mode(False):  # tensors made in that mode could not be updated outside of it
             slot = torch.empty_like(param, dtype=self.dtypes[param.dtype], requires_grad=False)
-        if slot.device.type == "cpu":  # torch's own zeroing is parallel, which hangs a forked child
+        if (
+            type(slot) is Tensor and slot.device.type == "cpu"
+        ):  # torch's own zeroing is parallel, which hangs a forked child
             ctypes.memset(slot.data_ptr(), 0, slot.nbytes)
             return slot
         return slot.zero_()

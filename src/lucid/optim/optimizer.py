@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,11 +11,12 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from lucid import engine
 
 from .formats import FP32, MAX_STEP, STEP
-from .groups import ParamGroup, check_distinct, check_ordered, checked_params
+from .groups import ParamGroup, check_ordered, checked_params
 from .state_dict import loaded, plain
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -68,8 +70,12 @@ class Optimizer(torch.optim.Optimizer):
         self._plan: engine.Plan | None = None
         self._planned_amsgrad: list[bool] = []
         self._state_box: list[Any] = [defaultdict(dict), True]
+        self._unlock()
+
+    def _unlock(self) -> None:
         self._lock = threading.RLock()
         self._stepping = False
+        self._process = os.getpid()
 
     @property
     def state(self) -> defaultdict[Any, Any]:
@@ -132,6 +138,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # The step
 
+    @_disable_dynamo
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Update every parameter that has a gradient, all of them or none.
 
@@ -155,6 +162,8 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._process != os.getpid():  # forked, perhaps while another thread held the lock
+            self._unlock()
         with self._lock:
             if self._stepping:
                 raise RuntimeError("step() was called from within itself, by an interrupt handler perhaps")
@@ -174,7 +183,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._plan is not None and self._planned_amsgrad == amsgrad:
             looks = self._plan.gather(params, self._state_box)
         if looks is None:
-            check_distinct([param for group in params for param in group])
+            checked_params([param for group in params for param in group])
             self._plan, self._planned_amsgrad = engine.Plan(params), amsgrad
             looks = self._plan.gather(params, self._state_box)
         plan = self._plan
@@ -212,11 +221,7 @@ class Optimizer(torch.optim.Optimizer):
             name = self._name(group, index)
             self._check_param(param, name)
             gradient = engine.checked_gradient(param, name)
-            entry = self._state_box[0].get(param)
-            if entry is None:
-                entry = {}
-            elif not isinstance(entry, dict):
-                raise TypeError(f"state of {name}: expected a dict, got {type(entry).__name__}")
+            entry = self._entry(param, name)
             missing = self._format.complete(param, entry, amsgrad[group], name)
             if missing:
                 new.append(_NewState(param, gradient, entry, missing))
@@ -225,6 +230,13 @@ class Optimizer(torch.optim.Optimizer):
             row = engine.Row(look, group, name, param, gradient, entry, whole[STEP], slots)
             engine.check_memory(row)
             yield row
+
+    def _entry(self, param: Tensor, name: str) -> dict[str, Any]:
+        """Return the parameter's state, or a dict that may become it."""
+        entry = self._state_box[0].get(param, {})
+        if not isinstance(entry, dict):
+            raise TypeError(f"state of {name}: expected a dict, got {type(entry).__name__}")
+        return entry
 
     def _check_param(self, param: Tensor, name: str) -> None:
         self._format.check_param(param, name)
@@ -285,7 +297,7 @@ class Optimizer(torch.optim.Optimizer):
                     continue
                 name = self._name(number, index)
                 self._check_param(param, name)
-                entry = self.state.get(param, {})
+                entry = self._entry(param, name)
                 missing = self._format.complete(param, entry, amsgrad, name)
                 new.append(_NewState(param, param, entry, missing))
         self._adopt(new)
