@@ -178,8 +178,9 @@ bool Plan::unreachable(PyObject* state) const {
   return true;
 }
 
-nb::object Plan::gather(nb::list groups, nb::list state_box) {
+nb::object Plan::gather(nb::list groups, nb::list state_box) try {
   release();
+  gathered_ = true;
   PyObject* state = PyList_GET_ITEM(state_box.ptr(), 0);
   if (PyList_GET_ITEM(state_box.ptr(), 1) != Py_False) {
     sealed_ = false;
@@ -217,6 +218,9 @@ nb::object Plan::gather(nb::list groups, nb::list state_box) {
     rows_[i].active = false;  // until it is bound
   }
   return looks;
+} catch (...) {
+  release();
+  throw;
 }
 
 nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::tuple slots) {
@@ -419,6 +423,8 @@ void Plan::drop_slots(Row& row) {
 }
 
 void Plan::release() {
+  if (!gathered_) return;
+  gathered_ = false;
   for (Row& row : rows_) {
     drop_slots(row);
     if (row.gradient != nullptr) Py_DECREF(row.param);

@@ -92,11 +92,12 @@ class Plan {
   std::vector<SeenEntry> seen_entries_;
   std::vector<SeenSlot> seen_slots_;
   std::vector<Work> works_;
-  bool changed_ = false;  // since the last remember()
-  bool sealed_ = false;   // unreachable() since the state was last read, so that it need not be read
-  bool unread_ = false;   // in this step, since it was sealed
-  int quiet_ = 0;         // steps since the state was last seen by anyone
-  bool serial_ = false;   // some rows share memory
+  bool changed_ = false;   // since the last remember()
+  bool sealed_ = false;    // unreachable() since the state was last read, so that it need not be read
+  bool unread_ = false;    // in this step, since it was sealed
+  int quiet_ = 0;          // steps since the state was last seen by anyone
+  bool serial_ = false;    // some rows share memory
+  bool gathered_ = false;  // a step has begun and is not yet released
   bool ran_ = false;
   int64_t last_elements_ = 0;  // of the last step, and its threads
   int last_threads_ = 1;
