@@ -3,43 +3,33 @@
 #pragma once
 
 #include "kernels.h"
+#include "simd.h"
 
 namespace lucid::LUCID_LEVEL {
 namespace {
 
 // a + (1 - beta) (x - a), or x + beta (a - x) where beta < 1/2: `weight` is 1 - beta, or beta.
-template <class T>
-inline T mean(T a, T x, T weight, bool from_average) {
-  const T base = from_average ? a : x;
-  const T other = from_average ? x : a;
+template <class V, class T>
+[[gnu::always_inline]] inline V mean(V a, V x, T weight, bool from_average) {
+  const V base = from_average ? a : x;
+  const V other = from_average ? x : a;
   return base + weight * (other - base);
 }
 
 // The larger; a NaN wins.
-template <class T>
-inline T maximum(T a, T b) {
-  return (b > a) | (b != b) ? b : a;
+template <class V>
+inline V maximum(V a, V b) {
+  return ((b > a) | (b != b)) ? b : a;
 }
 
-// One step of `n` elements in place. Nothing may overlap but equal elements of one array.
-template <class T, bool amsgrad>
-void adamw(const Scalars<T>& scalars, int64_t n, T* __restrict param, const T* __restrict grad, T* __restrict exp_avg,
-           T* __restrict exp_avg_sq, T* __restrict max_exp_avg_sq) noexcept {
-  const Scalars<T> h = scalars;
-  for (int64_t i = 0; i < n; ++i) {
-    const T theta = param[i];
-    const T g = h.sign * grad[i];
-    const T m = mean(exp_avg[i], g, h.weight1, h.from_average1);
-    const T v = mean(exp_avg_sq[i], g * g, h.weight2, h.from_average2);
-    T w = v;
-    if constexpr (amsgrad) {
-      w = maximum(max_exp_avg_sq[i], v);
-      max_exp_avg_sq[i] = w;
-    }
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
-    param[i] = theta - (h.d * theta + (h.k * m) / (square_root(w) * h.s + h.e));
-  }
+// One step of a vector of elements.
+template <bool amsgrad, class V, class T>
+[[gnu::always_inline]] inline void adamw(const Scalars<T>& h, V& theta, V gradient, V& m, V& v, V& w) {
+  const V g = h.sign * gradient;
+  m = mean(m, g, h.weight1, h.from_average1);
+  v = mean(v, g * g, h.weight2, h.from_average2);
+  w = amsgrad ? maximum(w, v) : v;
+  theta = theta - (h.d * theta + (h.k * m) / (square_root(w) * h.s + h.e));
 }
 
 }  // namespace

@@ -31,19 +31,30 @@ Scalars<T> rounded(const HostScalars& host) {
 }
 
 template <class Element>
-void gather(const Layout& layout, int operand, const void* from, int64_t begin, int64_t n, Element* to) {
+void gather(const Layout& layout, int operand, const void* from, int64_t begin, int64_t n, void* to) {
   const auto* source = static_cast<const Element*>(from);
+  auto* target = static_cast<Element*>(to);
   for_each_run(layout, operand, begin, n, [&](int64_t position, int64_t offset, int64_t stride, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[position + i] = source[offset + i * stride];
+    for (int64_t i = 0; i < count; ++i) target[position + i] = source[offset + i * stride];
   });
 }
 
 template <class Element>
-void scatter(const Layout& layout, int operand, void* to, int64_t begin, int64_t n, const Element* from) {
+void scatter(const Layout& layout, int operand, const void* from, int64_t begin, int64_t n, void* to) {
+  const auto* source = static_cast<const Element*>(from);
   auto* target = static_cast<Element*>(to);
   for_each_run(layout, operand, begin, n, [&](int64_t position, int64_t offset, int64_t stride, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) target[offset + i * stride] = from[position + i];
+    for (int64_t i = 0; i < count; ++i) target[offset + i * stride] = source[position + i];
   });
+}
+
+using CopyFn = void (*)(const Layout&, int operand, const void* from, int64_t begin, int64_t n, void* to);
+
+CopyFn gather_of(int64_t size) {
+  return size == 8 ? gather<uint64_t> : size == 4 ? gather<uint32_t> : gather<uint16_t>;
+}
+CopyFn scatter_of(int64_t size) {
+  return size == 8 ? scatter<uint64_t> : size == 4 ? scatter<uint32_t> : scatter<uint16_t>;
 }
 
 int64_t size_of(Type type) {
@@ -57,64 +68,88 @@ int64_t size_of(Type type) {
   }
 }
 
-// n <= staged elements of the gradient from `begin` on, as T.
-template <class T>
-const T* staged_gradient(const Work& work, const TypedKernels<T>& kernels, int64_t begin, int64_t n, T* buffer) {
-  alignas(64) char raw[staged * 8];
-  const void* contiguous = raw;
-  if (work.layout->contiguous[grad]) {
-    contiguous = static_cast<const char*>(work.address[grad]) + begin * size_of(work.gradient);
-    if (work.gradient == work.compute) return static_cast<const T*>(contiguous);
-  } else if (work.gradient == Type::float64) {
-    gather(*work.layout, grad, work.address[grad], begin, n, reinterpret_cast<uint64_t*>(raw));
-  } else if (work.gradient == Type::float32) {
-    gather(*work.layout, grad, work.address[grad], begin, n, reinterpret_cast<uint32_t*>(raw));
-  } else {
-    gather(*work.layout, grad, work.address[grad], begin, n, reinterpret_cast<uint16_t*>(raw));
-  }
-  kernels.convert[static_cast<int>(work.gradient)](contiguous, buffer, n);
-  return buffer;
+char* element(const Work& work, int operand, int64_t index) {
+  return static_cast<char*>(work.address[operand]) + index * element_size(work, operand);
 }
 
-// Elements [begin, begin + n) of a row.
-template <class T>
-void update_part(const Work& work, const Scalars<T>& scalars, int64_t begin, int64_t n) {
-  const TypedKernels<T>& typed = kernels().typed<T>();
-  const UpdateFn<T> update = typed.update[work.amsgrad];
-  const auto at = [&](int operand, int64_t i) { return static_cast<T*>(work.address[operand]) + i; };
+void run_kernel(const Work& work, const Scalars<float>& scalars, const Slice& slice, bool own_gradient) {
+  const auto& by_format = kernels().f32[static_cast<int>(work.param_format)][static_cast<int>(work.moment_format)];
+  by_format[own_gradient][work.amsgrad](scalars, slice);
+}
 
+void run_kernel(const Work& work, const Scalars<double>& scalars, const Slice& slice, bool) {
+  kernels().f64[work.amsgrad](scalars, slice);
+}
+
+void convert(Type type, const void* from, float* to, int64_t n) {
+  kernels().to_f32[static_cast<int>(type)](from, to, n);
+}
+void convert(Type type, const void* from, double* to, int64_t n) {
+  kernels().to_f64[static_cast<int>(type)](from, to, n);
+}
+
+// Elements [begin, begin + n) of a row, n <= staged, operands that are not contiguous by way of buffers.
+template <class T>
+void update_staged(const Work& work, const Scalars<T>& scalars, Slice slice) {
+  const Layout& layout = *work.layout;
+  alignas(64) char buffer[shaped_operands][staged * 8];
+  alignas(64) T gradient[staged];
+  for (int o = 0; o < shaped_operands; ++o) {
+    if (work.address[o] == nullptr) continue;
+    slice.at[o] = layout.contiguous[o] ? element(work, o, slice.first) : buffer[o];
+    if (!layout.contiguous[o]) {
+      gather_of(element_size(work, o))(layout, o, work.address[o], slice.first, slice.n, buffer[o]);
+    }
+  }
+  if (work.gradient != work.compute) {
+    convert(work.gradient, slice.at[grad], gradient, slice.n);
+    slice.at[grad] = gradient;
+  }
+  run_kernel(work, scalars, slice, false);
+  for (int o = 0; o < shaped_operands; ++o) {
+    if (work.address[o] == nullptr || o == grad || layout.contiguous[o]) continue;
+    scatter_of(element_size(work, o))(layout, o, buffer[o], slice.first, slice.n, work.address[o]);
+  }
+}
+
+// The first element from `index` on where the row may be cut: anywhere, or where a block begins.
+int64_t cut(const Work& work, int64_t index) {
+  if (work.moment_format != MomentFormat::eight_bit) return index;
+  const int64_t in_row = index % work.row;
+  return index - in_row + std::min(work.row, (in_row + block - 1) / block * block);
+}
+
+// Elements [begin, end) of a row, or those of the blocks that begin there.
+template <class T>
+void update_part(const Work& work, const Scalars<T>& scalars, int64_t begin, int64_t end) {
+  begin = cut(work, begin);
+  end = cut(work, end);
+  Slice slice{{}, begin, end - begin, work.row, work.key};
+  slice.at[exp_avg_scale] = work.address[exp_avg_scale];
+  slice.at[exp_avg_sq_scale] = work.address[exp_avg_sq_scale];
   if (work.layout == nullptr) {
-    update(scalars, n, at(param, begin), at(grad, begin), at(exp_avg, begin), at(exp_avg_sq, begin),
-           work.amsgrad ? at(max_exp_avg_sq, begin) : nullptr);
+    if (begin == end) return;
+    for (int o = 0; o < shaped_operands; ++o) {
+      if (work.address[o] != nullptr) slice.at[o] = element(work, o, begin);
+    }
+    run_kernel(work, scalars, slice, work.own_gradient);
     return;
   }
-
-  const Layout& layout = *work.layout;
-  const int operands = work.amsgrad ? max_exp_avg_sq + 1 : exp_avg_sq + 1;
-  alignas(64) T buffer[max_operands][staged];
-  for (int64_t done = 0; done < n; done += staged) {
-    const int64_t first = begin + done;
-    const int64_t count = std::min(staged, n - done);
-    T* operand[max_operands] = {};
-    for (int o = 0; o < operands; ++o) {
-      if (o == grad) continue;
-      operand[o] = layout.contiguous[o] ? at(o, first) : buffer[o];
-      if (!layout.contiguous[o]) gather(layout, o, work.address[o], first, count, buffer[o]);
-    }
-    const T* gradient = staged_gradient(work, typed, first, count, buffer[grad]);
-    update(scalars, count, operand[param], gradient, operand[exp_avg], operand[exp_avg_sq], operand[max_exp_avg_sq]);
-    for (int o = 0; o < operands; ++o) {
-      if (o != grad && !layout.contiguous[o]) scatter(layout, o, work.address[o], first, count, buffer[o]);
-    }
+  for (; slice.first < end; slice.first += slice.n) {
+    const int64_t full = slice.first + staged;  // from a cut on, no more than this to the next cut but one block less
+    slice.n =
+        std::min(end, work.moment_format == MomentFormat::eight_bit ? cut(work, full - block + 1) : full) - slice.first;
+    update_staged(work, scalars, slice);
   }
 }
 
 // Small rows are over before the hardware has seen a pattern in them: their first lines are asked for beforehand.
 void prefetch(const Work& work) {
   constexpr int64_t line = 64, lines = 4;
-  const int64_t bytes = work.elements * size_of(work.compute);
-  for (int o = 0; o <= (work.amsgrad ? max_exp_avg_sq : exp_avg_sq); ++o) {
+  for (int o = 0; o < shaped_operands; ++o) {
+    if (work.address[o] == nullptr) continue;
     const char* address = static_cast<const char*>(work.address[o]);
+    const int64_t bytes = work.elements * element_size(work, o);
     for (int64_t at = 0; at < bytes && at < line * lines; at += line) __builtin_prefetch(address + at);
   }
 }
@@ -139,9 +174,9 @@ struct Step {
       const auto which = static_cast<size_t>(work.scalars);
       if (n > 0) {
         if (work.compute == Type::float64) {
-          update_part(work, f64[which], first, n);
+          update_part(work, f64[which], first, first + n);
         } else {
-          update_part(work, f32[which], first, n);
+          update_part(work, f32[which], first, first + n);
         }
       }
       i += n;
@@ -150,6 +185,29 @@ struct Step {
 };
 
 }  // namespace
+
+int64_t element_size(const Work& work, int operand) {
+  const bool half = work.param_format != ParamFormat::plain;
+  switch (operand) {
+    case param:
+      return half ? 2 : size_of(work.compute);
+    case grad:
+      return size_of(work.gradient);
+    case lower:
+      return work.param_format == ParamFormat::bfloat16_residual ? 2 : 4;
+    case exp_avg:
+    case exp_avg_sq:
+      return work.moment_format == MomentFormat::plain      ? size_of(work.compute)
+             : work.moment_format == MomentFormat::bfloat16 ? 2
+                                                            : 1;
+    default:
+      return size_of(work.compute);
+  }
+}
+
+uint64_t draw_key(int64_t stream, int64_t step) {
+  return mixed(mixed(static_cast<uint64_t>(stream)) + static_cast<uint64_t>(step));
+}
 
 int64_t batch_elements() { return elements_of_batch; }
 void set_batch_elements(int64_t elements) { elements_of_batch = elements; }

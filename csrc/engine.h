@@ -9,8 +9,6 @@
 
 namespace lucid {
 
-enum Operand : int { param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq };
-
 // The scalars of section 3 in float64, before they are rounded to a row's compute type.
 struct HostScalars {
   double beta1, one_minus_beta1, beta2, one_minus_beta2, d, k, s, e;
@@ -20,12 +18,23 @@ struct HostScalars {
 // What is updated together: one parameter, its gradient and its state, as addresses.
 struct Work {
   void* address[max_operands];
-  const Layout* layout;  // null where every operand is contiguous and the gradient of the compute type
+  const Layout* layout;  // null where every operand is contiguous, the gradient in a type that the kernels read
   int64_t elements;
-  Type compute, gradient;  // compute is float32 or float64: the type of all operands but the gradient
+  int64_t row;             // elements of one index of the first dimension
+  Type compute, gradient;  // compute is float32 or float64
+  ParamFormat param_format;
+  MomentFormat moment_format;
+  bool own_gradient;  // the gradient is of the parameter's own 16 bits
   bool amsgrad;
-  int scalars;  // which of the table given to update()
+  int scalars;   // which of the table given to update()
+  uint64_t key;  // of the draws
 };
+
+// Bytes of an element of an operand of the parameter's shape.
+int64_t element_size(const Work& work, int operand);
+
+// What the draws of a step are keyed with.
+uint64_t draw_key(int64_t stream, int64_t step);
 
 // Elements of a batch, which one thread does in one go. Results do not depend on it; tests set it.
 int64_t batch_elements();

@@ -1,5 +1,5 @@
-// What a SIMD level offers: the update on contiguous arrays, conversion of gradients, and the copy that
-// measures the memory's limit. csrc/kernels.cpp is compiled once for each level.
+// What a SIMD level offers: the update of contiguous arrays in every format, conversion of gradients, and the copy
+// that measures the memory's limit. csrc/kernels.cpp is compiled once for each level.
 //
 // C headers only: an inline C++ function compiled for AVX-512 here could otherwise be the copy that the
 // linker keeps for everyone.
@@ -11,6 +11,36 @@ namespace lucid {
 
 enum class Type : int { float32, float64, float16, bfloat16 };
 
+// How a parameter is stored: by itself, or with what its 16 bits lack of the float32 master value.
+enum class ParamFormat : int { plain, bfloat16, bfloat16_residual, float16, float16_master };
+// How the two moments are: in the compute type; stochastically rounded; as codes with a scale for each block.
+enum class MomentFormat : int { plain, bfloat16, eight_bit };
+
+constexpr int param_formats = 5, moment_formats = 3;
+
+// The tensors of a row. `lower` is a residual or a master; the moments are values or codes.
+enum Operand : int {
+  param,
+  grad,
+  lower,
+  exp_avg,
+  exp_avg_sq,
+  max_exp_avg_sq,
+  exp_avg_scale,  // from here on not of the parameter's shape
+  exp_avg_sq_scale,
+};
+constexpr int shaped_operands = 6, max_operands = 8;
+
+constexpr int64_t block = 128;  // elements of a row that share a scale; the last of a row may be shorter
+
+// 64 bits, each of which depends on all of x: the finalizer of splitmix64.
+static inline uint64_t mixed(uint64_t x) {
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
 // The scalars of one group and step count, as src/lucid/engine/scalars.py makes them, rounded once to T.
 template <class T>
 struct Scalars {
@@ -20,34 +50,29 @@ struct Scalars {
   bool from_average1, from_average2;  // beta >= 1/2
 };
 
+// Elements [first, first + n) of a parameter in row-major order (in any order where nothing is drawn or encoded).
+struct Slice {
+  void* at[max_operands];  // of element `first`; scales: of the parameter's first block
+  int64_t first, n;
+  int64_t row;   // elements of a row; 8-bit slices begin and end at ends of blocks
+  uint64_t key;  // of the draws of this parameter and step
+};
+
+// With a gradient in the compute type, or in the parameter's own 16 bits.
 template <class T>
-using UpdateFn = void (*)(const Scalars<T>&, int64_t n, T* param, const T* grad, T* exp_avg, T* exp_avg_sq,
-                          T* max_exp_avg_sq) noexcept;
+using UpdateFn = void (*)(const Scalars<T>&, const Slice&) noexcept;
 
 // n elements of a gradient's type to the compute type, each rounded at most once.
 template <class T>
 using ConvertFn = void (*)(const void* from, T* to, int64_t n) noexcept;
 
-template <class T>
-struct TypedKernels {
-  UpdateFn<T> update[2];    // without and with amsgrad
-  ConvertFn<T> convert[4];  // by Type
-};
-
 struct Kernels {
-  TypedKernels<float> f32;
-  TypedKernels<double> f64;
+  UpdateFn<float> f32[param_formats][moment_formats][2][2];  // ... [gradient in the parameter's type][amsgrad]
+  UpdateFn<double> f64[2];                                   // [amsgrad]
+  ConvertFn<float> to_f32[4];                                // by Type
+  ConvertFn<double> to_f64[4];
   // The traffic of an fp32 update and nothing else: reads four arrays of n, writes three of them.
   void (*move)(int64_t n, float* a, const float* b, float* c, float* d) noexcept;
-
-  template <class T>
-  const TypedKernels<T>& typed() const {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      return f32;
-    } else {
-      return f64;
-    }
-  }
 };
 
 }  // namespace lucid

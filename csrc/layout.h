@@ -1,23 +1,25 @@
 // Where the elements of a row lie. A row has several operands (parameter, gradient, moments) of one shape
-// and each with strides of its own; its elements are walked in the parameter's memory order.
+// and each with strides of its own; its elements are walked in the parameter's memory order, or in row-major order.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
-namespace lucid {
+#include "kernels.h"
 
-constexpr int max_operands = 5;  // parameter, gradient, two moments, the maximum
+namespace lucid {
 
 struct Layout {
   // Dimensions in the order of the walk, outermost first, those that can be walked as one merged.
   std::vector<int64_t> sizes;
-  std::vector<int64_t> strides[max_operands];  // in elements
-  bool contiguous[max_operands] = {};          // element i of the walk lies at address i
+  std::vector<int64_t> strides[shaped_operands];  // in elements
+  bool contiguous[shaped_operands] = {};          // element i of the walk lies at address i
 
-  // `shape` and `strides` as the tensors have them, ndim each.
-  static Layout of(int ndim, const int64_t* shape, int operands, const int64_t* const* strides);
+  // `shape` and `strides` as the tensors have them, ndim each; null for an operand that the row does not have, which
+  // counts as contiguous.
+  static Layout of(int ndim, const int64_t* shape, const int64_t* const (&strides)[shaped_operands], bool row_major);
+  bool all_contiguous() const;
 };
 
 // Calls f(position, offset, stride, count) for the runs of elements [begin, begin + n) of the walk:

@@ -10,8 +10,27 @@
 namespace lucid {
 namespace {
 
-constexpr const char* slot_names[] = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
-constexpr DLDataType step_type = {2, 32, 1};
+struct Slot {
+  const char* key;
+  int16_t role;
+};
+
+// The keys of a parameter's state, but for "step" and "stream".
+constexpr Slot slots_of_rows[] = {
+    {"exp_avg", exp_avg},
+    {"exp_avg_sq", exp_avg_sq},
+    {"max_exp_avg_sq", max_exp_avg_sq},
+    {"exp_avg_code", exp_avg},
+    {"exp_avg_sq_code", exp_avg_sq},
+    {"exp_avg_scale", exp_avg_scale},
+    {"exp_avg_sq_scale", exp_avg_sq_scale},
+    {"residual", lower},
+    {"master", lower},
+};
+
+bool is_key(PyObject* key, const char* name) {
+  return PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, name) == 0;
+}
 
 // With thousands of small tensors a step is made of cache misses. What rows[i] will read first is asked for
 // while rows before it are read.
@@ -54,26 +73,41 @@ bool Plan::same_groups(nb::list groups) const {
   return row == rows_.size();
 }
 
-bool Plan::same_tensor(const Row& row, int operand, const DLTensor& tensor) const {
-  if (!on_cpu(tensor) || tensor.ndim != row.ndim || tensor.byte_offset != 0) return false;
-  if (!(tensor.dtype == (operand == grad ? row.gradient_type : row.type))) return false;
-  const int64_t* shape = dims_.data() + row.dims;
-  const int64_t* strides = shape + (operand + 1) * row.ndim;
-  for (int k = 0; k < row.ndim; ++k) {
+bool Plan::same_tensor(const Tensor& known, const DLTensor& tensor) const {
+  if (!on_cpu(tensor) || tensor.ndim != known.ndim || tensor.byte_offset != 0 || !(tensor.dtype == known.type)) {
+    return false;
+  }
+  const int64_t* shape = dims_.data() + known.shape;
+  const int64_t* strides = dims_.data() + known.strides;
+  for (int k = 0; k < known.ndim; ++k) {
     if (tensor.shape[k] != shape[k] || tensor.strides[k] != strides[k]) return false;
   }
-  return operand == grad ? aligned(tensor) && (tensor.data != nullptr || row.work.elements == 0)
-                         : tensor.data == row.work.address[operand];
+  return known.role == grad || tensor.data == known.address;
 }
 
 bool Plan::overlaps(const Row& row, const void* gradient) const {
   const auto* begin = static_cast<const char*>(gradient);
-  const char* end = begin + row.span[grad];
-  for (int o = 0; o <= row.moments() + 1; ++o) {
-    const auto* other = static_cast<const char*>(row.work.address[o]);
-    if (o != grad && begin < other + row.span[o] && other < end) return true;
+  const char* end = begin + tensors_[row.first + 1].span;
+  for (int k = 0; k < row.tensors; ++k) {
+    const Tensor& tensor = tensors_[row.first + static_cast<size_t>(k)];
+    const auto* other = static_cast<const char*>(tensor.address);
+    if (tensor.role != grad && begin < other + tensor.span && other < end) return true;
   }
   return false;
+}
+
+Plan::Tensor Plan::known(const DLTensor& tensor, PyObject* object, int16_t role) {
+  const auto shape = static_cast<uint32_t>(dims_.size());
+  dims_.insert(dims_.end(), tensor.shape, tensor.shape + tensor.ndim);
+  dims_.insert(dims_.end(), tensor.strides, tensor.strides + tensor.ndim);
+  return {object,
+          tensor.data,
+          span_in_bytes(tensor),
+          shape,
+          shape + static_cast<uint32_t>(tensor.ndim),
+          tensor.dtype,
+          static_cast<int16_t>(tensor.ndim),
+          role};
 }
 
 // The row's gradient of this step; `look` where it is not such as it was bound with.
@@ -88,24 +122,25 @@ void Plan::gather_gradient(Row& row) {
   row.gradient = gradient;
   Py_INCREF(row.param);
   DLTensor tensor;
-  row.look = !row.bound || !is_plain_tensor(gradient) || !read(gradient, &tensor) || !same_tensor(row, grad, tensor) ||
-             overlaps(row, tensor.data);
+  row.look = !row.bound || !is_plain_tensor(gradient) || !read(gradient, &tensor) ||
+             !same_tensor(tensors_[row.first + 1], tensor) || !aligned(tensor) ||
+             (tensor.data == nullptr && row.work.elements > 0) || overlaps(row, tensor.data);
   // A lazily negated real gradient is the imaginary part of a conjugate, so that no stride of it is 1 but where it
   // has one element: a dense one need not be asked, which would cost as much as all else here.
-  row.may_be_lazy |= is_complex(row.type) || row.work.layout != nullptr || row.work.elements == 1 ||
-                     (row.look && is_lazy_view(gradient));
+  row.may_be_lazy |=
+      row.is_complex || row.work.layout != nullptr || row.work.elements == 1 || (row.look && is_lazy_view(gradient));
   if (!row.look && row.may_be_lazy) row.look = is_lazy_view(gradient);
   if (row.look) return;
   row.work.address[grad] = tensor.data;
   row.near_gradient = reinterpret_cast<uintptr_t>(tensor.shape);
-  row.look = !read(row.param, &tensor) || !same_tensor(row, param, tensor) ||
-             (is_complex(row.type) && is_lazy_view(row.param));
+  row.look = !read(row.param, &tensor) || !same_tensor(tensors_[row.first], tensor) ||
+             (row.is_complex && is_lazy_view(row.param));
   row.near_param = reinterpret_cast<uintptr_t>(tensor.shape);
 }
 
 void Plan::hold_slots(Row& row) {
   if (row.holds_slots) return;
-  for (int k = 0; k <= row.moments(); ++k) Py_INCREF(row.slot[k]);
+  for (int k = 2; k < row.tensors; ++k) Py_INCREF(tensors_[row.first + static_cast<size_t>(k)].object);
   row.holds_slots = true;
 }
 
@@ -132,20 +167,17 @@ bool Plan::gather_state(PyObject* state) {
     Py_ssize_t inner = 0;
     PyObject *name, *value;
     while (PyDict_Next(entry, &inner, &name, &value)) {
-      SeenSlot& known = seen_slots_[slot++];
-      if (name != known.key || value != known.value) return false;
-      if (!row.bound || known.slot < 0 || known.slot > row.moments()) continue;
+      SeenSlot& seen_slot = seen_slots_[slot++];
+      if (name != seen_slot.key || value != seen_slot.value) return false;
+      if (!row.bound || seen_slot.tensor < 0) continue;
       DLTensor tensor;
       if (!read(value, &tensor)) {
         same = false;
         continue;
       }
-      known.near = reinterpret_cast<uintptr_t>(tensor.shape);
-      if (known.slot == 0) {
-        same &= tensor.data == row.step && tensor.ndim == 0 && on_cpu(tensor) && tensor.dtype == step_type;
-      } else {
-        same &= same_tensor(row, known.slot + 1, tensor) && !(is_complex(row.type) && is_lazy_view(value));
-      }
+      seen_slot.near = reinterpret_cast<uintptr_t>(tensor.shape);
+      same &= same_tensor(tensors_[row.first + static_cast<size_t>(seen_slot.tensor)], tensor) &&
+              !(row.is_complex && is_lazy_view(value));
     }
     if (!same) {
       row.bound = false;
@@ -170,7 +202,7 @@ bool Plan::unreachable(PyObject* state) const {
     const Py_ssize_t own = rows_[static_cast<size_t>(seen.row)].holds_slots ? 2 : 1;
     if (Py_REFCNT(seen.entry) != 1) return false;
     for (const SeenSlot* end = slot + seen.slots; slot != end; ++slot) {
-      if (slot->slot < 0) continue;
+      if (slot->tensor < 0) continue;
       if (Py_REFCNT(slot->value) != own || has_weak_references(slot->value)) return false;
       if (storage_references(slot->value) != fresh) return false;
     }
@@ -223,73 +255,104 @@ nb::object Plan::gather(nb::list groups, nb::list state_box) try {
   throw;
 }
 
-nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::tuple slots) {
+nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dict slots) {
   Row& row = rows_.at(index);
   drop_slots(row);
-  const bool was_bound = std::exchange(row.bound, false);
-  const int ndim_before = row.ndim;
-  const int operands = static_cast<int>(slots.size()) + 1;
-  PyObject* object[max_operands] = {row.param, gradient.ptr()};
-  for (int k = 1; k < static_cast<int>(slots.size()); ++k) object[k + 1] = slots[static_cast<size_t>(k)].ptr();
+  row.bound = false;
 
-  DLTensor tensor[max_operands], step;
-  for (int o = 0; o < operands; ++o) {
-    if (!read(object[o], &tensor[o]) || !on_cpu(tensor[o]) || tensor[o].byte_offset != 0) {
+  struct Found {
+    PyObject* object;
+    int16_t role;
+  };
+  std::vector<Found> found = {{row.param, param}, {gradient.ptr(), grad}, {nullptr, step_role}};
+  Work work = {};
+  for (auto [key, value] : slots) {
+    if (is_key(key.ptr(), "step")) found[2].object = value.ptr();
+    if (is_key(key.ptr(), "stream")) found.push_back({value.ptr(), stream_role});
+    for (const Slot& slot : slots_of_rows) {
+      if (is_key(key.ptr(), slot.key)) found.push_back({value.ptr(), slot.role});
+    }
+    if (is_key(key.ptr(), "exp_avg_code")) work.moment_format = MomentFormat::eight_bit;
+    work.amsgrad |= is_key(key.ptr(), "max_exp_avg_sq");
+  }
+  if (found[2].object == nullptr) return nb::str("it has no step count");
+
+  std::vector<DLTensor> read_tensors(found.size());
+  for (size_t k = 0; k < found.size(); ++k) {
+    DLTensor& tensor = read_tensors[k];
+    if (!read(found[k].object, &tensor) || !on_cpu(tensor) || tensor.byte_offset != 0) {
       return nb::str("its memory cannot be read as a plain CPU tensor's");
     }
-    if (tensor[o].data == nullptr && elements(tensor[o]) > 0)
-      return nb::str("it, its gradient or its state has no memory");
-    if (!aligned(tensor[o])) return nb::str("an address is not a multiple of its element's size");
+    if (tensor.data == nullptr && elements(tensor) > 0) return nb::str("it, its gradient or its state has no memory");
+    if (!aligned(tensor)) return nb::str("an address is not a multiple of its element's size");
   }
-  if (!read(slots[0].ptr(), &step)) return nb::str("its step count cannot be read");
 
-  row.ndim = tensor[param].ndim;
-  row.type = tensor[param].dtype;
-  row.gradient_type = tensor[grad].dtype;
-  row.work.amsgrad = operands == max_operands;
-  row.work.elements = elements(tensor[param]);
-  if (!real_type(row.type, &row.work.compute) || !real_type(row.gradient_type, &row.work.gradient)) {
+  const DLTensor& parameter = read_tensors[0];
+  row.is_complex = is_complex(parameter.dtype);
+  Type type, moments = Type::float32;
+  if (!real_type(parameter.dtype, &type) || !real_type(read_tensors[1].dtype, &work.gradient)) {
     return nb::str("the CPU engine does not know its dtype");
   }
+  work.compute = type == Type::float64 ? type : Type::float32;
+  work.own_gradient = work.gradient == type;
+  const int ndim = parameter.ndim + row.is_complex;  // a complex number is two reals, one after the other
+  work.elements = elements(parameter) * (row.is_complex ? 2 : 1);
+  work.row = parameter.ndim == 0 || parameter.shape[0] == 0 ? work.elements : work.elements / parameter.shape[0];
 
-  // A complex number is two reals, one after the other.
-  const bool complex = is_complex(row.type);
-  const int ndim = row.ndim + complex;
-  if (!was_bound || row.ndim != ndim_before) {
-    changed_ = true;
-    row.dims = dims_.size();
-    dims_.resize(row.dims + static_cast<size_t>((operands + 1) * row.ndim));
-  }
-  int64_t* dim = dims_.data() + row.dims;
-  std::vector<int64_t> reals(static_cast<size_t>((operands + 1) * ndim));
-  const int64_t* strides[max_operands];
-  for (int o = -1; o < operands; ++o) {
-    const int64_t* from = o < 0 ? tensor[param].shape : tensor[o].strides;
-    int64_t* to = reals.data() + (o + 1) * ndim;
-    for (int k = 0; k < row.ndim; ++k) {
-      *dim++ = from[k];
-      to[k] = complex && o >= 0 ? 2 * from[k] : from[k];
+  std::vector<int64_t> shape(static_cast<size_t>(ndim));
+  std::vector<int64_t> strides(static_cast<size_t>(shaped_operands * ndim));
+  const int64_t* strides_of[shaped_operands] = {};
+  bool has_lower = false;
+  for (size_t k = 0; k < found.size(); ++k) {
+    const DLTensor& tensor = read_tensors[k];
+    const int role = found[k].role;
+    if (role < 0) continue;
+    work.address[role] = tensor.data;
+    has_lower |= role == lower;
+    if (role == exp_avg && work.moment_format == MomentFormat::plain && !real_type(tensor.dtype, &moments)) {
+      return nb::str("the CPU engine does not know the dtype of its state");
     }
-    if (complex) to[row.ndim] = o < 0 ? 2 : 1;
-    if (o < 0) continue;
-    strides[o] = to;
-    changed_ |= o != grad && row.work.address[o] != tensor[o].data;
-    row.work.address[o] = tensor[o].data;
-    row.span[o] = span_in_bytes(tensor[o]);
+    if (role >= shaped_operands) continue;
+    int64_t* to = strides.data() + role * ndim;
+    for (int dim = 0; dim < parameter.ndim; ++dim) {
+      shape[static_cast<size_t>(dim)] = parameter.shape[dim];
+      to[dim] = tensor.strides[dim] * (row.is_complex ? 2 : 1);
+    }
+    if (row.is_complex) {
+      shape.back() = 2;
+      to[parameter.ndim] = 1;
+    }
+    strides_of[role] = to;
   }
-  if (complex) row.work.elements *= 2;
+  if (moments == Type::bfloat16) work.moment_format = MomentFormat::bfloat16;
+  if (type == Type::bfloat16) {
+    work.param_format = has_lower ? ParamFormat::bfloat16_residual : ParamFormat::bfloat16;
+  } else if (type == Type::float16) {
+    work.param_format = has_lower ? ParamFormat::float16_master : ParamFormat::float16;
+  }
+
   Layout& layout = layouts_[index];
-  layout = Layout::of(ndim, reals.data(), operands, strides);
-  const bool direct = row.work.compute == row.work.gradient &&
-                      std::all_of(layout.contiguous, layout.contiguous + operands, [](bool c) { return c; });
-  row.work.layout = direct ? nullptr : &layout;
-  row.step = static_cast<float*>(step.data);
-  changed_ |= row.entry != entry.ptr();
-  row.entry = entry.ptr();
-  for (size_t k = 0; k < slots.size(); ++k) {
-    changed_ |= row.slot[k] != slots[k].ptr();
-    row.slot[k] = slots[k].ptr();
+  layout = Layout::of(ndim, shape.data(), strides_of, work.moment_format != MomentFormat::plain);
+  const bool readable = work.gradient == work.compute || work.own_gradient;
+  work.layout = readable && layout.all_contiguous() ? nullptr : &layout;
+  row.work = work;
+
+  changed_ |= row.entry != entry.ptr() || row.tensors != static_cast<int>(found.size());
+  for (size_t k = 0; k < found.size() && !changed_; ++k) {
+    const Tensor& before = tensors_[row.first + k];
+    changed_ = before.role != found[k].role ||
+               (k != 1 && (before.address != read_tensors[k].data || !same_tensor(before, read_tensors[k]))) ||
+               (k > 1 && before.object != found[k].object);
   }
+  row.entry = entry.ptr();
+  row.first = tensors_.size();
+  row.tensors = static_cast<int>(found.size());
+  row.stream = nullptr;
+  for (size_t k = 0; k < found.size(); ++k) {
+    tensors_.push_back(known(read_tensors[k], found[k].object, found[k].role));
+    if (found[k].role == stream_role) row.stream = static_cast<const int64_t*>(read_tensors[k].data);
+  }
+  row.step = static_cast<float*>(read_tensors[2].data);
   Py_INCREF(gradient.ptr());
   Py_XSETREF(row.gradient, gradient.ptr());
   hold_slots(row);
@@ -301,7 +364,10 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::tup
 }
 
 void Plan::remember(nb::dict state) {
-  if (!changed_) return;
+  if (!changed_) {
+    if (tensors_.size() > 2 * remembered_tensors_) compact();
+    return;
+  }
   std::unordered_map<PyObject*, int> row_of;
   for (size_t i = 0; i < rows_.size(); ++i) {
     if (rows_[i].bound) row_of.emplace(rows_[i].param, static_cast<int>(i));
@@ -320,29 +386,26 @@ void Plan::remember(nb::dict state) {
     Py_ssize_t inner = 0;
     PyObject *name, *value;
     while (PyDict_Next(entry, &inner, &name, &value)) {
-      int slot = -1;
-      for (int k = 0; k < 4; ++k) {
-        if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, slot_names[k]) == 0) slot = k;
+      const Row& row = rows_[static_cast<size_t>(found->second)];
+      int tensor = -1;
+      for (int k = 2; k < row.tensors; ++k) {
+        if (tensors_[row.first + static_cast<size_t>(k)].object == value) tensor = k;
       }
-      seen_slots_.push_back({name, value, slot, 0});
+      seen_slots_.push_back({name, value, tensor, 0});
     }
   }
 
-  // Rows that were bound again with other dimensions have left gaps.
-  std::vector<int64_t> dims;
+  compact();
   std::vector<std::pair<const char*, const char*>> spans;
-  for (Row& row : rows_) {
+  for (const Row& row : rows_) {
     if (!row.bound) continue;
-    const auto begin = dims_.begin() + static_cast<std::ptrdiff_t>(row.dims);
-    row.dims = dims.size();
-    dims.insert(dims.end(), begin, begin + (row.moments() + 3) * row.ndim);
-    for (int o = 0; o <= row.moments() + 1; ++o) {
-      if (o == grad || row.span[o] == 0) continue;
-      const auto* first = static_cast<const char*>(row.work.address[o]);
-      spans.emplace_back(first, first + row.span[o]);
+    for (int k = 0; k < row.tensors; ++k) {
+      const Tensor& tensor = tensors_[row.first + static_cast<size_t>(k)];
+      if (tensor.role == grad || tensor.role < 0 || tensor.span == 0) continue;
+      const auto* first = static_cast<const char*>(tensor.address);
+      spans.emplace_back(first, first + tensor.span);
     }
   }
-  dims_.swap(dims);
   std::sort(spans.begin(), spans.end());
   serial_ = false;
   for (size_t i = 1; i < spans.size(); ++i) {
@@ -350,6 +413,28 @@ void Plan::remember(nb::dict state) {
     spans[i].second = std::max(spans[i].second, spans[i - 1].second);
   }
   changed_ = false;
+}
+
+// Rows that were bound again have left gaps.
+void Plan::compact() {
+  std::vector<Tensor> tensors;
+  std::vector<int64_t> dims;
+  for (Row& row : rows_) {
+    if (!row.bound && !row.holds_slots) continue;
+    const size_t first = tensors.size();
+    for (int k = 0; k < row.tensors; ++k) {
+      Tensor tensor = tensors_[row.first + static_cast<size_t>(k)];
+      const auto begin = dims_.begin() + static_cast<std::ptrdiff_t>(tensor.shape);
+      tensor.shape = static_cast<uint32_t>(dims.size());
+      tensor.strides = tensor.shape + static_cast<uint32_t>(tensor.ndim);
+      dims.insert(dims.end(), begin, begin + 2 * tensor.ndim);
+      tensors.push_back(tensor);
+    }
+    row.first = first;
+  }
+  tensors_.swap(tensors);
+  dims_.swap(dims);
+  remembered_tensors_ = tensors_.size();
 }
 
 std::vector<std::pair<int, double>> Plan::steps() {
@@ -395,6 +480,7 @@ void Plan::run(const std::vector<HostScalars>& scalars, int threads, nb::list st
   int64_t total = 0;
   for (Row& row : rows_) {
     if (!row.active) continue;
+    if (row.stream != nullptr) row.work.key = draw_key(*row.stream, static_cast<int64_t>(*row.step) + 1);
     works_.push_back(row.work);
     total += row.work.elements;
   }
@@ -418,7 +504,7 @@ void Plan::run(const std::vector<HostScalars>& scalars, int threads, nb::list st
 
 void Plan::drop_slots(Row& row) {
   if (!row.holds_slots) return;
-  for (int k = 0; k <= row.moments(); ++k) Py_DECREF(row.slot[k]);
+  for (int k = 2; k < row.tensors; ++k) Py_DECREF(tensors_[row.first + static_cast<size_t>(k)].object);
   row.holds_slots = false;
 }
 

@@ -24,10 +24,10 @@ class Plan {
   // state_box: the optimizer's state, whose only holder it is, and whether anyone has asked for it since the
   // last step, which is set to False.
   nb::object gather(nb::list groups, nb::list state_box);
-  // Row `index` takes part in this step with this gradient and state. slots: step, exp_avg, exp_avg_sq, and
-  // max_exp_avg_sq for amsgrad; `entry`, the dict that they lie in (or will, when this step is run). Returns
-  // what is wrong with their addresses, or nothing.
-  nb::object bind(size_t index, nb::handle gradient, nb::dict entry, nb::tuple slots);
+  // Row `index` takes part in this step with this gradient and state. slots: its tensors by key, which tells the
+  // format, "step" among them; `entry`, the dict that they lie in (or will, when this step is run). Returns what is
+  // wrong with them, or nothing.
+  nb::object bind(size_t index, nb::handle gradient, nb::dict entry, nb::dict slots);
   // Takes over from `state` in which order its entries stand, once all rows are bound.
   void remember(nb::dict state);
   // (group, step count after this step) for every set of scalars that run() will want, in that order.
@@ -40,28 +40,38 @@ class Plan {
   bool sealed() const { return sealed_; }
 
  private:
+  // A tensor of a row: its shape and strides stand in dims_.
+  struct Tensor {
+    PyObject* object;  // of a slot; identity only, but while held
+    void* address;
+    int64_t span;  // bytes from the first to behind the last element
+    uint32_t shape, strides;
+    DLDataType type;
+    int16_t ndim;
+    int16_t role;  // an Operand, or one of the two below
+  };
+  static constexpr int16_t step_role = -1, stream_role = -2;
+
   struct Row {
     PyObject* param;  // identities: compared, and owned from gather() to release() only
     PyTypeObject* param_type;
     PyObject* entry = nullptr;
-    PyObject* slot[4] = {};  // step, then the moments
     PyObject* gradient = nullptr;
     float* step = nullptr;
+    const int64_t* stream = nullptr;
     Work work = {};
-    uintptr_t near_param = 0, near_gradient = 0;  // where torch keeps the shapes: to prefetch only
-    size_t dims = 0;                              // where in dims_ this row's shape and strides stand
-    int64_t span[max_operands] = {};              // bytes from the first to behind the last element
-    int ndim = 0;
+    size_t first = 0;  // in tensors_: parameter, gradient, step, then the other slots
+    int tensors = 0;
     int group;
-    DLDataType gradient_type = {}, type = {};
+    uintptr_t near_param = 0, near_gradient = 0;  // where torch keeps the shapes: to prefetch only
     bool bound = false;
     bool active = false;
     bool look = false;
     bool holds_slots = false;
+    bool is_complex = false;
     bool may_be_lazy = false;  // its gradient, conjugated or negated: then it is asked at each step
 
     Row(PyObject* param_, int group_) : param(param_), param_type(Py_TYPE(param_)), group(group_) {}
-    int moments() const { return work.amsgrad ? 3 : 2; }
   };
 
   // What stood in `state` when it was last walked through: one entry, then `slots` slots in seen_slots_.
@@ -72,23 +82,28 @@ class Plan {
   };
   struct SeenSlot {
     PyObject *key, *value;
-    int slot;        // 0 step, 1... the moments; -1: none of ours
+    int tensor;      // which of the row's; -1: none of ours
     uintptr_t near;  // as near_param
   };
 
   bool same_groups(nb::list groups) const;
   void gather_gradient(Row& row);
   bool gather_state(PyObject* state);
-  static void hold_slots(Row& row);  // until release()
-  static void drop_slots(Row& row);
+  void hold_slots(Row& row);  // until release()
+  void drop_slots(Row& row);
   bool unreachable(PyObject* state) const;
   bool still_same(PyObject* state);
-  bool same_tensor(const Row& row, int operand, const DLTensor& tensor) const;
+  bool same_tensor(const Tensor& known, const DLTensor& tensor) const;
   bool overlaps(const Row& row, const void* gradient) const;
+  void compact();
+  // A tensor as it was read, with its shape and strides appended to dims_.
+  Tensor known(const DLTensor& tensor, PyObject* object, int16_t role);
 
   std::vector<Row> rows_;
   std::vector<Layout> layouts_;  // by row
+  std::vector<Tensor> tensors_;
   std::vector<int64_t> dims_;
+  size_t remembered_tensors_ = 0;  // after the last compact()
   std::vector<SeenEntry> seen_entries_;
   std::vector<SeenSlot> seen_slots_;
   std::vector<Work> works_;

@@ -15,7 +15,12 @@ from torch.nn import Parameter
 import lucid.optim as optim
 from lucid import engine
 
-INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+INTEGERS = {
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
 SEALED = 12  # steps after which the plan no longer reads the state that nobody else holds
 
 
@@ -54,9 +59,13 @@ def is_sealed(optimizer):
 
 def results(optimizer):
     """What training gives: each parameter in order with its state, as numbers to compare to the bit."""
+
+    def of(key, value):
+        return value.view(torch.int16).clone() if key == "residual" else value.clone()  # its bits are no numbers
+
     state = peek(optimizer)
     return [
-        {"param": param.detach().clone()} | {key: value.clone() for key, value in state.get(param, {}).items()}
+        {"param": param.detach().clone()} | {key: of(key, value) for key, value in state.get(param, {}).items()}
         for group in optimizer.param_groups
         for param in group["params"]
     ]

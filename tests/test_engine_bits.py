@@ -406,17 +406,6 @@ def test_float64_gradients_are_rounded_once_to_float32(level, strided):
             assert same(ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_parameters_are_refused_with_a_reason(dtype, engine_name):
-    param = Parameter(torch.ones(3, dtype=dtype))
-    optimizer = optim.AdamW([("layer.weight", param)])
-    param.grad = torch.ones(3, dtype=dtype)
-    with on(engine_name), pytest.raises(TypeError, match=rf"'layer\.weight' has dtype {dtype}.*float32"):
-        optimizer.step()
-    assert torch.equal(param, torch.ones(3, dtype=dtype))
-    assert not optimizer.state
-
-
 # Order, cuts, groups
 
 

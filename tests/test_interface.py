@@ -96,12 +96,15 @@ def test_it_is_an_optimizer_of_torchs():
 
 def test_groups_and_defaults_have_the_documented_keys():
     names = {"lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize"}
+    names |= {"state_format", "master_weights", "seed"}
     params = make_params()
-    optimizer = optim.AdamW(params, 0.1, (0.2, 0.3), 0.4, 0.5, True, maximize=True)
+    optimizer = optim.AdamW(
+        params, 0.1, (0.2, 0.3), 0.4, 0.5, True, maximize=True, state_format="8bit", master_weights=False, seed=6
+    )
     (group,) = optimizer.param_groups
     assert group["params"] == params
     wanted = {"lr": 0.1, "beta1": 0.2, "beta2": 0.3, "eps": 0.4, "weight_decay": 0.5}
-    wanted |= {"amsgrad": True, "maximize": True}
+    wanted |= {"amsgrad": True, "maximize": True, "state_format": "8bit", "master_weights": False, "seed": 6}
     assert {key: group[key] for key in names} == wanted
     assert dict(optimizer.defaults) == wanted
     assert set(group) == {"params"} | names

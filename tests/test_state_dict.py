@@ -100,6 +100,9 @@ def test_state_dict_is_plain_and_documented():
         "weight_decay": 0.01,
         "amsgrad": True,
         "maximize": False,
+        "state_format": "fp32",
+        "master_weights": True,
+        "seed": 0,
         "params": [0, 1, 2],
     }
     assert "betas" not in optimizer.param_groups[0].keys()  # noqa: SIM118, the stored keys

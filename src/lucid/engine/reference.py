@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import codecs
 from .row import Row
 from .scalars import Scalars
 
@@ -59,17 +60,75 @@ def compute(rows: Sequence[Row], scalars: Sequence[Scalars]) -> list[Update]:
     ] = {}  # of parameters on the same memory: the second moves on from the first
     for row, h in zip(rows, scalars, strict=True):
         param = row.param.detach()
-        theta, g, m, v, *w = (
-            torch.view_as_real(x) if x.is_complex() else x
-            for x in (param, row.gradient.to(param.dtype), *row.slots.values())
-        )
         place = (param.device, param.data_ptr(), param.shape, param.stride())
-        new = adamw(h, latest.get(place, theta), g, m, v, w[0] if w else None)
-        latest[place] = new[0]
-        targets = (theta, m, v, *w)
-        updates += [(old, value) for old, value in zip(targets, new, strict=False) if value is not None]
+        theta, m, v, w = _loaded(latest.get(place, param), row.slots)
+        g = _real(row.gradient.to(param.dtype if param.is_complex() else theta.dtype))
+        new = adamw(h, theta, g, m, v, w)
+        drawn = None
+        if "stream" in row.slots:
+            drawn = codecs.draws(int(row.slots["stream"]), int(row.step) + 1, param.shape, param.device)
+        values = _stored(param.dtype, row.slots, *new, drawn)
+        latest[place] = values["param"]
+        updates.append((param, values.pop("param")))
+        updates += [(_raw(row.slots[key]), _raw(value)) for key, value in values.items()]
         updates.append((row.step, row.step + 1))
     return updates
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _raw(slot: Tensor) -> Tensor:
+    """A residual's bits: they are not numbers."""
+    return slot.view(torch.int16) if slot.dtype == torch.bfloat16 else slot
+
+
+def _loaded(param: Tensor, slots: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """θ, m, v and w in the compute type."""
+    if "residual" in slots:
+        theta = codecs.joined(param, slots["residual"])
+    elif "master" in slots:
+        theta = codecs.master_of_float16(param, slots["master"])
+    else:
+        theta = param.float() if param.dtype in (torch.bfloat16, torch.float16) else _real(param)
+    if "exp_avg_code" in slots:
+        m = codecs.decode_signed(slots["exp_avg_code"], slots["exp_avg_scale"])
+        v = codecs.decode_unsigned(slots["exp_avg_sq_code"], slots["exp_avg_sq_scale"])
+    else:
+        m, v = (_real(slots[key]).to(theta.dtype) for key in ("exp_avg", "exp_avg_sq"))
+    w = slots.get("max_exp_avg_sq")
+    return theta, m, v, None if w is None else _real(w)
+
+
+def _stored(
+    dtype: torch.dtype,
+    slots: dict[str, Tensor],
+    theta: Tensor,
+    m: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    drawn: Tensor | None,
+) -> dict[str, Tensor]:
+    """What `_loaded` reads, by slot, with the parameter as "param"."""
+    values: dict[str, Tensor] = {}
+    if "residual" in slots:
+        values["param"], values["residual"] = codecs.split(theta)
+    else:
+        values["param"] = torch.view_as_complex(theta) if dtype.is_complex else theta.to(dtype)
+        if "master" in slots:
+            values["master"] = theta
+    if "exp_avg_code" in slots:
+        values["exp_avg_code"], values["exp_avg_scale"] = codecs.encode_signed(m, drawn)
+        values["exp_avg_sq_code"], values["exp_avg_sq_scale"] = codecs.encode_unsigned(v, drawn)
+    elif drawn is not None:
+        values["exp_avg"] = codecs.rounded_to_bfloat16(m, drawn)
+        values["exp_avg_sq"] = codecs.rounded_to_bfloat16(v, drawn, positive=True)
+    else:
+        values["exp_avg"], values["exp_avg_sq"] = (torch.view_as_complex(x) if dtype.is_complex else x for x in (m, v))
+    if w is not None:
+        values["max_exp_avg_sq"] = torch.view_as_complex(w) if dtype.is_complex else w
+    return values
 
 
 @torch.no_grad()

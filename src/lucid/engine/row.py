@@ -18,8 +18,8 @@ COMPLEX_GRADIENTS = (torch.complex64, torch.complex128)
 class Row:
     """One parameter with its gradient and state.
 
-    ``step``: its step count, 0-dim float32 on the CPU. ``slots``: the moments, in the order of the formats table.
-    ``entry``: the dict of the optimizer's state that holds them all.
+    ``step``: its step count, 0-dim float32 on the CPU. ``slots``: the rest of its state by key, which tells the
+    engines the format. ``entry``: the dict of the optimizer's state that holds them all.
     """
 
     index: int

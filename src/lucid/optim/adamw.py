@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .formats import NAMES, StateFormatName
 from .groups import ParamGroup, pair
 from .optimizer import Hyperparameters, Optimizer, Params
 
@@ -94,6 +95,9 @@ class AdamW(Optimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        state_format: StateFormatName = "fp32",
+        master_weights: bool = True,
+        seed: int = 0,
     ) -> None:
         beta1, beta2 = pair(betas)
         defaults = ParamGroup(
@@ -105,6 +109,9 @@ class AdamW(Optimizer):
                 "weight_decay": weight_decay,
                 "amsgrad": amsgrad,
                 "maximize": maximize,
+                "state_format": state_format,
+                "master_weights": master_weights,
+                "seed": seed,
             }
         )
         self._hyperparameters(defaults)
@@ -121,6 +128,9 @@ class AdamW(Optimizer):
                 weight_decay=_number("weight_decay", group["weight_decay"]),
                 amsgrad=_flag("amsgrad", group["amsgrad"]),
                 maximize=_flag("maximize", group["maximize"]),
+                state_format=_state_format(group["state_format"]),
+                master_weights=_flag("master_weights", group["master_weights"]),
+                seed=_seed(group["seed"]),
             )
         except KeyError as error:
             raise ValueError(f"a parameter group has no {error}; set it, or add the group anew") from None
@@ -141,4 +151,18 @@ def _number(name: str, value: Any, below: float = math.inf) -> float:
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
+def _state_format(value: Any) -> StateFormatName:
+    if not isinstance(value, str) or value not in NAMES:
+        raise ValueError(f"state_format: expected one of {', '.join(map(repr, NAMES))}, got {value!r}")
+    return value
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"seed: expected a whole number, got {value!r}")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"seed: expected a whole number from 0 to 2**63 - 1, got {value!r}")
     return value

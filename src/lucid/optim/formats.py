@@ -1,50 +1,68 @@
-"""State formats: what the optimizer keeps for a parameter, under which keys and in which dtypes."""
+"""State formats: what the optimizer keeps for a parameter, under which keys, in which dtypes and shapes."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import functools
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lucid.engine import codecs
+
 STEP = "step"
+STREAM = "stream"
 MAX_STEP = 2**24  # where float32 stops counting; every count of ours is below it
+
+StateFormatName = Literal["fp32", "bf16", "8bit"]
+NAMES: tuple[StateFormatName, ...] = ("fp32", "bf16", "8bit")
+
+# What 8-bit moments are for: weights large enough to gain from them, rows long enough to share a scale. By the
+# parameter's whole shape, never a shard's.
+_LEAST_ELEMENTS = 4096
+_LEAST_ROW = 64
+
+# The dtype that a parameter is computed in, and in which it keeps what is not encoded.
+_COMPUTE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.complex64: torch.complex64,
+    torch.complex128: torch.complex128,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+_MASTER = {torch.bfloat16: ("residual", torch.bfloat16), torch.float16: ("master", torch.float32)}
+_AMSGRAD = "max_exp_avg_sq"
 
 
 @dataclass(frozen=True, slots=True)
-class StateFormat:
-    """One way to keep the moments.
-
-    ``slots`` names the tensors of the parameter's shape, in the order in which the engines take them; ``dtypes``
-    gives, for each dtype of parameter that the format knows, the dtype of its slots.
+class Slot:
+    """One tensor of a parameter's state: its dtype, and whether it has the parameter's shape, one number for each
+    block of 128 elements of a row, or is one number.
     """
 
-    name: str
-    slots: tuple[str, ...]
-    amsgrad_slot: str
-    dtypes: Mapping[torch.dtype, torch.dtype]
+    dtype: torch.dtype
+    shape: Literal["param", "blocks", "one"] = "param"
 
-    def keys(self, amsgrad: bool) -> tuple[str, ...]:
-        """Return the names of the slots of a parameter."""
-        return (*self.slots, self.amsgrad_slot) if amsgrad else self.slots
+    def shape_for(self, param: Tensor) -> tuple[int, ...]:
+        """Return the shape of this slot of `param`."""
+        if self.shape == "one":
+            return ()
+        return tuple(param.shape) if self.shape == "param" else (param.shape[0], codecs.blocks(param.shape))
 
-    def check_param(self, param: Tensor, name: str) -> None:
-        """Raise unless the format knows parameters of this dtype."""
-        if param.dtype not in self.dtypes:
-            known = ", ".join(str(dtype) for dtype in self.dtypes)
-            raise TypeError(
-                f"{name} has dtype {param.dtype}, expected one of {known}; this version keeps no master weights, "
-                "without which 16-bit parameters stop learning: train in float32, under torch.autocast for speed"
-            )
-
-    def new_slot(self, param: Tensor) -> Tensor:
-        """Return zeros of the parameter's shape, order of dimensions in memory, and device."""
+    def new(self, param: Tensor, *, contiguous: bool) -> Tensor:
+        """Return zeros on the parameter's device, in its order of dimensions in memory unless `contiguous`."""
         with torch.inference_mode(False):  # tensors made in that mode could not be updated outside of it
-            slot = torch.empty_like(param, dtype=self.dtypes[param.dtype], requires_grad=False)
+            if self.shape == "param" and not contiguous:
+                slot = torch.empty_like(param, dtype=self.dtype, requires_grad=False)
+            else:
+                slot = torch.empty(self.shape_for(param), dtype=self.dtype, device=param.device)
         if (
             type(slot) is Tensor and slot.device.type == "cpu"
         ):  # torch's own zeroing is parallel, which hangs a forked child
@@ -52,36 +70,217 @@ class StateFormat:
             return slot
         return slot.zero_()
 
-    def complete(self, param: Tensor, entry: Mapping[str, Any], amsgrad: bool, name: str) -> dict[str, Tensor]:
+    def check(self, value: Any, param: Tensor, key: str, name: str) -> Tensor:
+        """Return `value`, or raise unless it is a dense tensor of this slot's shape and kind of number."""
+        expected = self.shape_for(param)
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"state {key!r} of {name}: expected a tensor of shape {expected}, got "
+                f"{'nothing' if value is None else repr(value)}"
+            )
+        if tuple(value.shape) != expected:
+            like = " like the parameter" if self.shape == "param" else ""
+            raise ValueError(
+                f"state {key!r} of {name} has shape {tuple(value.shape)}, expected {expected}{like}"
+            )
+        if value.device.type == "meta":
+            raise ValueError(
+                f"state {key!r} of {name} is on the meta device and has no values; load the checkpoint anew"
+            )
+        if value.layout is not torch.strided or not self._is_alike(value):
+            kind = "complex" if self.dtype.is_complex else "floating-point"
+            wanted = f"{kind} numbers" if self.dtype.is_floating_point or self.dtype.is_complex else f"{self.dtype}"
+            raise ValueError(
+                f"state {key!r} of {name} is {value.dtype} with layout {value.layout}, expected dense {wanted}"
+            )
+        return value
+
+    def _is_alike(self, value: Tensor) -> bool:
+        if self.dtype.is_complex:
+            return value.is_complex()
+        return value.is_floating_point() if self.dtype.is_floating_point else value.dtype == self.dtype
+
+
+_CODES = {
+    "exp_avg_code": Slot(torch.uint8),
+    "exp_avg_scale": Slot(torch.float32, "blocks"),
+    "exp_avg_sq_code": Slot(torch.uint8),
+    "exp_avg_sq_scale": Slot(torch.float32, "blocks"),
+}
+_STREAM = {STREAM: Slot(torch.int64, "one")}
+
+
+def _moments(dtype: torch.dtype) -> dict[str, Slot]:
+    return {"exp_avg": Slot(dtype), "exp_avg_sq": Slot(dtype)}
+
+
+_LATER = {_AMSGRAD, *(key for key, _ in _MASTER.values())}  # may be missing at first
+# Every key that some format knows: what a conversion replaces.
+_KEYS = {STEP, STREAM, *_CODES, *_moments(torch.float32), *_LATER}
+
+
+@dataclass(frozen=True, slots=True)
+class StateFormat:
+    """What is kept for one kind of parameter.
+
+    ``moments``: how the two moments are stored. ``slots``: every tensor but the step count and amsgrad's maximum.
+    """
+
+    moments: StateFormatName
+    slots: Mapping[str, Slot]
+    amsgrad_slot: Slot
+
+    def slots_with(self, amsgrad: bool) -> dict[str, Slot]:
+        """Return the slots of a parameter, in the order in which they are made."""
+        return {**self.slots, _AMSGRAD: self.amsgrad_slot} if amsgrad else dict(self.slots)
+
+    @property
+    def draws(self) -> bool:
+        """Whether values are rounded at random, so that their order in memory is the logical one."""
+        return STREAM in self.slots
+
+    def complete(
+        self, param: Tensor, entry: Mapping[str, Any], amsgrad: bool, name: str, stream: int
+    ) -> dict[str, Tensor]:
         """Return what `entry`, a parameter's state so far, lacks; raise where what it has does not fit.
 
-        A parameter without state gets all of it. The maximum of amsgrad may come later: it starts from zero.
+        A parameter without state gets all of it. The maximum of amsgrad may come later: it starts from zero; so may
+        what a parameter lacks of its master value, when a model becomes a 16-bit one: then the parameter counts alone.
         """
+        slots = self.slots_with(amsgrad)
         if not entry:
-            return {STEP: new_step()} | {key: self.new_slot(param) for key in self.keys(amsgrad)}
+            return {STEP: new_step()} | {key: self._new(key, slot, param, stream) for key, slot in slots.items()}
         missing: dict[str, Tensor] = {}
         step = checked_step(entry.get(STEP), name)
         if step is not entry.get(STEP):
             missing[STEP] = step
-        for key in self.keys(amsgrad):
+        for key, slot in slots.items():
             value = entry.get(key)
-            if value is None and key == self.amsgrad_slot:
-                missing[key] = self.new_slot(param)
-            else:
-                tensor = checked_slot(value, param, key, name)
-                if tensor.dtype != self.dtypes[param.dtype] or tensor.device != param.device:
-                    raise ValueError(
-                        f"state {key!r} of {name} is {tensor.dtype} on {tensor.device}, expected "
-                        f"{self.dtypes[param.dtype]} on {param.device}; load it with load_state_dict, which converts"
-                    )
+            if value is None and key in _LATER:
+                missing[key] = self._new(key, slot, param, stream)
+                continue
+            if value is None and (others := sorted(_KEYS & entry.keys() - slots.keys() - _LATER - {STEP})):
+                raise ValueError(
+                    f"state of {name} is in another format: it has {', '.join(others)} and lacks {key}; set "
+                    "state_format and master_weights before the first step, or load_state_dict, which converts"
+                )
+            tensor = slot.check(value, param, key, name)
+            if tensor.dtype != slot.dtype or (tensor.device != param.device and key != STREAM):
+                raise ValueError(
+                    f"state {key!r} of {name} is {tensor.dtype} on {tensor.device}, expected "
+                    f"{slot.dtype} on {param.device}; load it with load_state_dict, which converts"
+                )
+            if key in _CODES and not tensor.is_contiguous():
+                raise ValueError(
+                    f"state {key!r} of {name} has strides {tensor.stride()}, expected contiguous codes and scales; "
+                    "load it with load_state_dict, which puts them in order"
+                )
         return missing
 
-    def converted(self, param: Tensor, entry: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-        """Return a copy of the slots of a saved `entry` in this format, sharing no memory with it."""
+    def converted(self, param: Tensor, entry: Mapping[str, Any], name: str, stream: int) -> dict[str, Tensor]:
+        """Return a copy of a saved `entry` in this format, rounded to the nearest, sharing no memory with it."""
         own = {STEP: checked_step(entry.get(STEP), name).clone()}
-        for key in self.keys(self.amsgrad_slot in entry):
-            own[key] = self.new_slot(param).copy_(checked_slot(entry.get(key), param, key, name).detach())
-        return own
+        saved = dict(entry)
+        for key, slot in self.slots_with(_AMSGRAD in entry).items():
+            own[key] = self._new(key, slot, param, stream)
+        if self.moments == "8bit" and "exp_avg_code" in saved:
+            for key, slot in _CODES.items():
+                own[key].copy_(slot.check(saved.get(key), param, key, name).detach())
+        else:
+            m, v = _decoded(param, saved, name)
+            if self.moments == "8bit":
+                own["exp_avg_code"], own["exp_avg_scale"] = codecs.encode_signed(m.to(param.device).float())
+                own["exp_avg_sq_code"], own["exp_avg_sq_scale"] = codecs.encode_unsigned(v.to(param.device).float())
+            else:
+                own["exp_avg"].copy_(m)
+                own["exp_avg_sq"].copy_(v)
+        if _AMSGRAD in saved:
+            own[_AMSGRAD].copy_(self.amsgrad_slot.check(saved[_AMSGRAD], param, _AMSGRAD, name).detach())
+        if STREAM in own and STREAM in saved:
+            own[STREAM].copy_(self.slots[STREAM].check(saved[STREAM], param, STREAM, name))
+        self._convert_master(own, saved, param, name)
+        return own | {key: copied(value) for key, value in saved.items() if key not in _KEYS}
+
+    def _convert_master(self, own: dict[str, Tensor], saved: Mapping[str, Any], param: Tensor, name: str) -> None:
+        """What the parameter's own bits lack of its master value; without a source the parameter counts alone."""
+        residual, master = saved.get("residual"), saved.get("master")
+        if "residual" in own and residual is not None:
+            value = Slot(torch.bfloat16).check(residual, param, "residual", name)
+            if value.dtype != torch.bfloat16:
+                raise ValueError(f"state 'residual' of {name} is {value.dtype}, expected torch.bfloat16: it holds bits")
+            own["residual"].view(torch.int16).copy_(value.detach().view(torch.int16))
+        elif "residual" in own and master is not None:
+            values = Slot(torch.float32).check(master, param, "master", name).detach().float()
+            own["residual"].view(torch.int16).copy_(codecs.split(values)[1].view(torch.int16))
+        elif "master" in own and master is not None:
+            own["master"].copy_(Slot(torch.float32).check(master, param, "master", name).detach())
+
+    def _new(self, key: str, slot: Slot, param: Tensor, stream: int) -> Tensor:
+        if key == STREAM:
+            with torch.inference_mode(False):
+                return torch.tensor(stream, dtype=torch.int64, device="cpu")
+        return slot.new(param, contiguous=key in _CODES)
+
+
+def _decoded(param: Tensor, entry: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
+    """Both moments of a saved entry as numbers."""
+    if "exp_avg_code" in entry and not param.is_complex() and param.dim() > 0:
+        values = {key: slot.check(entry.get(key), param, key, name).detach() for key, slot in _CODES.items()}
+        return (
+            codecs.decode_signed(values["exp_avg_code"], values["exp_avg_scale"].float()),
+            codecs.decode_unsigned(values["exp_avg_sq_code"], values["exp_avg_sq_scale"].float()),
+        )
+    m, v = (
+        slot.check(entry.get(key), param, key, name).detach() for key, slot in _moments(_COMPUTE[param.dtype]).items()
+    )
+    return m, v
+
+
+def decoded(param: Tensor, entry: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """Return a copy of a parameter's state as ``torch.optim.AdamW`` keeps it: float32 moments, no master weights."""
+    return FULL[param.dtype].converted(param, entry, name, 0)
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of a tensor or of anything else that was saved."""
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def stream_of(seed: int, known_as: str | int) -> int:
+    """Return what the draws of a parameter are keyed with: 64 bits from the seed and its name, or its number."""
+    digest = hashlib.blake2b(repr((seed, known_as)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def format_for(param: Tensor, state_format: StateFormatName, master_weights: bool, name: str) -> StateFormat:
+    """Return what is kept for `param`; raise where its dtype is none that is known."""
+    if param.dtype not in _COMPUTE:
+        known = ", ".join(str(dtype) for dtype in _COMPUTE)
+        raise TypeError(f"{name} has dtype {param.dtype}, expected one of {known}")
+    if state_format == "8bit" and not _is_quantized(param.shape):
+        state_format = "fp32"
+    return _format(param.dtype, state_format, master_weights)
+
+
+def _is_quantized(shape: torch.Size) -> bool:
+    return len(shape) >= 2 and shape.numel() >= _LEAST_ELEMENTS and math.prod(shape[1:]) >= _LEAST_ROW
+
+
+@functools.cache
+def _format(dtype: torch.dtype, state_format: StateFormatName, master_weights: bool) -> StateFormat:
+    compute = _COMPUTE[dtype]
+    if compute is not torch.float32:
+        state_format = "fp32"  # who trains in float64 or complex numbers wants them
+    slots = {"fp32": _moments(compute), "bf16": _moments(torch.bfloat16) | _STREAM, "8bit": _CODES | _STREAM}[
+        state_format
+    ]
+    if dtype in _MASTER and master_weights:
+        key, master_dtype = _MASTER[dtype]
+        slots = slots | {key: Slot(master_dtype)}
+    return StateFormat(state_format, slots, Slot(compute))
+
+
+FULL = {dtype: _format(dtype, "fp32", False) for dtype in _COMPUTE}
 
 
 def new_step() -> Tensor:
@@ -115,39 +314,3 @@ def checked_step(value: Any, name: str) -> Tensor:
     ):
         return value
     return new_step().fill_(count)
-
-
-def checked_slot(value: Any, param: Tensor, key: str, name: str) -> Tensor:
-    """Return `value`, or raise unless it is a dense tensor of numbers of the parameter's shape and kind."""
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"state {key!r} of {name}: expected a tensor of shape {tuple(param.shape)}, got "
-            f"{'nothing' if value is None else repr(value)}"
-        )
-    if value.shape != param.shape:
-        raise ValueError(
-            f"state {key!r} of {name} has shape {tuple(value.shape)}, expected {tuple(param.shape)} like the parameter"
-        )
-    if value.device.type == "meta":
-        raise ValueError(f"state {key!r} of {name} is on the meta device and has no values; load the checkpoint anew")
-    if value.layout is not torch.strided or not (
-        value.is_complex() if param.is_complex() else value.is_floating_point()
-    ):
-        raise ValueError(
-            f"state {key!r} of {name} is {value.dtype} with layout {value.layout}, expected dense "
-            f"{'complex' if param.is_complex() else 'floating-point'} numbers"
-        )
-    return value
-
-
-FP32 = StateFormat(
-    name="fp32",
-    slots=("exp_avg", "exp_avg_sq"),
-    amsgrad_slot="max_exp_avg_sq",
-    dtypes={
-        torch.float32: torch.float32,
-        torch.float64: torch.float64,
-        torch.complex64: torch.complex64,
-        torch.complex128: torch.complex128,
-    },
-)

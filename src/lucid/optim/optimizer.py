@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -15,7 +16,7 @@ from torch._compile import _disable_dynamo
 
 from lucid import engine
 
-from .formats import FP32, MAX_STEP, STEP
+from .formats import MAX_STEP, STEP, StateFormat, StateFormatName, decoded, format_for, stream_of
 from .groups import ParamGroup, check_ordered, checked_params
 from .state_dict import loaded, plain
 
@@ -32,6 +33,14 @@ class Hyperparameters(NamedTuple):
     weight_decay: float
     amsgrad: bool
     maximize: bool
+    state_format: StateFormatName
+    master_weights: bool
+    seed: int
+
+    @property
+    def kept(self) -> tuple[bool, StateFormatName, bool]:
+        """What the slots of a parameter's state depend on."""
+        return self.amsgrad, self.state_format, self.master_weights
 
 
 class _NewState(NamedTuple):
@@ -66,9 +75,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _begin(self) -> None:
         """Set what is never saved."""
-        self._format = FP32
         self._plan: engine.Plan | None = None
-        self._planned_amsgrad: list[bool] = []
+        self._planned: list[tuple[bool, StateFormatName, bool]] = []  # of each group
         self._state_box: list[Any] = [defaultdict(dict), True]
         self._unlock()
 
@@ -177,14 +185,14 @@ class Optimizer(torch.optim.Optimizer):
     def _update(self) -> None:
         groups = self._checked_groups()
         hyperparameters = [self._hyperparameters(group) for group in groups]
-        amsgrad = [hyper.amsgrad for hyper in hyperparameters]
+        kept = [hyper.kept for hyper in hyperparameters]
         params = [group["params"] for group in groups]
         looks = None
-        if self._plan is not None and self._planned_amsgrad == amsgrad:
+        if self._plan is not None and self._planned == kept:
             looks = self._plan.gather(params, self._state_box)
         if looks is None:
             checked_params([param for group in params for param in group])
-            self._plan, self._planned_amsgrad = engine.Plan(params), amsgrad
+            self._plan, self._planned = engine.Plan(params), kept
             looks = self._plan.gather(params, self._state_box)
         plan = self._plan
         assert plan is not None
@@ -192,7 +200,7 @@ class Optimizer(torch.optim.Optimizer):
         new: list[_NewState] = []
         try:
             if looks:
-                for row in self._rows(looks, amsgrad, new):
+                for row in self._rows(looks, hyperparameters, new):
                     plan.bind(row)
             scalars = [self._scalars(hyperparameters[group], step, group) for group, step in plan.steps()]
             if new and self._is_initialising(new, hyperparameters):
@@ -209,7 +217,9 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             plan.release()
 
-    def _rows(self, looks: list[int], amsgrad: list[bool], new: list[_NewState]) -> Iterator[engine.Row]:
+    def _rows(
+        self, looks: list[int], hyperparameters: list[Hyperparameters], new: list[_NewState]
+    ) -> Iterator[engine.Row]:
         """Check the rows numbered `looks`, making state for those that have none; raise where one is not right."""
         numbered = [
             (group, index, param)
@@ -218,18 +228,30 @@ class Optimizer(torch.optim.Optimizer):
         ]
         for look in looks:
             group, index, param = numbered[look]
+            hyper = hyperparameters[group]
             name = self._name(group, index)
-            self._check_param(param, name)
+            kept = self._format(param, hyper, name)
             gradient = engine.checked_gradient(param, name)
             entry = self._entry(param, name)
-            missing = self._format.complete(param, entry, amsgrad[group], name)
+            missing = kept.complete(param, entry, hyper.amsgrad, name, self._stream(hyper.seed, look, group, index))
             if missing:
                 new.append(_NewState(param, gradient, entry, missing))
             whole: dict[str, Any] = entry | missing
-            slots = {key: whole[key] for key in self._format.keys(amsgrad[group])}
+            slots = {key: whole[key] for key in kept.slots_with(hyper.amsgrad)}
             row = engine.Row(look, group, name, param, gradient, entry, whole[STEP], slots)
             engine.check_memory(row)
             yield row
+
+    def _stream(self, seed: int, number: int, group: int, index: int) -> int:
+        """What the draws of parameter number `index` of a group, `number` over all, are keyed with."""
+        names = self.param_groups[group].get("param_names") or ()
+        return stream_of(seed, names[index] if index < len(names) else number)
+
+    def _streams(self, groups: Sequence[ParamGroup]) -> Iterator[int]:
+        number = itertools.count()
+        for group, items in enumerate(groups):
+            for index in range(len(items["params"])):
+                yield self._stream(self._hyperparameters(items).seed, next(number), group, index)
 
     def _entry(self, param: Tensor, name: str) -> dict[str, Any]:
         """Return the parameter's state, or a dict that may become it."""
@@ -238,9 +260,11 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f"state of {name}: expected a dict, got {type(entry).__name__}")
         return entry
 
-    def _check_param(self, param: Tensor, name: str) -> None:
-        self._format.check_param(param, name)
+    def _format(self, param: Tensor, hyper: Hyperparameters, name: str) -> StateFormat:
+        """Return what is kept for `param`; raise where it cannot be updated."""
+        kept = format_for(param, hyper.state_format, hyper.master_weights, name)
         engine.check_param(param, name)
+        return kept
 
     def _is_initialising(self, new: list[_NewState], hyperparameters: list[Hyperparameters]) -> bool:
         """Whether this is how torch's checkpoint tools make an optimizer create its state.
@@ -290,16 +314,17 @@ class Optimizer(torch.optim.Optimizer):
         memory is known before the first step.
         """
         new: list[_NewState] = []
-        for number, group in enumerate(self._checked_groups()):
-            amsgrad = self._hyperparameters(group).amsgrad
+        number = itertools.count()
+        for position, group in enumerate(self._checked_groups()):
+            hyper = self._hyperparameters(group)
             for index, param in enumerate(group["params"]):
+                stream = self._stream(hyper.seed, next(number), position, index)
                 if not param.requires_grad:
                     continue
-                name = self._name(number, index)
-                self._check_param(param, name)
+                name = self._name(position, index)
+                kept = self._format(param, hyper, name)
                 entry = self._entry(param, name)
-                missing = self._format.complete(param, entry, amsgrad, name)
-                new.append(_NewState(param, param, entry, missing))
+                new.append(_NewState(param, param, entry, kept.complete(param, entry, hyper.amsgrad, name, stream)))
         self._adopt(new)
 
     def state_dict(self) -> dict[str, Any]:
@@ -360,12 +385,36 @@ class Optimizer(torch.optim.Optimizer):
         names = [
             [self._name(number, index) for index in range(len(group["params"]))] for number, group in enumerate(groups)
         ]
-        state, new_groups = loaded(saved, groups, self.defaults, self._format, names)
+        state, new_groups = loaded(saved, groups, self.defaults, self._format_in, names, self._streams)
         for group in new_groups:
             self._hyperparameters(group)
         self.state, self.param_groups = state, new_groups
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _format_in(self, param: Tensor, group: ParamGroup, name: str) -> StateFormat:
+        return self._format(param, self._hyperparameters(group), name)
+
+    def torch_state_dict(self) -> dict[str, Any]:
+        """Return a copy of the state that ``torch.optim.AdamW.load_state_dict`` takes, whatever the format here.
+
+        Returns
+        -------
+        dict
+            As `state_dict`, with moments as float32 ``exp_avg`` and ``exp_avg_sq`` and without what torch has no
+            place for: codes, and what 16-bit parameters lack of their master values.
+        """
+        saved = self.state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
+        saved["state"] = {
+            number: decoded(params[number], entry, f"parameter {number}") if entry else {}
+            for number, entry in saved["state"].items()
+            if isinstance(number, int)
+        }
+        saved["param_groups"] = [
+            {key: value for key, value in group.items() if key not in _NOT_TORCH} for group in saved["param_groups"]
+        ]
+        return saved
 
     def __getstate__(self) -> dict[str, Any]:
         return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
@@ -392,6 +441,8 @@ class Optimizer(torch.optim.Optimizer):
         """Return the name of the engine that updates `param`: ``"cpu"`` or ``"reference"``."""
         return engine.name_for(param.device)
 
+
+_NOT_TORCH = ("beta1", "beta2", "state_format", "master_weights", "seed")
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",

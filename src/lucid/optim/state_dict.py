@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import numbers
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from .formats import StateFormat
+from .formats import StateFormat, copied
 from .groups import ParamGroup
+
+OWN_OPTIONS = ("state_format", "master_weights")  # of how state is kept here, whatever was saved
 
 State = defaultdict[Any, Any]
 
@@ -21,12 +22,14 @@ def loaded(
     saved: Mapping[str, Any],
     groups: Sequence[ParamGroup],
     defaults: ParamGroup,
-    state_format: StateFormat,
+    state_format: Callable[[Tensor, ParamGroup, str], StateFormat],
     names: Sequence[Sequence[str]],
+    streams: Callable[[Sequence[ParamGroup]], Iterator[int]],
 ) -> tuple[State, list[ParamGroup]]:
     """Return the state and groups that `saved` makes of an optimizer with `groups`; nothing given is changed.
 
-    ``names`` is how messages call the parameters of each group.
+    ``names`` is how messages call the parameters of each group; ``streams`` numbers what the draws of each
+    parameter are keyed with where that was not saved.
     """
     saved_groups = _checked_groups(saved, groups)
     new_groups = [_group(old, own, defaults) for old, own in zip(saved_groups, groups, strict=True)]
@@ -34,19 +37,20 @@ def loaded(
     state: State = defaultdict(dict)
     entries = dict(saved["state"])
     position = 0
+    own_streams = streams(new_groups)
     for number, group in enumerate(new_groups):
         for index, param in enumerate(group["params"]):
             name = names[number][index]
             entry = entries.pop(order[position], {})
+            stream = next(own_streams)
             position += 1
             if not isinstance(entry, Mapping):
                 raise ValueError(f"state of {name}: expected a dict, got {type(entry).__name__}")
             if entry:
-                state_format.check_param(param, name)
-                own = state_format.converted(param, entry, name)
-                state[param] = own | {key: _copied(value) for key, value in entry.items() if key not in own}
+                own = state_format(param, group, name).converted(param, entry, name, stream)
+                state[param] = own
     for key, value in entries.items():  # of no parameter: torch keeps it too
-        state[key] = _copied(value)
+        state[key] = copied(value)
     return state, new_groups
 
 
@@ -81,10 +85,13 @@ def _checked_groups(saved: Mapping[str, Any], groups: Sequence[ParamGroup]) -> l
 
 def _group(saved: Mapping[str, Any], own: ParamGroup, defaults: ParamGroup) -> ParamGroup:
     """The group's hyperparameters as saved, its parameters as they are."""
-    group = ParamGroup({key: _copied(value) for key, value in saved.items() if key != "params"})
+    group = ParamGroup({key: copied(value) for key, value in saved.items() if key != "params"})
     group["params"] = own["params"]
     if "param_names" in own:
         group["param_names"] = own["param_names"]
+    for key in OWN_OPTIONS:
+        if key in own:
+            group[key] = own[key]
     for key, value in defaults.items():
         group.setdefault(key, value)
     return group
@@ -115,7 +122,3 @@ def plain(value: Any) -> Any:
     if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
         return value
     return float(value)
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -1,0 +1,221 @@
+// Vectors of the SIMD level that a file is compiled for. They are GNU vector extensions, whose operators are those of
+// numbers; here is what these lack, or what GCC 12 makes of them one element at a time.
+//
+// C headers only: see kernels.h.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace lucid::LUCID_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+constexpr int lanes = vector_bytes / 4;
+
+using Float = float __attribute__((vector_size(vector_bytes)));
+using Double = double __attribute__((vector_size(vector_bytes)));
+using Bits = uint32_t __attribute__((vector_size(vector_bytes)));
+// As many 16- and 8-bit integers as Bits has lanes: how they lie in memory.
+using Halves = uint16_t __attribute__((vector_size(2 * lanes)));
+using Bytes = uint8_t __attribute__((vector_size(lanes)));
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using Type = Float;
+};
+template <>
+struct VectorOf<double> {
+  using Type = Double;
+};
+// What computes in T, `width<T>` elements at a time.
+template <class T>
+using Vector = typename VectorOf<T>::Type;
+template <class T>
+constexpr int64_t width = vector_bytes / static_cast<int64_t>(sizeof(T));
+
+inline Bits bits_of(Float x) { return (Bits)x; }
+inline Float float_of(Bits x) { return (Float)x; }
+inline Bits all(uint32_t x) { return Bits{} + x; }
+
+template <class V>
+constexpr int64_t elements_of() {
+  return sizeof(V) / sizeof(V{}[0]);
+}
+
+#if defined(__AVX512F__)
+inline Float load_first(const float* from, int64_t count, Float) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+}
+inline Double load_first(const double* from, int64_t count, Double) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), from);
+}
+inline Halves load_first(const uint16_t* from, int64_t count, Halves) {
+  return (Halves)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from);
+}
+inline Bytes load_first(const uint8_t* from, int64_t count, Bytes) {
+  return (Bytes)_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), from);
+}
+inline void store_first(float* to, Float x, int64_t count) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), x);
+}
+inline void store_first(double* to, Double x, int64_t count) {
+  _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << count) - 1), x);
+}
+inline void store_first(uint16_t* to, Halves x, int64_t count) {
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), (__m256i)x);
+}
+inline void store_first(uint8_t* to, Bytes x, int64_t count) {
+  _mm_mask_storeu_epi8(to, static_cast<__mmask16>((1u << count) - 1), (__m128i)x);
+}
+#else
+template <class T, class V>
+inline V load_first(const T* from, int64_t count, V x) {
+  for (int64_t k = 0; k < count; ++k) x[k] = from[k];
+  return x;
+}
+template <class T, class V>
+inline void store_first(T* to, V x, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) to[k] = x[k];
+}
+#endif
+
+// The first `count` elements from an address; the others are zero.
+template <class V, class T>
+[[gnu::always_inline]] inline V load(const T* from, int64_t count) {
+  V x = {};
+  if (count < elements_of<V>()) return load_first(from, count, x);
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+template <class V, class T>
+[[gnu::always_inline]] inline void store(T* to, V x, int64_t count) {
+  if (count < elements_of<V>()) {
+    store_first(to, x, count);
+  } else {
+    memcpy(to, &x, sizeof x);
+  }
+}
+
+// Bits from shorter integers, zeros or the sign before them; shorter integers from the low ones of Bits.
+
+#if defined(__AVX512F__)
+inline Float square_root(Float x) { return _mm512_sqrt_ps(x); }
+inline Double square_root(Double x) { return _mm512_sqrt_pd(x); }
+inline Bits widened(Bytes x) { return (Bits)_mm512_cvtepu8_epi32((__m128i)x); }
+inline Bits widened_signed(Bytes x) { return (Bits)_mm512_cvtepi8_epi32((__m128i)x); }
+inline Bits widened(Halves x) { return (Bits)_mm512_cvtepu16_epi32((__m256i)x); }
+inline Bits widened_signed(Halves x) { return (Bits)_mm512_cvtepi16_epi32((__m256i)x); }
+inline Bytes low_bytes(Bits x) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)x); }
+inline Halves low_halves(Bits x) { return (Halves)_mm512_cvtepi32_epi16((__m512i)x); }
+inline uint32_t largest(Bits x) { return _mm512_reduce_max_epu32((__m512i)x); }
+#elif defined(__AVX2__)
+inline __m128i eight(Bytes x) {
+  long long raw;
+  memcpy(&raw, &x, sizeof raw);
+  return _mm_cvtsi64_si128(raw);
+}
+inline Float square_root(Float x) { return _mm256_sqrt_ps(x); }
+inline Double square_root(Double x) { return _mm256_sqrt_pd(x); }
+inline Bits widened(Bytes x) { return (Bits)_mm256_cvtepu8_epi32(eight(x)); }
+inline Bits widened_signed(Bytes x) { return (Bits)_mm256_cvtepi8_epi32(eight(x)); }
+inline Bits widened(Halves x) { return (Bits)_mm256_cvtepu16_epi32((__m128i)x); }
+inline Bits widened_signed(Halves x) { return (Bits)_mm256_cvtepi16_epi32((__m128i)x); }
+inline Halves low_halves(Bits x) {
+  const __m256i low = (__m256i)(x & 0xffffu);
+  return (Halves)_mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+}
+inline Bytes low_bytes(Bits x) {
+  const __m128i halves = (__m128i)low_halves(x & 0xffu);
+  const long long raw = _mm_cvtsi128_si64(_mm_packus_epi16(halves, halves));
+  Bytes bytes;
+  memcpy(&bytes, &raw, sizeof bytes);
+  return bytes;
+}
+inline uint32_t largest(Bits x) {
+  __m128i y = _mm_max_epu32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  y = _mm_max_epu32(y, _mm_shuffle_epi32(y, 0x4e));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(y, _mm_shuffle_epi32(y, 0xb1))));
+}
+#else
+#if defined(__x86_64__)
+inline Float square_root(Float x) { return _mm_sqrt_ps(x); }
+inline Double square_root(Double x) { return _mm_sqrt_pd(x); }
+inline Bits widened(Halves x) {
+  long long raw;
+  memcpy(&raw, &x, sizeof raw);
+  return (Bits)_mm_unpacklo_epi16(_mm_cvtsi64_si128(raw), _mm_setzero_si128());
+}
+inline Bits widened(Bytes x) {
+  int raw;
+  memcpy(&raw, &x, sizeof raw);
+  const __m128i zero = _mm_setzero_si128();
+  return (Bits)_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(raw), zero), zero);
+}
+inline Bits widened_signed(Halves x) { return (Bits)_mm_srai_epi32((__m128i)(widened(x) << 16), 16); }
+inline Bits widened_signed(Bytes x) { return (Bits)_mm_srai_epi32((__m128i)(widened(x) << 24), 24); }
+inline Halves low_halves(Bits x) {
+  const __m128i extended = _mm_srai_epi32((__m128i)(x << 16), 16);  // there is only a pack of signed ones
+  const long long raw = _mm_cvtsi128_si64(_mm_packs_epi32(extended, extended));
+  Halves halves;
+  memcpy(&halves, &raw, sizeof halves);
+  return halves;
+}
+inline Bytes low_bytes(Bits x) {
+  const __m128i low = (__m128i)(x & 0xffu);
+  const __m128i halves = _mm_packs_epi32(low, low);
+  const int raw = _mm_cvtsi128_si32(_mm_packus_epi16(halves, halves));
+  Bytes bytes;
+  memcpy(&bytes, &raw, sizeof bytes);
+  return bytes;
+}
+#else
+inline Float square_root(Float x) {
+  for (int k = 0; k < lanes; ++k) x[k] = sqrtf(x[k]);
+  return x;
+}
+inline Double square_root(Double x) {
+  for (int k = 0; k < lanes / 2; ++k) x[k] = sqrt(x[k]);
+  return x;
+}
+template <class Short>
+inline Bits widened(Short x) {
+  return __builtin_convertvector(x, Bits);
+}
+inline Bits widened_signed(Halves x) { return (widened(x) ^ 0x8000u) - 0x8000u; }
+inline Bits widened_signed(Bytes x) { return (widened(x) ^ 0x80u) - 0x80u; }
+inline Halves low_halves(Bits x) { return __builtin_convertvector(x, Halves); }
+inline Bytes low_bytes(Bits x) { return __builtin_convertvector(x, Bytes); }
+#endif
+inline uint32_t largest(Bits x) {
+  uint32_t most = 0;
+  for (int k = 0; k < lanes; ++k) most = x[k] > most ? x[k] : most;
+  return most;
+}
+#endif
+
+inline Bits larger(Bits a, Bits b) { return a > b ? a : b; }
+inline Bits smaller(Bits a, Bits b) { return a < b ? a : b; }
+
+// 0, 1, 2, ...
+inline Bits lane_numbers() {
+  Bits x;
+  for (int k = 0; k < lanes; ++k) x[k] = static_cast<uint32_t>(k);
+  return x;
+}
+
+}  // namespace
+}  // namespace lucid::LUCID_LEVEL

@@ -1,0 +1,171 @@
+"""How values are stored in fewer bits, in plain torch operations: the definition that every engine keeps to the bit.
+
+Written line by line as ``csrc/formats.h`` is; ``docs/formats.md`` says it for users. Rounding is stochastic where a
+16-bit draw is given for each element and to the nearest otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+BLOCK = 128  # elements that share a scale
+
+_LOW32 = 0xFFFFFFFF
+_INFINITY = 0x7F800000
+_QUIET_NAN = 0x7FC00000
+_TWO = 0x40000000  # the bits of 2.0
+
+# A code is 8 bits of a float32 z: three or four of its exponent, four of its mantissa. z - offset is the value in units
+# of the block's scale, and `largest` is what the highest code decodes to.
+_SHIFT = 19
+_SIGNED_LARGEST = 494.0  # z from 2 to 496
+_UNSIGNED_OFFSET = 1.9375  # so that the lowest code is above zero
+_UNSIGNED_LARGEST = 126974.0625  # z from 2 to 126976
+_LEAST_SCALE = 2.0**-126
+
+
+# Draws
+
+
+def _mixed(x: int) -> int:
+    """Return 64 bits, each of which depends on all of `x` (the finalizer of splitmix64)."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def draws(stream: int, step: int, shape: torch.Size, device: torch.device) -> Tensor:
+    """Return 16 random bits for each element of a parameter of `shape`, int32, the same wherever it is computed.
+
+    ``stream`` (64 bits) tells parameters apart, ``step`` is the step count after this step; an element is known by
+    its number in row-major order.
+    """
+    key = _mixed((_mixed(stream % 2**64) + step) % 2**64)
+    number = torch.arange(math.prod(shape), dtype=torch.int64, device=device)
+    bits = torch.empty_like(number, dtype=torch.int32)
+    for high in range(math.prod(shape) - 1 >> 32, -1, -1):
+        first, last = high << 32, min(high + 1 << 32, math.prod(shape))
+        keys = _mixed((key + high) % 2**64)
+        x = ((number[first:last] & _LOW32) * 0x9E3779B9 + (keys & _LOW32)) & _LOW32
+        x = ((x ^ (x >> 16)) + (keys >> 32)) & _LOW32
+        bits[first:last] = (x * 0x846CA68B & _LOW32) >> 16
+    return bits.view(shape)
+
+
+# Sixteen bits
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The bits of a float32 tensor as int64, so that none is a sign."""
+    return x.contiguous().view(torch.int32).long() & _LOW32
+
+
+def _float(bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def rounded_to_bfloat16(x: Tensor, drawn: Tensor | None, *, positive: bool = False) -> Tensor:
+    """Return a float32 tensor in bfloat16. A finite value stays finite, and with `positive` one above 0 stays so."""
+    if drawn is None:
+        return x.to(torch.bfloat16)
+    bits = _bits(x)
+    sign, magnitude = bits & 0x80000000, bits & 0x7FFFFFFF
+    rounded = torch.clamp_max(magnitude + drawn, 0x7F7FFFFF) & 0xFFFF0000
+    if positive:
+        rounded = torch.where(magnitude > 0, torch.clamp_min(rounded, 0x10000), rounded)
+    rounded = torch.where(magnitude >= _INFINITY, torch.where(magnitude > _INFINITY, _QUIET_NAN, magnitude), rounded)
+    return _float(rounded | sign).to(torch.bfloat16)
+
+
+def joined(upper: Tensor, residual: Tensor) -> Tensor:
+    """Return the float32 master values whose upper halves are a bfloat16 parameter's.
+
+    ``residual``: bfloat16 whose bits are the int16 that the upper half lacks. Where the two make no number, since
+    someone has overwritten the parameter, the parameter counts alone.
+    """
+    alone = _bits(upper.float())
+    master = _float((alone + residual.contiguous().view(torch.int16).long()) & _LOW32)
+    return torch.where(master.isnan(), _float(alone), master)
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the (parameter, residual) that `joined` makes `master` of: nearest, ties away from zero."""
+    bits = torch.where(master.isnan(), _QUIET_NAN, _bits(master))
+    upper = _float((bits + 0x8000) & 0xFFFF0000).to(torch.bfloat16)
+    lower = (bits & 0xFFFF) - ((bits & 0x8000) << 1)
+    return upper, lower.to(torch.int16).view(torch.bfloat16)
+
+
+def master_of_float16(param: Tensor, master: Tensor) -> Tensor:
+    """Return the float32 values to update: the master's, or the parameter's where someone has overwritten it."""
+    known = master.to(torch.float16)
+    same = known.contiguous().view(torch.int16) == param.contiguous().view(torch.int16)
+    return torch.where(same | (known.isnan() & param.isnan()), master, param.float())
+
+
+# Eight bits
+
+
+def blocks(shape: torch.Size) -> int:
+    """Return the number of blocks in a row; a row is what one index of dim 0 holds."""
+    return math.ceil(math.prod(shape[1:]) / BLOCK)
+
+
+def _blocked(x: Tensor) -> Tensor:
+    """As (rows, blocks, BLOCK), the end of each row filled up with zeros."""
+    rows = x.reshape(x.shape[0], -1)
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK))
+    return rows.view(x.shape[0], -1, BLOCK)
+
+
+def _flat(x: Tensor, shape: torch.Size) -> Tensor:
+    return x.flatten(1)[:, : math.prod(shape[1:])].reshape(shape)
+
+
+def _scales(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """The scale of each block, NaN where a value of it is not finite, and what to multiply its values with."""
+    most = _float((_bits(x) & 0x7FFFFFFF).amax(-1, keepdim=True))
+    scale = torch.where(most == 0, 0.0, torch.clamp_min(most / largest, _LEAST_SCALE))
+    scale = torch.where(most < math.inf, scale, math.nan)
+    return scale, torch.where(scale > 0, 1.0 / scale, 0.0)
+
+
+def _encoded(z: Tensor, drawn: Tensor | None) -> Tensor:
+    below = 0x40000 if drawn is None else (_blocked(drawn).long() << 3) | 4
+    return (_bits(z) + below) >> _SHIFT
+
+
+def encode_signed(x: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return codes (uint8, a sign and 7 bits, of the shape of `x`) and scales (float32, rows by blocks)."""
+    values = _blocked(x)
+    scale, inverse = _scales(values, _SIGNED_LARGEST)
+    code = _encoded(values.abs() * inverse + 2.0, drawn) & 0x7F
+    code = torch.where(scale.isnan(), 0, code | ((_bits(values) >> 24) & 0x80))
+    return _flat(code, x.shape).to(torch.uint8), scale.squeeze(-1)
+
+
+def decode_signed(code: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 values of `encode_signed`."""
+    bits = _blocked(code).long()
+    sign = torch.where(bits >= 0x80, -1.0, 1.0)
+    z = _float(((bits & 0x7F) << _SHIFT) + _TWO)
+    return _flat((z - 2.0) * (sign * scale.unsqueeze(-1)), code.shape)
+
+
+def encode_unsigned(x: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return codes (uint8, of the shape of `x` >= 0) and scales. No code means zero: only a scale of 0 does."""
+    values = _blocked(x)
+    scale, inverse = _scales(values, _UNSIGNED_LARGEST)
+    code = _encoded(torch.clamp_min(values * inverse + _UNSIGNED_OFFSET, 2.0), drawn) & 0xFF
+    code = torch.where(scale.isnan(), 0, code)
+    return _flat(code, x.shape).to(torch.uint8), scale.squeeze(-1)
+
+
+def decode_unsigned(code: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 values of `encode_unsigned`."""
+    z = _float((_blocked(code).long() << _SHIFT) + _TWO)
+    return _flat((z - _UNSIGNED_OFFSET) * scale.unsqueeze(-1), code.shape)
