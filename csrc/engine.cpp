@@ -25,9 +25,9 @@ Scalars<T> rounded(const HostScalars& host) {
           static_cast<T>(host.k),
           static_cast<T>(host.s),
           static_cast<T>(host.e),
-          static_cast<T>(host.maximize ? -1 : 1),
           from_average1,
-          from_average2};
+          from_average2,
+          host.maximize};
 }
 
 template <class Element>

@@ -25,11 +25,12 @@ class Draws {
     key_ = static_cast<uint32_t>(keys >> 32);
   }
 
-  [[gnu::always_inline]] Bits next() {
-    Bits x = counter_;
-    counter_ += static_cast<uint32_t>(lanes) * weyl;
-    x = (x ^ (x >> 16)) + key_;
-    return x * 0x846ca68bu;
+  template <int N>
+  [[gnu::always_inline]] void next(Bits (&drawn)[N]) {
+    for (int n = 0; n < N; ++n) {
+      drawn[n] = ((counter_ ^ (counter_ >> 16)) + key_) * 0x846ca68bu;
+      counter_ += static_cast<uint32_t>(lanes) * weyl;
+    }
   }
 
   // How many elements from number `first` on have the same keys.
@@ -43,72 +44,128 @@ class Draws {
 
 // Sixteen bits
 
-[[gnu::always_inline]] inline Float float_of_bfloat16(Halves x) { return float_of(widened(x) << 16); }
+// Everything below works on N vectors at once: two where there are so many elements, which pack best, or one, of
+// which `count` elements are there.
+
+// N vectors of 16-bit integers as the upper halves of Bits.
+template <int N>
+[[gnu::always_inline]] inline void load_upper(const uint16_t* from, int64_t count, Bits (&x)[N]) {
+  if constexpr (N == 1) {
+    x[0] = widened(load<Halves>(from, count)) << 16;
+  } else {
+    const Words words = load_whole<Words>(from);
+    for (int n = 0; n < N; ++n) x[n] = interleaved(words, Words{}, n * lanes);
+  }
+}
+
+// The upper halves of N vectors of Bits.
+template <int N>
+[[gnu::always_inline]] inline void store_upper(uint16_t* to, int64_t count, const Bits (&x)[N]) {
+  if constexpr (N == 1) {
+    store(to, low_halves(x[0] >> 16), count);
+  } else {
+    store_whole(to, high_halves(x[0], x[1]));
+  }
+}
+
+template <int N>
+[[gnu::always_inline]] inline void store_lower(uint16_t* to, int64_t count, const Bits (&x)[N]) {
+  if constexpr (N == 1) {
+    store(to, low_halves(x[0]), count);
+  } else {
+    store_whole(to, low_halves(x[0], x[1]));
+  }
+}
+
+template <int N, class V, class T>
+[[gnu::always_inline]] inline void load_vectors(const T* from, int64_t count, V (&x)[N]) {
+  for (int n = 0; n < N; ++n) x[n] = load<V>(from + n * width<T>, N == 1 ? count : width<T>);
+}
+
+template <int N, class V, class T>
+[[gnu::always_inline]] inline void store_vectors(T* to, int64_t count, const V (&x)[N]) {
+  for (int n = 0; n < N; ++n) store(to + n * width<T>, x[n], N == 1 ? count : width<T>);
+}
+
+// From the upper halves of Bits to numbers and back, to the nearest, ties to even; a NaN becomes a quiet one.
+
+struct Bfloat16 {
+  [[gnu::always_inline]] static Float number(Bits upper) { return float_of(upper); }
+
+  [[gnu::always_inline]] static Bits nearest(Float x) {
+    const Bits bits = bits_of(x);
+    return x != x ? all(quiet_nan) : bits + 0x7fffu + ((bits >> 16) & 1u);
+  }
+};
 
 // In integers, since not every level has instructions for it. A subnormal half is normal in float32: its value is its
 // significand times 2^-24, which the float32 that begins at 2^-1 counts off.
-[[gnu::always_inline]] inline Float float_of_float16(Halves x) {
-  const Bits half = widened(x);
-  const Bits magnitude = half & 0x7fffu;
-  const Bits normal = (magnitude << 13) + 0x38000000u;
-  const Bits special = (magnitude << 13) + 0x70000000u;
-  const Bits subnormal = bits_of(float_of(magnitude + 0x3f000000u) - 0.5f);
-  const Bits finite = magnitude < 0x0400u ? subnormal : normal;
-  return float_of(((half & 0x8000u) << 16) | (magnitude >= 0x7c00u ? special : finite));
-}
+struct Float16 {
+  [[gnu::always_inline]] static Float number(Bits upper) {
+    const Bits magnitude = (upper >> 16) & 0x7fffu;
+    const Bits normal = (magnitude << 13) + 0x38000000u;
+    const Bits special = (magnitude << 13) + 0x70000000u;
+    const Bits subnormal = bits_of(float_of(magnitude + 0x3f000000u) - 0.5f);
+    const Bits finite = magnitude < 0x0400u ? subnormal : normal;
+    return float_of((upper & sign_bit) | (magnitude >= 0x7c00u ? special : finite));
+  }
 
-// To the nearest, ties to even; a NaN becomes a quiet one.
-
-[[gnu::always_inline]] inline Bits nearest_bfloat16(Float x) {
-  const Bits bits = bits_of(x);
-  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return x != x ? all(quiet_nan >> 16) : rounded;
-}
-
-[[gnu::always_inline]] inline Bits nearest_float16(Float x) {
-  const Bits bits = bits_of(x);
-  const Bits magnitude = bits & ~sign_bit;
-  const Bits normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
-  const Bits subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
-  const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
-  const Bits half = magnitude > infinity ? all(0x7e00u) : magnitude >= 0x47800000u ? all(0x7c00u) : finite;
-  return half | ((bits >> 16) & 0x8000u);
-}
+  [[gnu::always_inline]] static Bits nearest(Float x) {
+    const Bits bits = bits_of(x);
+    const Bits magnitude = bits & ~sign_bit;
+    const Bits normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+    const Bits subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+    const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
+    const Bits half = magnitude > infinity ? all(0x7e00u) : magnitude >= 0x47800000u ? all(0x7c00u) : finite;
+    return (half << 16) | (bits & sign_bit);
+  }
+};
 
 // Stochastically. A finite value stays finite, and with `positive` one above zero stays so.
 template <bool positive>
 [[gnu::always_inline]] inline Bits drawn_bfloat16(Float x, Bits drawn) {
   const Bits bits = bits_of(x);
   const Bits magnitude = bits & ~sign_bit;
-  Bits rounded = smaller(magnitude + (drawn >> 16), all(0x7f7fffffu)) >> 16;
-  if constexpr (positive) rounded = magnitude > 0u ? larger(rounded, all(1)) : rounded;
-  const Bits special = magnitude > infinity ? all(quiet_nan >> 16) : all(infinity >> 16);
-  return (magnitude >= infinity ? special : rounded) | ((bits & sign_bit) >> 16);
+  Bits rounded = smaller(magnitude + (drawn >> 16), all(0x7f7fffffu));
+  if constexpr (positive) rounded = magnitude > 0u ? larger(rounded, all(0x10000)) : rounded;
+  const Bits special = magnitude > infinity ? all(quiet_nan) : all(infinity);
+  return (magnitude >= infinity ? special : rounded) | (bits & sign_bit);
 }
 
-// How a parameter is loaded and stored. T: what it is computed in.
+inline const uint16_t* halves(const Slice& s, int operand, int64_t i) {
+  return static_cast<const uint16_t*>(s.at[operand]) + i;
+}
+inline uint16_t* halves_to(const Slice& s, int operand, int64_t i) { return static_cast<uint16_t*>(s.at[operand]) + i; }
+
+// How a parameter is loaded and stored. Compute: what it is computed in.
 
 template <class T>
 struct PlainParam {
   using Compute = T;
-  [[gnu::always_inline]] static Vector<T> load(const Slice& s, int64_t i, int64_t count) {
-    return LUCID_LEVEL::load<Vector<T>>(static_cast<const T*>(s.at[param]) + i, count);
+  template <int N>
+  [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Vector<T> (&theta)[N]) {
+    load_vectors(static_cast<const T*>(s.at[param]) + i, count, theta);
   }
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, Vector<T> theta) {
-    LUCID_LEVEL::store(static_cast<T*>(s.at[param]) + i, theta, count);
+  template <int N>
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Vector<T> (&theta)[N]) {
+    store_vectors(static_cast<T*>(s.at[param]) + i, count, theta);
   }
 };
 
-inline const uint16_t* halves(const Slice& s, int operand) { return static_cast<const uint16_t*>(s.at[operand]); }
-inline uint16_t* halves_to(const Slice& s, int operand) { return static_cast<uint16_t*>(s.at[operand]); }
-
-struct Bfloat16Param {
+template <class Half>
+struct HalfParam {
   using Compute = float;
-  [[gnu::always_inline]] static Float load(const Slice& s, int64_t i, int64_t count) {
-    return float_of_bfloat16(LUCID_LEVEL::load<Halves>(halves(s, param) + i, count));
+  template <int N>
+  [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&theta)[N]) {
+    Bits upper[N];
+    load_upper(halves(s, param, i), count, upper);
+    for (int n = 0; n < N; ++n) theta[n] = Half::number(upper[n]);
   }
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, Float theta) {
-    LUCID_LEVEL::store(halves_to(s, param) + i, low_halves(nearest_bfloat16(theta)), count);
+  template <int N>
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N]) {
+    Bits upper[N];
+    for (int n = 0; n < N; ++n) upper[n] = Half::nearest(theta[n]);
+    store_upper(halves_to(s, param, i), count, upper);
   }
 };
 
@@ -116,42 +173,56 @@ struct Bfloat16Param {
 // someone has overwritten the parameter, and it counts alone.
 struct Bfloat16ResidualParam {
   using Compute = float;
-  [[gnu::always_inline]] static Float load(const Slice& s, int64_t i, int64_t count) {
-    const Bits alone = widened(LUCID_LEVEL::load<Halves>(halves(s, param) + i, count)) << 16;
-    const Bits residual = widened_signed(LUCID_LEVEL::load<Halves>(halves(s, lower) + i, count));
-    const Float master = float_of(alone + residual);
-    return master != master ? float_of(alone) : master;
+  template <int N>
+  [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&theta)[N]) {
+    Bits alone[N], both[N];
+    if constexpr (N == 1) {
+      load_upper(halves(s, param, i), count, alone);
+      both[0] = alone[0] + widened_signed(LUCID_LEVEL::load<Halves>(halves(s, lower, i), count));
+    } else {
+      const Words upper = load_whole<Words>(halves(s, param, i));
+      const Words residual = load_whole<Words>(halves(s, lower, i));
+      for (int n = 0; n < N; ++n) {
+        const Bits bits = interleaved(upper, residual, n * lanes);
+        alone[n] = bits & 0xffff0000u;
+        both[n] = (bits ^ 0x8000u) - 0x8000u;  // the residual's sign carried up
+      }
+    }
+    for (int n = 0; n < N; ++n) {
+      const Float master = float_of(both[n]);
+      theta[n] = master != master ? float_of(alone[n]) : master;
+    }
   }
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, Float theta) {
-    const Bits bits = theta != theta ? all(quiet_nan) : bits_of(theta);
-    LUCID_LEVEL::store(halves_to(s, param) + i, low_halves((bits + 0x8000u) >> 16), count);
-    LUCID_LEVEL::store(halves_to(s, lower) + i, low_halves(bits), count);
-  }
-};
-
-struct Float16Param {
-  using Compute = float;
-  [[gnu::always_inline]] static Float load(const Slice& s, int64_t i, int64_t count) {
-    return float_of_float16(LUCID_LEVEL::load<Halves>(halves(s, param) + i, count));
-  }
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, Float theta) {
-    LUCID_LEVEL::store(halves_to(s, param) + i, low_halves(nearest_float16(theta)), count);
+  template <int N>
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N]) {
+    Bits bits[N], upper[N];
+    for (int n = 0; n < N; ++n) {
+      bits[n] = theta[n] != theta[n] ? all(quiet_nan) : bits_of(theta[n]);
+      upper[n] = bits[n] + 0x8000u;
+    }
+    store_upper(halves_to(s, param, i), count, upper);
+    store_lower(halves_to(s, lower, i), count, bits);
   }
 };
 
 // Where the master does not round to the parameter, someone has overwritten it, and it counts.
 struct Float16MasterParam {
   using Compute = float;
-  [[gnu::always_inline]] static Float load(const Slice& s, int64_t i, int64_t count) {
-    const Halves half = LUCID_LEVEL::load<Halves>(halves(s, param) + i, count);
-    const Float alone = float_of_float16(half);
-    const Float master = LUCID_LEVEL::load<Float>(static_cast<const float*>(s.at[lower]) + i, count);
-    const auto same = (nearest_float16(master) == widened(half)) | ((master != master) & (alone != alone));
-    return same ? master : alone;
+  template <int N>
+  [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&theta)[N]) {
+    Bits half[N];
+    load_upper(halves(s, param, i), count, half);
+    load_vectors(static_cast<const float*>(s.at[lower]) + i, count, theta);
+    for (int n = 0; n < N; ++n) {
+      const Float alone = Float16::number(half[n]);
+      const auto same = (Float16::nearest(theta[n]) == half[n]) | ((theta[n] != theta[n]) & (alone != alone));
+      theta[n] = same ? theta[n] : alone;
+    }
   }
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, Float theta) {
-    LUCID_LEVEL::store(static_cast<float*>(s.at[lower]) + i, theta, count);
-    Float16Param::store(s, i, count, theta);
+  template <int N>
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N]) {
+    store_vectors(static_cast<float*>(s.at[lower]) + i, count, theta);
+    HalfParam<Float16>::store(s, i, count, theta);
   }
 };
 
@@ -159,15 +230,19 @@ struct Float16MasterParam {
 
 template <class T>
 struct PlainGradient {
-  [[gnu::always_inline]] static Vector<T> load(const Slice& s, int64_t i, int64_t count) {
-    return LUCID_LEVEL::load<Vector<T>>(static_cast<const T*>(s.at[grad]) + i, count);
+  template <int N>
+  [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Vector<T> (&gradient)[N]) {
+    load_vectors(static_cast<const T*>(s.at[grad]) + i, count, gradient);
   }
 };
 
-template <Float float_of_half(Halves)>
+template <class Half>
 struct HalfGradient {
-  [[gnu::always_inline]] static Float load(const Slice& s, int64_t i, int64_t count) {
-    return float_of_half(LUCID_LEVEL::load<Halves>(halves(s, grad) + i, count));
+  template <int N>
+  [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&gradient)[N]) {
+    Bits upper[N];
+    load_upper(halves(s, grad, i), count, upper);
+    for (int n = 0; n < N; ++n) gradient[n] = Half::number(upper[n]);
   }
 };
 
@@ -176,25 +251,31 @@ struct HalfGradient {
 template <class T>
 struct PlainMoments {
   static constexpr bool draws = false;
-  template <int operand>
-  [[gnu::always_inline]] static Vector<T> load(const Slice& s, int64_t i, int64_t count) {
-    return LUCID_LEVEL::load<Vector<T>>(static_cast<const T*>(s.at[operand]) + i, count);
+  template <int operand, int N>
+  [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Vector<T> (&x)[N]) {
+    load_vectors(static_cast<const T*>(s.at[operand]) + i, count, x);
   }
-  template <int operand>
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, Vector<T> x, Bits) {
-    LUCID_LEVEL::store(static_cast<T*>(s.at[operand]) + i, x, count);
+  template <int operand, int N>
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Vector<T> (&x)[N],
+                                           const Bits (&)[N]) {
+    store_vectors(static_cast<T*>(s.at[operand]) + i, count, x);
   }
 };
 
 struct Bfloat16Moments {
   static constexpr bool draws = true;
-  template <int operand>
-  [[gnu::always_inline]] static Float load(const Slice& s, int64_t i, int64_t count) {
-    return float_of_bfloat16(LUCID_LEVEL::load<Halves>(halves(s, operand) + i, count));
+  template <int operand, int N>
+  [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&x)[N]) {
+    Bits upper[N];
+    load_upper(halves(s, operand, i), count, upper);
+    for (int n = 0; n < N; ++n) x[n] = float_of(upper[n]);
   }
-  template <int operand>
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, Float x, Bits drawn) {
-    LUCID_LEVEL::store(halves_to(s, operand) + i, low_halves(drawn_bfloat16<operand == exp_avg_sq>(x, drawn)), count);
+  template <int operand, int N>
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&x)[N],
+                                           const Bits (&drawn)[N]) {
+    Bits upper[N];
+    for (int n = 0; n < N; ++n) upper[n] = drawn_bfloat16<operand == exp_avg_sq>(x[n], drawn[n]);
+    store_upper(halves_to(s, operand, i), count, upper);
   }
 };
 
@@ -221,15 +302,21 @@ constexpr float least_scale = 0x1p-126f;
 // so that a value that is some code's own is that code whatever is drawn.
 [[gnu::always_inline]] inline Bits below_code(Bits drawn) { return ((drawn >> 13) & 0x7fff8u) | 4u; }
 
-[[gnu::always_inline]] inline Bytes encoded_signed(Float x, float inverse, Bits below) {
-  const Bits sign = bits_of(x) & sign_bit;
-  const Bits z = bits_of(x * inverse + float_of(sign | two)) + below;
-  return low_bytes(((z >> code_shift) & 0x7fu) | ((z >> 24) & 0x80u));
+// Bits whose upper halves hold the code: signed_code() and unsigned_code() take it from there, in the low byte.
+[[gnu::always_inline]] inline Bits encoded_signed(Float x, float inverse, Bits below) {
+  return bits_of(x * inverse + float_of((bits_of(x) & sign_bit) | two)) + below;
 }
-
-[[gnu::always_inline]] inline Bytes encoded_unsigned(Float x, float inverse, Bits below) {
+[[gnu::always_inline]] inline Bits encoded_unsigned(Float x, float inverse, Bits below) {
   const Float z = x * inverse + unsigned_offset;
-  return low_bytes((bits_of(z > 2.0f ? z : Float{} + 2.0f) + below) >> code_shift);
+  return larger(bits_of(z), all(two)) + below;
+}
+template <class Upper>
+[[gnu::always_inline]] inline Upper signed_code(Upper upper) {
+  return selected(0x7f, upper >> (code_shift - 16), upper >> 8);
+}
+template <class Upper>
+[[gnu::always_inline]] inline Upper unsigned_code(Upper upper) {
+  return (upper >> (code_shift - 16)) & 0xff;
 }
 
 // The scale of a block whose largest magnitude has the bits `most`, NaN where it is not finite, and its inverse, or 0.

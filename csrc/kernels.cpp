@@ -9,12 +9,32 @@ namespace {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Calls part(i, count) for the vectors of elements [begin, end).
+// A number of vectors as a type, for a generic lambda.
+template <int n>
+struct Vectors {
+  static constexpr int number = n;
+};
+
+// Calls part(Vectors<n>, i, count) for elements [begin, end), by two vectors and at the end by one, of which `count`
+// elements are there.
 template <class T, class Part>
 [[gnu::always_inline]] inline void for_each_vector(int64_t begin, int64_t end, Part part) {
   int64_t i = begin;
-  for (; i + width<T> <= end; i += width<T>) part(i, width<T>);
-  if (i < end) part(i, end - i);
+  for (; i + 2 * width<T> <= end; i += 2 * width<T>) part(Vectors<2>{}, i, 2 * width<T>);
+  for (; i < end; i += width<T>) part(Vectors<1>{}, i, least(end - i, width<T>));
+}
+
+// One step of the elements from number i on, their moments given.
+template <class Param, class Gradient, bool amsgrad, class T, int N>
+[[gnu::always_inline]] inline void step(const Scalars<T>& h, const Slice& s, int64_t i, int64_t count,
+                                        Vector<T> (&m)[N], Vector<T> (&v)[N]) {
+  Vector<T> theta[N], g[N], w[N] = {};
+  Param::load(s, i, count, theta);
+  Gradient::load(s, i, count, g);
+  if constexpr (amsgrad) load_vectors(static_cast<const T*>(s.at[max_exp_avg_sq]) + i, count, w);
+  for (int n = 0; n < N; ++n) adamw<amsgrad>(h, theta[n], g[n], m[n], v[n], w[n]);
+  if constexpr (amsgrad) store_vectors(static_cast<T*>(s.at[max_exp_avg_sq]) + i, count, w);
+  Param::store(s, i, count, theta);
 }
 
 template <class Param, class Gradient, class Moments, bool amsgrad>
@@ -25,19 +45,18 @@ void update(const Scalars<typename Param::Compute>& scalars, const Slice& slice)
   for (int64_t begin = 0; begin < s.n;) {
     const int64_t end = Moments::draws ? least(s.n, begin + Draws::reach(s.first + begin)) : s.n;
     Draws draws(s.key, s.first + begin);
-    for_each_vector<T>(begin, end, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-      Vector<T> theta = Param::load(s, i, count);
-      Vector<T> m = Moments::template load<exp_avg>(s, i, count);
-      Vector<T> v = Moments::template load<exp_avg_sq>(s, i, count);
-      Vector<T> w = {};
-      if constexpr (amsgrad) w = load<Vector<T>>(static_cast<const T*>(s.at[max_exp_avg_sq]) + i, count);
-      adamw<amsgrad>(h, theta, Gradient::load(s, i, count), m, v, w);
-      if constexpr (amsgrad) store(static_cast<T*>(s.at[max_exp_avg_sq]) + i, w, count);
-      const Bits drawn = Moments::draws ? draws.next() : Bits{};
+    const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
+      constexpr int N = decltype(vectors)::number;
+      Vector<T> m[N], v[N];
+      Moments::template load<exp_avg>(s, i, count, m);
+      Moments::template load<exp_avg_sq>(s, i, count, v);
+      step<Param, Gradient, amsgrad>(h, s, i, count, m, v);
+      Bits drawn[N] = {};
+      if constexpr (Moments::draws) draws.next(drawn);
       Moments::template store<exp_avg>(s, i, count, m, drawn);
       Moments::template store<exp_avg_sq>(s, i, count, v, drawn);
-      Param::store(s, i, count, theta);
-    });
+    };
+    for_each_vector<T>(begin, end, part);
     begin = end;
   }
 }
@@ -45,13 +64,40 @@ void update(const Scalars<typename Param::Compute>& scalars, const Slice& slice)
 // A few blocks at a time, so that the wait for one's scale is filled with another's work.
 constexpr int blocks_at_once = 4;
 
+struct Block {
+  int64_t begin, end;  // elements of the slice
+  int64_t number;      // among all blocks of the parameter
+  Scale m, v;
+};
+
+// The codes of a block's elements [begin, end), which draw with the same keys.
+[[gnu::always_inline]] inline void encode(const Block& b, const float* ms, const float* vs, uint8_t* m_codes,
+                                          uint8_t* v_codes, int64_t begin, int64_t end, Draws draws) {
+  int64_t i = begin;
+  for (; i + 4 * lanes <= end; i += 4 * lanes) {
+    Bits drawn[4], m[4], v[4];
+    draws.next(drawn);
+    for (int n = 0; n < 4; ++n) {
+      const int64_t at = i - b.begin + n * lanes;
+      m[n] = encoded_signed(load<Float>(ms + at, lanes), b.m.inverse, below_code(drawn[n]));
+      v[n] = encoded_unsigned(load<Float>(vs + at, lanes), b.v.inverse, below_code(drawn[n]));
+    }
+    store_whole(m_codes + i, packed(signed_code(high_halves(m[0], m[1])), signed_code(high_halves(m[2], m[3]))));
+    store_whole(v_codes + i, packed(unsigned_code(high_halves(v[0], v[1])), unsigned_code(high_halves(v[2], v[3]))));
+  }
+  for (; i < end; i += lanes) {
+    const int64_t count = least(end - i, lanes);
+    Bits drawn[1];
+    draws.next(drawn);
+    const Float m = load<Float>(ms + i - b.begin, count);
+    const Float v = load<Float>(vs + i - b.begin, count);
+    store(m_codes + i, low_bytes(signed_code(encoded_signed(m, b.m.inverse, below_code(drawn[0])) >> 16)), count);
+    store(v_codes + i, low_bytes(unsigned_code(encoded_unsigned(v, b.v.inverse, below_code(drawn[0])) >> 16)), count);
+  }
+}
+
 template <class Param, class Gradient, bool amsgrad>
 void update_eight_bit(const Scalars<float>& scalars, const Slice& slice) noexcept {
-  struct Block {
-    int64_t begin, end;  // elements of the slice
-    int64_t number;      // among all blocks of the parameter
-    Scale m, v;
-  };
   const Scalars<float> h = scalars;
   const Slice s = slice;
   auto* const m_codes = static_cast<uint8_t*>(s.at[exp_avg]);
@@ -60,8 +106,8 @@ void update_eight_bit(const Scalars<float>& scalars, const Slice& slice) noexcep
   auto* const v_scales = static_cast<float*>(s.at[exp_avg_sq_scale]);
   alignas(64) float ms[blocks_at_once][block], vs[blocks_at_once][block];
 
-  int64_t number = s.first / s.row * ((s.row + block - 1) / block) + s.first % s.row / block;
   int64_t in_row = s.first % s.row;
+  int64_t number = s.first / s.row * ((s.row + block - 1) / block) + in_row / block;
   for (int64_t next = 0; next < s.n;) {
     Block blocks[blocks_at_once];
     int found = 0;
@@ -75,20 +121,22 @@ void update_eight_bit(const Scalars<float>& scalars, const Slice& slice) noexcep
 
       Bits most_m = {}, most_v = {};
       const float scale_m = m_scales[b.number], scale_v = v_scales[b.number];
-      for_each_vector<float>(b.begin, b.end, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-        Float theta = Param::load(s, i, count);
-        Float m = decoded_signed(load<Bytes>(m_codes + i, count), scale_m);
-        Float v = decoded_unsigned(load<Bytes>(v_codes + i, count), scale_v);
-        Float w = {};
-        if constexpr (amsgrad) w = load<Float>(static_cast<const float*>(s.at[max_exp_avg_sq]) + i, count);
-        adamw<amsgrad>(h, theta, Gradient::load(s, i, count), m, v, w);
-        if constexpr (amsgrad) store(static_cast<float*>(s.at[max_exp_avg_sq]) + i, w, count);
-        Param::store(s, i, count, theta);
-        store(&ms[found][i - b.begin], m, lanes);
-        store(&vs[found][i - b.begin], v, lanes);
-        most_m = larger(most_m, bits_of(m) & ~sign_bit);
-        most_v = larger(most_v, bits_of(v) & ~sign_bit);
-      });
+      const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
+        constexpr int N = decltype(vectors)::number;
+        Float m[N], v[N];
+        for (int n = 0; n < N; ++n) {
+          m[n] = decoded_signed(load<Bytes>(m_codes + i + n * lanes, least(count - n * lanes, lanes)), scale_m);
+          v[n] = decoded_unsigned(load<Bytes>(v_codes + i + n * lanes, least(count - n * lanes, lanes)), scale_v);
+        }
+        step<Param, Gradient, amsgrad>(h, s, i, count, m, v);
+        for (int n = 0; n < N; ++n) {
+          store(&ms[found][i - b.begin + n * lanes], m[n], lanes);
+          store(&vs[found][i - b.begin + n * lanes], v[n], lanes);
+          most_m = larger(most_m, bits_of(m[n]) & ~sign_bit);
+          most_v = larger(most_v, bits_of(v[n]));  // one below zero counts as no number
+        }
+      };
+      for_each_vector<float>(b.begin, b.end, part);
       b.m = scale_of(largest(most_m), signed_largest);
       b.v = scale_of(largest(most_v), unsigned_largest);
     }
@@ -98,14 +146,7 @@ void update_eight_bit(const Scalars<float>& scalars, const Slice& slice) noexcep
       v_scales[b.number] = b.v.scale;
       for (int64_t begin = b.begin; begin < b.end;) {
         const int64_t end = least(b.end, begin + Draws::reach(s.first + begin));
-        Draws draws(s.key, s.first + begin);
-        for_each_vector<float>(begin, end, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-          const Bits below = below_code(draws.next());
-          const Float m = load<Float>(&ms[k][i - b.begin], count);
-          const Float v = load<Float>(&vs[k][i - b.begin], count);
-          store(m_codes + i, encoded_signed(m, b.m.inverse, below), count);
-          store(v_codes + i, encoded_unsigned(v, b.v.inverse, below), count);
-        });
+        encode(b, ms[k], vs[k], m_codes, v_codes, begin, end, Draws(s.key, s.first + begin));
         begin = end;
       }
       // What was not finite makes the whole block NaN: codes of it mean nothing.
@@ -121,16 +162,19 @@ void convert(const void* from, To* __restrict to, int64_t n) noexcept {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(source[i]);
 }
 
-template <Float float_of_half(Halves), class T>
+template <class Half, class T>
 void convert_halves(const void* from, T* to, int64_t n) noexcept {
-  for_each_vector<float>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-    const Float x = float_of_half(load<Halves>(static_cast<const uint16_t*>(from) + i, count));
+  for (int64_t i = 0; i < n; i += lanes) {
+    const int64_t count = least(n - i, lanes);
+    Bits upper[1];
+    load_upper(static_cast<const uint16_t*>(from) + i, count, upper);
+    const Float x = Half::number(upper[0]);
     if constexpr (sizeof(T) == sizeof(float)) {
       store(to + i, x, count);
     } else {
       for (int64_t k = 0; k < count; ++k) to[i + k] = static_cast<T>(x[k]);
     }
-  });
+  }
 }
 
 void move(int64_t n, float* __restrict a, const float* __restrict b, float* __restrict c,
@@ -168,20 +212,20 @@ constexpr Kernels all_kernels() {
     return k.f32[static_cast<int>(format)];
   };
   set_both<PlainParam<float>, PlainGradient<float>>(in(ParamFormat::plain));
-  set_both<Bfloat16Param, HalfGradient<float_of_bfloat16>>(in(ParamFormat::bfloat16));
-  set_both<Bfloat16ResidualParam, HalfGradient<float_of_bfloat16>>(in(ParamFormat::bfloat16_residual));
-  set_both<Float16Param, HalfGradient<float_of_float16>>(in(ParamFormat::float16));
-  set_both<Float16MasterParam, HalfGradient<float_of_float16>>(in(ParamFormat::float16_master));
+  set_both<HalfParam<Bfloat16>, HalfGradient<Bfloat16>>(in(ParamFormat::bfloat16));
+  set_both<Bfloat16ResidualParam, HalfGradient<Bfloat16>>(in(ParamFormat::bfloat16_residual));
+  set_both<HalfParam<Float16>, HalfGradient<Float16>>(in(ParamFormat::float16));
+  set_both<Float16MasterParam, HalfGradient<Float16>>(in(ParamFormat::float16_master));
   k.f64[0] = update<PlainParam<double>, PlainGradient<double>, PlainMoments<double>, false>;
   k.f64[1] = update<PlainParam<double>, PlainGradient<double>, PlainMoments<double>, true>;
   k.to_f32[static_cast<int>(Type::float32)] = convert<float, float>;
   k.to_f32[static_cast<int>(Type::float64)] = convert<double, float>;
-  k.to_f32[static_cast<int>(Type::float16)] = convert_halves<float_of_float16, float>;
-  k.to_f32[static_cast<int>(Type::bfloat16)] = convert_halves<float_of_bfloat16, float>;
+  k.to_f32[static_cast<int>(Type::float16)] = convert_halves<Float16, float>;
+  k.to_f32[static_cast<int>(Type::bfloat16)] = convert_halves<Bfloat16, float>;
   k.to_f64[static_cast<int>(Type::float32)] = convert<float, double>;
   k.to_f64[static_cast<int>(Type::float64)] = convert<double, double>;
-  k.to_f64[static_cast<int>(Type::float16)] = convert_halves<float_of_float16, double>;
-  k.to_f64[static_cast<int>(Type::bfloat16)] = convert_halves<float_of_bfloat16, double>;
+  k.to_f64[static_cast<int>(Type::float16)] = convert_halves<Float16, double>;
+  k.to_f64[static_cast<int>(Type::bfloat16)] = convert_halves<Bfloat16, double>;
   k.move = move;
   return k;
 }

@@ -46,8 +46,8 @@ template <class T>
 struct Scalars {
   T weight1, weight2;                 // of the two means: 1 - beta where beta >= 1/2, else beta
   T d, k, s, e;                       // alpha lambda; alpha / (1 - beta1^t); 1 / sqrt(1 - beta2^t); epsilon
-  T sign;                             // 1, or -1 to maximize: g times it is exact
   bool from_average1, from_average2;  // beta >= 1/2
+  bool maximize;
 };
 
 // Elements [first, first + n) of a parameter in row-major order (in any order where nothing is drawn or encoded).

@@ -30,6 +30,10 @@ using Bits = uint32_t __attribute__((vector_size(vector_bytes)));
 using Halves = uint16_t __attribute__((vector_size(2 * lanes)));
 using Bytes = uint8_t __attribute__((vector_size(lanes)));
 
+// Two vectors' worth of 16-bit and four of 8-bit integers: packed by twos and fours, they cost least.
+using Words = uint16_t __attribute__((vector_size(vector_bytes)));
+using PackedBytes = uint8_t __attribute__((vector_size(vector_bytes)));
+
 template <class T>
 struct VectorOf;
 template <>
@@ -92,13 +96,23 @@ inline void store_first(T* to, V x, int64_t count) {
 }
 #endif
 
+template <class V>
+[[gnu::always_inline]] inline V load_whole(const void* from) {
+  V x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+template <class V>
+[[gnu::always_inline]] inline void store_whole(void* to, V x) {
+  memcpy(to, &x, sizeof x);
+}
+
 // The first `count` elements from an address; the others are zero.
 template <class V, class T>
 [[gnu::always_inline]] inline V load(const T* from, int64_t count) {
-  V x = {};
-  if (count < elements_of<V>()) return load_first(from, count, x);
-  memcpy(&x, from, sizeof x);
-  return x;
+  if (count < elements_of<V>()) return load_first(from, count, V{});
+  return load_whole<V>(from);
 }
 
 template <class V, class T>
@@ -106,7 +120,7 @@ template <class V, class T>
   if (count < elements_of<V>()) {
     store_first(to, x, count);
   } else {
-    memcpy(to, &x, sizeof x);
+    store_whole(to, x);
   }
 }
 
@@ -122,6 +136,28 @@ inline Bits widened_signed(Halves x) { return (Bits)_mm512_cvtepi16_epi32((__m25
 inline Bytes low_bytes(Bits x) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)x); }
 inline Halves low_halves(Bits x) { return (Halves)_mm512_cvtepi32_epi16((__m512i)x); }
 inline uint32_t largest(Bits x) { return _mm512_reduce_max_epu32((__m512i)x); }
+
+// The upper (or lower) halves of two vectors in order; the inverse of the first with zeros below; bytes of words < 256.
+inline Words every_second(Bits a, Bits b, uint16_t first) {
+  Words numbers;
+  for (int k = 0; k < 2 * lanes; ++k) numbers[k] = static_cast<uint16_t>(2 * k + first);
+  return (Words)_mm512_permutex2var_epi16((__m512i)a, (__m512i)numbers, (__m512i)b);
+}
+inline Words high_halves(Bits a, Bits b) { return every_second(a, b, 1); }
+inline Words low_halves(Bits a, Bits b) { return every_second(a, b, 0); }
+// Bits whose upper halves are words of `upper` from `first` on, and whose lower ones are those of `lower`.
+inline Bits interleaved(Words upper, Words lower, int first) {
+  Words numbers;
+  for (int k = 0; k < lanes; ++k) {
+    numbers[2 * k] = static_cast<uint16_t>(first + k);
+    numbers[2 * k + 1] = static_cast<uint16_t>(2 * lanes + first + k);
+  }
+  return (Bits)_mm512_permutex2var_epi16((__m512i)lower, (__m512i)numbers, (__m512i)upper);
+}
+inline PackedBytes packed(Words a, Words b) {
+  return (PackedBytes)_mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0),
+                                               _mm512_packus_epi16((__m512i)a, (__m512i)b));
+}
 #elif defined(__AVX2__)
 inline __m128i eight(Bytes x) {
   long long raw;
@@ -144,6 +180,21 @@ inline Bytes low_bytes(Bits x) {
   Bytes bytes;
   memcpy(&bytes, &raw, sizeof bytes);
   return bytes;
+}
+inline Words low_halves(Bits a, Bits b) {
+  const __m256i both = _mm256_packus_epi32((__m256i)(a & 0xffffu), (__m256i)(b & 0xffffu));
+  return (Words)_mm256_permute4x64_epi64(both, 0xd8);
+}
+inline Words high_halves(Bits a, Bits b) {
+  const __m256i both = _mm256_packus_epi32((__m256i)(a >> 16), (__m256i)(b >> 16));
+  return (Words)_mm256_permute4x64_epi64(both, 0xd8);
+}
+inline Bits interleaved(Words upper, Words lower, int first) {
+  const __m256i u = _mm256_permute4x64_epi64((__m256i)upper, 0xd8), l = _mm256_permute4x64_epi64((__m256i)lower, 0xd8);
+  return (Bits)(first == 0 ? _mm256_unpacklo_epi16(l, u) : _mm256_unpackhi_epi16(l, u));
+}
+inline PackedBytes packed(Words a, Words b) {
+  return (PackedBytes)_mm256_permute4x64_epi64(_mm256_packus_epi16((__m256i)a, (__m256i)b), 0xd8);
 }
 inline uint32_t largest(Bits x) {
   __m128i y = _mm_max_epu32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
@@ -182,7 +233,38 @@ inline Bytes low_bytes(Bits x) {
   memcpy(&bytes, &raw, sizeof bytes);
   return bytes;
 }
+inline Words high_halves(Bits a, Bits b) {
+  return (Words)_mm_packs_epi32(_mm_srai_epi32((__m128i)a, 16), _mm_srai_epi32((__m128i)b, 16));
+}
+inline Words low_halves(Bits a, Bits b) { return high_halves(a << 16, b << 16); }
+inline Bits interleaved(Words upper, Words lower, int first) {
+  return (Bits)(first == 0 ? _mm_unpacklo_epi16((__m128i)lower, (__m128i)upper)
+                           : _mm_unpackhi_epi16((__m128i)lower, (__m128i)upper));
+}
+inline PackedBytes packed(Words a, Words b) { return (PackedBytes)_mm_packus_epi16((__m128i)a, (__m128i)b); }
 #else
+inline Words low_halves(Bits a, Bits b) {
+  Words x;
+  for (int k = 0; k < lanes; ++k) {
+    x[k] = static_cast<uint16_t>(a[k]);
+    x[lanes + k] = static_cast<uint16_t>(b[k]);
+  }
+  return x;
+}
+inline Words high_halves(Bits a, Bits b) { return low_halves(a >> 16, b >> 16); }
+inline Bits interleaved(Words upper, Words lower, int first) {
+  Bits x;
+  for (int k = 0; k < lanes; ++k) x[k] = static_cast<uint32_t>(upper[first + k]) << 16 | lower[first + k];
+  return x;
+}
+inline PackedBytes packed(Words a, Words b) {
+  PackedBytes x;
+  for (int k = 0; k < 2 * lanes; ++k) {
+    x[k] = static_cast<uint8_t>(a[k]);
+    x[2 * lanes + k] = static_cast<uint8_t>(b[k]);
+  }
+  return x;
+}
 inline Float square_root(Float x) {
   for (int k = 0; k < lanes; ++k) x[k] = sqrtf(x[k]);
   return x;
@@ -209,6 +291,16 @@ inline uint32_t largest(Bits x) {
 
 inline Bits larger(Bits a, Bits b) { return a > b ? a : b; }
 inline Bits smaller(Bits a, Bits b) { return a < b ? a : b; }
+
+// The bits of `a` where `mask` has ones, and those of `b` elsewhere.
+inline Bits selected(uint32_t mask, Bits a, Bits b) { return (a & mask) | (b & ~mask); }
+inline Words selected(uint16_t mask, Words a, Words b) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_ternarylogic_epi32(_mm512_set1_epi16(static_cast<short>(mask)), (__m512i)a, (__m512i)b, 0xca);
+#else
+  return (a & mask) | (b & static_cast<uint16_t>(~mask));
+#endif
+}
 
 // 0, 1, 2, ...
 inline Bits lane_numbers() {

@@ -126,11 +126,12 @@ def _flat(x: Tensor, shape: torch.Size) -> Tensor:
     return x.flatten(1)[:, : math.prod(shape[1:])].reshape(shape)
 
 
-def _scales(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """The scale of each block, NaN where a value of it is not finite, and what to multiply its values with."""
-    most = _float((_bits(x) & 0x7FFFFFFF).amax(-1, keepdim=True))
-    scale = torch.where(most == 0, 0.0, torch.clamp_min(most / largest, _LEAST_SCALE))
-    scale = torch.where(most < math.inf, scale, math.nan)
+def _scales(magnitude: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """The scale of each block, NaN where a value is none from 0 to infinity, and what to multiply its values with."""
+    bits = _bits(magnitude).amax(-1, keepdim=True)
+    most = _float(bits)
+    scale = torch.where(bits == 0, 0.0, torch.clamp_min(most / largest, _LEAST_SCALE))
+    scale = torch.where(bits < _INFINITY, scale, math.nan)
     return scale, torch.where(scale > 0, 1.0 / scale, 0.0)
 
 
@@ -142,7 +143,7 @@ def _encoded(z: Tensor, drawn: Tensor | None) -> Tensor:
 def encode_signed(x: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return codes (uint8, a sign and 7 bits, of the shape of `x`) and scales (float32, rows by blocks)."""
     values = _blocked(x)
-    scale, inverse = _scales(values, _SIGNED_LARGEST)
+    scale, inverse = _scales(values.abs(), _SIGNED_LARGEST)
     code = _encoded(values.abs() * inverse + 2.0, drawn) & 0x7F
     code = torch.where(scale.isnan(), 0, code | ((_bits(values) >> 24) & 0x80))
     return _flat(code, x.shape).to(torch.uint8), scale.squeeze(-1)
