@@ -15,21 +15,21 @@ constexpr uint32_t sign_bit = 0x80000000u;
 
 // Draws
 
-// 32 bits for each element from number `first` on, of which the upper 16 are the draw. Good up to the next multiple
-// of 2^32.
+// 32 bits for each element from number `first` on, of which the upper 16 are the draw: a number times an odd key plus
+// another key. Good up to the next multiple of 2^32.
 class Draws {
  public:
   Draws(uint64_t key, int64_t first) {
     const uint64_t keys = mixed(key + (static_cast<uint64_t>(first) >> 32));
-    counter_ = (lane_numbers() + static_cast<uint32_t>(first)) * weyl + static_cast<uint32_t>(keys);
-    key_ = static_cast<uint32_t>(keys >> 32);
+    factor_ = static_cast<uint32_t>(keys) | 1u;
+    bits_ = lane_numbers() * factor_ + (static_cast<uint32_t>(first) * factor_ + static_cast<uint32_t>(keys >> 32));
   }
 
   template <int N>
   [[gnu::always_inline]] void next(Bits (&drawn)[N]) {
     for (int n = 0; n < N; ++n) {
-      drawn[n] = ((counter_ ^ (counter_ >> 16)) + key_) * 0x846ca68bu;
-      counter_ += static_cast<uint32_t>(lanes) * weyl;
+      drawn[n] = bits_;
+      bits_ += static_cast<uint32_t>(lanes) * factor_;
     }
   }
 
@@ -37,9 +37,8 @@ class Draws {
   static int64_t reach(int64_t first) { return (int64_t{1} << 32) - (first & 0xffffffff); }
 
  private:
-  static constexpr uint32_t weyl = 0x9e3779b9u;
-  Bits counter_;
-  uint32_t key_;
+  Bits bits_;
+  uint32_t factor_;
 };
 
 // Sixteen bits

@@ -61,38 +61,30 @@ void update(const Scalars<typename Param::Compute>& scalars, const Slice& slice)
   }
 }
 
-// A few blocks at a time, so that the wait for one's scale is filled with another's work.
-constexpr int blocks_at_once = 4;
-
-struct Block {
-  int64_t begin, end;  // elements of the slice
-  int64_t number;      // among all blocks of the parameter
-  Scale m, v;
-};
-
-// The codes of a block's elements [begin, end), which draw with the same keys.
-[[gnu::always_inline]] inline void encode(const Block& b, const float* ms, const float* vs, uint8_t* m_codes,
-                                          uint8_t* v_codes, int64_t begin, int64_t end, Draws draws) {
-  int64_t i = begin;
-  for (; i + 4 * lanes <= end; i += 4 * lanes) {
+// Codes of the elements [begin, end), which draw with the same keys, of values that lie in `ms` and `vs` from 0 on.
+[[gnu::always_inline]] inline void encode(const float* ms, const float* vs, float inverse_m, float inverse_v,
+                                          Draws draws, uint8_t* m_codes, uint8_t* v_codes, int64_t n) {
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
     Bits drawn[4], m[4], v[4];
     draws.next(drawn);
-    for (int n = 0; n < 4; ++n) {
-      const int64_t at = i - b.begin + n * lanes;
-      m[n] = encoded_signed(load<Float>(ms + at, lanes), b.m.inverse, below_code(drawn[n]));
-      v[n] = encoded_unsigned(load<Float>(vs + at, lanes), b.v.inverse, below_code(drawn[n]));
+    for (int k = 0; k < 4; ++k) {
+      const Bits below = below_code(drawn[k]);
+      m[k] = encoded_signed(load_whole<Float>(ms + i + k * lanes), inverse_m, below);
+      v[k] = encoded_unsigned(load_whole<Float>(vs + i + k * lanes), inverse_v, below);
     }
     store_whole(m_codes + i, packed(signed_code(high_halves(m[0], m[1])), signed_code(high_halves(m[2], m[3]))));
     store_whole(v_codes + i, packed(unsigned_code(high_halves(v[0], v[1])), unsigned_code(high_halves(v[2], v[3]))));
   }
-  for (; i < end; i += lanes) {
-    const int64_t count = least(end - i, lanes);
+  for (; i < n; i += lanes) {
+    const int64_t count = least(n - i, lanes);
     Bits drawn[1];
     draws.next(drawn);
-    const Float m = load<Float>(ms + i - b.begin, count);
-    const Float v = load<Float>(vs + i - b.begin, count);
-    store(m_codes + i, low_bytes(signed_code(encoded_signed(m, b.m.inverse, below_code(drawn[0])) >> 16)), count);
-    store(v_codes + i, low_bytes(unsigned_code(encoded_unsigned(v, b.v.inverse, below_code(drawn[0])) >> 16)), count);
+    const Bits below = below_code(drawn[0]);
+    const Bits m = encoded_signed(load<Float>(ms + i, count), inverse_m, below);
+    const Bits v = encoded_unsigned(load<Float>(vs + i, count), inverse_v, below);
+    store(m_codes + i, low_bytes(signed_code(m >> 16)), count);
+    store(v_codes + i, low_bytes(unsigned_code(v >> 16)), count);
   }
 }
 
@@ -104,55 +96,47 @@ void update_eight_bit(const Scalars<float>& scalars, const Slice& slice) noexcep
   auto* const v_codes = static_cast<uint8_t*>(s.at[exp_avg_sq]);
   auto* const m_scales = static_cast<float*>(s.at[exp_avg_scale]);
   auto* const v_scales = static_cast<float*>(s.at[exp_avg_sq_scale]);
-  alignas(64) float ms[blocks_at_once][block], vs[blocks_at_once][block];
+  alignas(64) float ms[block], vs[block];
 
   int64_t in_row = s.first % s.row;
-  int64_t number = s.first / s.row * ((s.row + block - 1) / block) + in_row / block;
-  for (int64_t next = 0; next < s.n;) {
-    Block blocks[blocks_at_once];
-    int found = 0;
-    for (; found < blocks_at_once && next < s.n; ++found) {
-      Block& b = blocks[found];
-      b.begin = next;
-      b.end = next + least(block, s.row - in_row);
-      b.number = number++;
-      in_row = in_row + block < s.row ? in_row + block : 0;
-      next = b.end;
+  int64_t number = s.first / s.row * ((s.row + block - 1) / block) + in_row / block;  // of all the parameter's blocks
+  int64_t end;
+  for (int64_t begin = 0; begin < s.n; begin = end, ++number) {
+    end = begin + least(block, s.row - in_row);
+    in_row = in_row + block < s.row ? in_row + block : 0;
 
-      Bits most_m = {}, most_v = {};
-      const float scale_m = m_scales[b.number], scale_v = v_scales[b.number];
-      const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
-        constexpr int N = decltype(vectors)::number;
-        Float m[N], v[N];
-        for (int n = 0; n < N; ++n) {
-          m[n] = decoded_signed(load<Bytes>(m_codes + i + n * lanes, least(count - n * lanes, lanes)), scale_m);
-          v[n] = decoded_unsigned(load<Bytes>(v_codes + i + n * lanes, least(count - n * lanes, lanes)), scale_v);
-        }
-        step<Param, Gradient, amsgrad>(h, s, i, count, m, v);
-        for (int n = 0; n < N; ++n) {
-          store(&ms[found][i - b.begin + n * lanes], m[n], lanes);
-          store(&vs[found][i - b.begin + n * lanes], v[n], lanes);
-          most_m = larger(most_m, bits_of(m[n]) & ~sign_bit);
-          most_v = larger(most_v, bits_of(v[n]));  // one below zero counts as no number
-        }
-      };
-      for_each_vector<float>(b.begin, b.end, part);
-      b.m = scale_of(largest(most_m), signed_largest);
-      b.v = scale_of(largest(most_v), unsigned_largest);
-    }
-    for (int k = 0; k < found; ++k) {
-      const Block& b = blocks[k];
-      m_scales[b.number] = b.m.scale;
-      v_scales[b.number] = b.v.scale;
-      for (int64_t begin = b.begin; begin < b.end;) {
-        const int64_t end = least(b.end, begin + Draws::reach(s.first + begin));
-        encode(b, ms[k], vs[k], m_codes, v_codes, begin, end, Draws(s.key, s.first + begin));
-        begin = end;
+    Bits most_m = {}, most_v = {};
+    const float scale_m = m_scales[number], scale_v = v_scales[number];
+    const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
+      constexpr int N = decltype(vectors)::number;
+      Float m[N], v[N];
+      for (int n = 0; n < N; ++n) {
+        m[n] = decoded_signed(load<Bytes>(m_codes + i + n * lanes, least(count - n * lanes, lanes)), scale_m);
+        v[n] = decoded_unsigned(load<Bytes>(v_codes + i + n * lanes, least(count - n * lanes, lanes)), scale_v);
       }
-      // What was not finite makes the whole block NaN: codes of it mean nothing.
-      if (b.m.scale != b.m.scale) memset(m_codes + b.begin, 0, static_cast<size_t>(b.end - b.begin));
-      if (b.v.scale != b.v.scale) memset(v_codes + b.begin, 0, static_cast<size_t>(b.end - b.begin));
+      step<Param, Gradient, amsgrad>(h, s, i, count, m, v);
+      for (int n = 0; n < N; ++n) {
+        store_whole(ms + i - begin + n * lanes, m[n]);
+        store_whole(vs + i - begin + n * lanes, v[n]);
+        most_m = larger(most_m, bits_of(m[n]) & ~sign_bit);
+        most_v = larger(most_v, bits_of(v[n]));  // one below zero counts as no number
+      }
+    };
+    for_each_vector<float>(begin, end, part);
+
+    const Scale of_m = scale_of(largest(most_m), signed_largest);
+    const Scale of_v = scale_of(largest(most_v), unsigned_largest);
+    m_scales[number] = of_m.scale;
+    v_scales[number] = of_v.scale;
+    for (int64_t i = begin; i < end;) {
+      const int64_t n = least(end - i, Draws::reach(s.first + i));
+      const Draws draws(s.key, s.first + i);
+      encode(ms + i - begin, vs + i - begin, of_m.inverse, of_v.inverse, draws, m_codes + i, v_codes + i, n);
+      i += n;
     }
+    // What was not finite makes the whole block NaN: codes of it mean nothing.
+    if (of_m.scale != of_m.scale) memset(m_codes + begin, 0, static_cast<size_t>(end - begin));
+    if (of_v.scale != of_v.scale) memset(v_codes + begin, 0, static_cast<size_t>(end - begin));
   }
 }
 
