@@ -42,20 +42,30 @@ def import_seconds(processes: int) -> list[ImportSeconds]:
     return samples[1:]
 
 
+def _kibibytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def resident_bytes() -> int | None:
+    """Return how much of this process lies in memory, None where the system cannot tell (Linux with glibc can)."""
+    libc = ctypes.CDLL(None)
+    if not Path("/proc/self/status").exists() or not hasattr(libc, "malloc_trim"):
+        return None
+    libc.malloc_trim(0)
+    return _kibibytes("VmRSS:") * 1024
+
+
 def temporary_bytes(step: Callable[[], object]) -> int | None:
     """Return by how much a step's peak of resident memory exceeds what was resident before.
 
     The kernel counts in pages and, with threads, in batches of them: some dozen KiB are noise.
     None where the system cannot tell (Linux with glibc can).
     """
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    reset = Path("/proc/self/clear_refs")
     libc = ctypes.CDLL(None)
     if not reset.exists() or not hasattr(libc, "malloc_trim"):
         return None
-
-    def kibibytes(key: str) -> int:
-        lines = status.read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
     step()
     try:
@@ -63,6 +73,6 @@ def temporary_bytes(step: Callable[[], object]) -> int | None:
         reset.write_text("5")  # the peak begins anew
     except OSError:
         return None
-    before = kibibytes("VmRSS:")
+    before = _kibibytes("VmRSS:")
     step()
-    return max(0, kibibytes("VmHWM:") - before) * 1024
+    return max(0, _kibibytes("VmHWM:") - before) * 1024

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from . import overhead
 from .contenders import FUSED, LIMIT, LUCID, PEERS
+from .formats import FUSED_BF16, FormatResult
 from .paired import Quartiles
 from .results import Results
 from .tables import markdown_table, terminal_table
@@ -45,6 +46,8 @@ def tables(results: Results) -> Iterator[Table]:
         yield Table("Targets", "Medians.", ["target", "wanted", "measured", ""], rows)
     if results.steps:
         yield _steps(results)
+    for found_formats in results.formats.values():
+        yield _formats(found_formats)
     if results.loops:
         yield _loops(results)
     if any(step.temporary for step in results.steps.values()):
@@ -90,6 +93,27 @@ def _steps(results: Results) -> Table:
         "faster. of limit: lucid's speed as a part of a kernel's that only moves the same bytes."
     )
     return Table("The step alone", note, header, rows)
+
+
+def _formats(found: FormatResult) -> Table:
+    rows = []
+    for name in found.samples:
+        size = found.bytes_a_parameter(name)
+        rows.append(
+            [
+                name,
+                "–" if size is None else f"{size:.2f}",
+                _digits(1e3 * found.seconds(name)),
+                _spread(found.times(FUSED, name)),
+                _spread(found.times(FUSED_BF16, name)),
+            ]
+        )
+    note = (
+        f"{len(found.samples[FUSED])} rounds. bytes a parameter: resident memory of weights, gradients and state. × as "
+        "above: above 1, faster than torch's fused step in float32, or in bf16 without master weights."
+    )
+    header = ["", "bytes a parameter", "ms", f"× {FUSED}", f"× {FUSED_BF16}"]
+    return Table(f"Formats: {found.case.removeprefix('formats-')}", note, header, rows)
 
 
 def _loops(results: Results) -> Table:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from .contenders import BYTES_MOVED, LIMIT, LUCID
 from .footprint import ImportSeconds
+from .formats import FormatResult
 from .overhead import Cost
 from .paired import Quartiles, ratios
 from .shapes import Case
@@ -82,6 +83,7 @@ class Results:
     quick: bool
     neighbours: float = math.nan  # part of all cores' time that others took meanwhile
     steps: dict[str, StepResult] = field(default_factory=dict)
+    formats: dict[str, FormatResult] = field(default_factory=dict)
     loops: dict[str, LoopResult] = field(default_factory=dict)
     imports: list[ImportSeconds] = field(default_factory=list)
     overhead: dict[str, list[Cost]] = field(default_factory=dict)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import footprint, machine, overhead, report
+from . import footprint, formats, machine, overhead, report
 from .contenders import FUSED, LIMIT, LUCID, SLOW, mover, optimizers
 from .paired import rounds, sampler
 from .results import LoopResult, Results, StepResult
@@ -75,7 +75,7 @@ def time_training(training: Training, count: int) -> LoopResult:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.partition("\n")[0])
-    names = [*CASES, *TRAININGS, *OTHERS]
+    names = [*CASES, *formats.CASES, *TRAININGS, *OTHERS]
     parser.add_argument("--case", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--rounds", type=_count, help="pairs of lucid and its fast peers (61)")
     parser.add_argument("--quick", action="store_true", help="few rounds: a look, not for quoting")
@@ -109,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bar.set_postfix_str(name)
         if name in CASES:
             results.steps[name] = time_step(CASES[name], count, slow_count)
+        elif name in formats.CASES:
+            results.formats[name] = formats.time_formats(name, count)
         elif name in TRAININGS:
             results.loops[name] = time_training(TRAININGS[name], count)
         elif name == "import":

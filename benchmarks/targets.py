@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .contenders import DEFAULT, FUSED, LUCID
+from .formats import EIGHT_BIT, FUSED_BF16, RESIDUAL_EIGHT_BIT
 from .paired import Quartiles
 from .results import Results
 
@@ -24,7 +25,7 @@ class Target(NamedTuple):
 
 def targets(results: Results) -> list[Target]:
     """Return every promise of which something was measured."""
-    return [*_steps(results), *_loops(results), *_footprint(results)]
+    return [*_steps(results), *_formats(results), *_loops(results), *_footprint(results)]
 
 
 def _at_least(what: str, bound: float, found: Quartiles, unit: str = "×") -> Target:
@@ -51,6 +52,18 @@ def _steps(results: Results) -> Iterator[Target]:
             yield _at_least(f"{name}: {FUSED}'s time over lucid's", 15.0, found)
         if name != "1000x1000":
             yield _at_most(f"{name}: a tensor, all in", 0.5, step.microseconds_a_tensor, " µs")
+
+
+def _formats(results: Results) -> Iterator[Target]:
+    if (large := results.formats.get("formats-64M")) is not None:
+        yield _at_least(f"64M: {FUSED}'s time over {EIGHT_BIT}'s", 1.4, large.times(FUSED, EIGHT_BIT))
+        for peer, bound in ((FUSED, 1.5), (FUSED_BF16, 1.0)):
+            what = f"64M: {peer}'s time over that of {RESIDUAL_EIGHT_BIT}"
+            yield _at_least(what, bound, large.times(peer, RESIDUAL_EIGHT_BIT))
+        if (size := large.bytes_a_parameter(RESIDUAL_EIGHT_BIT)) is not None:
+            yield _at_most(f"64M: bytes a parameter of {RESIDUAL_EIGHT_BIT}", 8.2, size, "")
+    if (small := results.formats.get("formats-1000x1000")) is not None:
+        yield _at_least(f"1000x1000: {FUSED}'s time over {EIGHT_BIT}'s", 10.0, small.times(FUSED, EIGHT_BIT))
 
 
 def _loops(results: Results) -> Iterator[Target]:

@@ -3,6 +3,7 @@
     python examples/train_gpt.py                    # about a minute and a half on 2 cores
     python examples/train_gpt.py --optimizer torch  # the same run with torch.optim.AdamW
     python examples/train_gpt.py --compare          # lucid, torch and torch fused side by side
+    python examples/train_gpt.py --state 8bit --dtype bf16  # 8 bytes a parameter in place of 16
 
 The text is `pydoc_data.topics`, which every Python carries; the model reads and writes single
 characters. Every tenth topic is kept out of training, whole, and gives the held-out loss.
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 import lucid.optim as optim
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EVERY = 100  # steps between two held-out losses, and between two checkpoints
 
 
@@ -55,6 +57,8 @@ class Config:
     width: int = 160
     heads: int = 5
     layers: int = 4
+    state: Literal["fp32", "bf16", "8bit"] = "fp32"  # how lucid keeps its moments
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and gradients
 
 
 def encode(text: str) -> Tensor:
@@ -125,7 +129,8 @@ class GPT(nn.Module):
 
 def cross_entropy(model: GPT, codes: Tensor) -> Tensor:
     """Return the mean loss, in nats a character, of predicting each code from those before it."""
-    return F.cross_entropy(model(codes[:, :-1]).flatten(0, 1), codes[:, 1:].flatten())
+    scores: Tensor = model(codes[:, :-1])
+    return F.cross_entropy(scores.float().flatten(0, 1), codes[:, 1:].flatten())
 
 
 @torch.no_grad()
@@ -134,7 +139,7 @@ def sample(model: GPT, config: Config, length: int = 600) -> str:
     generator = torch.Generator().manual_seed(config.seed)
     codes = encode("When a ")[None]
     for _ in range(length):
-        scores = model(codes[:, -config.context :])[:, -1] / 0.7  # sharpened: fewer slips
+        scores = model(codes[:, -config.context :])[:, -1].float() / 0.7  # sharpened: fewer slips
         drawn = torch.multinomial(scores.softmax(-1), 1, generator=generator)
         codes = torch.cat([codes, drawn], dim=1)
     return bytes(codes[0].tolist()).decode()
@@ -148,7 +153,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
     if config.optimizer == "lucid":
-        return optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        return optim.AdamW(groups, lr=config.lr, betas=config.betas, state_format=config.state, seed=config.seed)
     fused = True if config.optimizer == "torch-fused" else None  # None: as torch chooses
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 
@@ -168,7 +173,7 @@ class Run:
         self.config, self.corpus = config, corpus
         self.identity = asdict(config) | {"text": corpus.digest}
         torch.manual_seed(config.seed)
-        self.model = GPT(config)
+        self.model = GPT(config).to(DTYPES[config.dtype])
         self.optimizer = make_optimizer(self.model, config)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
         self.losses: list[float] = []  # of every step, in nats a character
@@ -213,6 +218,17 @@ class Run:
         seconds = self.seconds or [(math.nan, math.nan)]
         step, update = (1e3 * statistics.median(each) for each in zip(*seconds, strict=True))
         return step, update
+
+    def bytes_a_parameter(self) -> dict[str, float]:
+        """Return what weights, gradients and the optimizer's state take, by the tensors that are there."""
+        weights: list[Tensor] = list(self.model.parameters())
+        tensors = {
+            "weights": weights,
+            "gradients": [weight.grad for weight in weights if weight.grad is not None],
+            "state": [value for entry in self.optimizer.state.values() for value in entry.values()],
+        }
+        count = sum(weight.numel() for weight in weights)
+        return {name: sum(tensor.nbytes for tensor in found) / count for name, found in tensors.items()}
 
     def save(self, path: Path) -> None:
         """Write a checkpoint whole or not at all: a crash leaves the previous one in place."""
@@ -288,6 +304,9 @@ def summary(runs: Sequence[Run]) -> str:
         "  optimizer": [f"{ms:.2f}" for ms in update],
         "optimizer's share": [f"{u / s:.1%}" for s, u in zip(step, update, strict=True)],
     }
+    memory = [run.bytes_a_parameter() for run in runs]
+    rows["bytes a parameter"] = [f"{sum(each.values()):.2f}" for each in memory]
+    rows |= {f"  {name}": [f"{each[name]:.2f}" for each in memory] for name in memory[0]}
     if len(runs) > 1:
         rows["optimizer, against lucid"] = [f"{ms / update[0]:.2f} x" for ms in update]
     return "\n".join(f"{name:<25}" + "".join(f"{x:>13}" for x in row) for name, row in rows.items())
@@ -317,6 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--optimizer", choices=optimizers, default=default.optimizer)
     which.add_argument("--compare", action="store_true", help="train with each, side by side")
+    parser.add_argument("--state", choices=("fp32", "bf16", "8bit"), default=default.state, help="of lucid's moments")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default=default.dtype, help="of weights and gradients")
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop early, as by Ctrl-C")
@@ -331,11 +352,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--seed must lie in 0 ... 2**31 - 1, got {options.seed}")
     if options.compare and (options.resume or options.stop_after):
         parser.error("--compare runs from start to end: drop --resume and --stop-after")
+    if options.state != "fp32" and options.optimizer != "lucid":
+        parser.error(f"--state {options.state} is lucid's, {options.optimizer} has none: drop one of them")
     if options.resume and not checkpoint.exists():
         parser.error(f"--resume: there is no {checkpoint}; start once without --resume")
 
     corpus = Corpus()
-    config = Config(options.optimizer, options.steps, options.seed)
+    config = Config(options.optimizer, options.steps, options.seed, state=options.state, dtype=options.dtype)
     names = optimizers if options.compare else (config.optimizer,)
     runs = [Run(replace(config, optimizer=name), corpus) for name in names]
     run = runs[0]

@@ -24,7 +24,8 @@ def train(out, *arguments):
 
 def same(a, b):
     if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
+        bits = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in (a, b)]  # a residual's are no numbers
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
@@ -32,11 +33,12 @@ def same(a, b):
     return a == b
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
-    whole = train(tmp_path / "whole")
-    train(tmp_path / "parts", "--stop-after", "3")
-    train(tmp_path / "parts", "--resume", "--stop-after", "6")
-    parts = train(tmp_path / "parts", "--resume")
+@pytest.mark.parametrize("formats", [(), ("--state", "8bit", "--dtype", "bf16")], ids=["fp32", "8bit-bf16"])
+def test_a_stopped_run_goes_on_to_the_same_bits(formats, tmp_path):
+    whole = train(tmp_path / "whole", *formats)
+    train(tmp_path / "parts", "--stop-after", "3", *formats)
+    train(tmp_path / "parts", "--resume", "--stop-after", "6", *formats)
+    parts = train(tmp_path / "parts", "--resume", *formats)
     assert same(whole, parts)
     assert len(whole["losses"]) == STEPS
     assert whole["losses"][-1] < whole["losses"][0] - 0.3
@@ -51,9 +53,23 @@ def test_lucid_and_torch_train_alike(tmp_path):
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
 
 
+def test_small_formats_train_alike(tmp_path, capsys):
+    full = train(tmp_path / "full")
+    small = train(tmp_path / "small", "--state", "8bit", "--dtype", "bf16")
+    assert full["losses"] == pytest.approx(small["losses"], rel=0.01)
+    sizes = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("bytes a parameter")]
+    assert float(sizes[0]) == pytest.approx(16, abs=0.01)
+    assert float(sizes[1]) < 8.2
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--resume"], "checkpoint"), (["--steps", "0"], "steps"), (["--optimizer", "sgd"], "optimizer")],
+    [
+        (["--optimizer", "torch", "--state", "8bit"], "state"),
+        (["--resume"], "checkpoint"),
+        (["--steps", "0"], "steps"),
+        (["--optimizer", "sgd"], "optimizer"),
+    ],
 )
 def test_bad_arguments_get_one_sentence(arguments, said, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
