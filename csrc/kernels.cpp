@@ -24,6 +24,11 @@ template <class T, class Part>
   for (; i < end; i += width<T>) part(Vectors<1>{}, i, least(end - i, width<T>));
 }
 
+// Zeros but for the first `count` elements.
+[[gnu::always_inline]] inline Bits first_of(Bits x, int64_t count) {
+  return count < lanes ? (lane_numbers() < static_cast<uint32_t>(count) ? x : Bits{}) : x;
+}
+
 // One step of the elements from number i on, their moments given.
 template <class Param, class Gradient, bool amsgrad, class T, int N>
 [[gnu::always_inline]] inline void step(const Scalars<T>& h, const Slice& s, int64_t i, int64_t count,
@@ -119,7 +124,7 @@ void update_eight_bit(const Scalars<float>& scalars, const Slice& slice) noexcep
         store_whole(ms + i - begin + n * lanes, m[n]);
         store_whole(vs + i - begin + n * lanes, v[n]);
         most_m = larger(most_m, bits_of(m[n]) & ~sign_bit);
-        most_v = larger(most_v, bits_of(v[n]));  // one below zero counts as no number
+        most_v = larger(most_v, first_of(bits_of(v[n]), N == 1 ? count : lanes));  // below zero counts as no number
       }
     };
     for_each_vector<float>(begin, end, part);

@@ -333,6 +333,18 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
 
   Layout& layout = layouts_[index];
   layout = Layout::of(ndim, shape.data(), strides_of, work.moment_format != MomentFormat::plain);
+  if (work.moment_format == MomentFormat::eight_bit) {
+    for (const int codes : {exp_avg, exp_avg_sq}) {
+      if (!layout.contiguous[codes]) return nb::str("its codes do not lie in row-major order");
+    }
+    const int64_t blocks = work.elements / std::max<int64_t>(work.row, 1) * ((work.row + block - 1) / block);
+    for (size_t k = 0; k < found.size(); ++k) {
+      if (found[k].role < shaped_operands) continue;
+      if (elements(read_tensors[k]) != blocks || span_in_bytes(read_tensors[k]) != 4 * blocks) {
+        return nb::str("its scales are not one for each block");
+      }
+    }
+  }
   const bool readable = work.gradient == work.compute || work.own_gradient;
   work.layout = readable && layout.all_contiguous() ? nullptr : &layout;
   row.work = work;

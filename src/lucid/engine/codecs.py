@@ -42,9 +42,10 @@ def draws(stream: int, step: int, shape: torch.Size, device: torch.device) -> Te
     """Return 16 random bits for each element of a parameter of `shape`, int32, the same wherever it is computed.
 
     ``stream`` (64 bits) tells parameters apart, ``step`` is the step count after this step; an element is known by
-    its number in row-major order. A number times an odd key plus another key, both fresh at each step: any two
-    elements of a step are independent of each other (M. Dietzfelbinger et al., "A Reliable Randomized Algorithm for
-    the Closest-Pair Problem", 1997, section 2), and all steps of an element are.
+    its number in row-major order. A number times an odd key plus another key, both fresh at each step: the draws of an
+    element at different steps are independent, and so over the steps are those of any two elements whose numbers do
+    not differ by a large power of two (M. Dietzfelbinger et al., "A Reliable Randomized Algorithm for the Closest-Pair
+    Problem", 1997, section 2).
     """
     key = _mixed((_mixed(stream % 2**64) + step) % 2**64)
     number = torch.arange(math.prod(shape), dtype=torch.int64, device=device)
@@ -69,17 +70,21 @@ def _float(bits: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def rounded_to_bfloat16(x: Tensor, drawn: Tensor | None, *, positive: bool = False) -> Tensor:
+def _bfloat16(bits: Tensor) -> Tensor:
+    """The upper halves of float32 bits."""
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def rounded_to_bfloat16(x: Tensor, drawn: Tensor | None = None, *, positive: bool = False) -> Tensor:
     """Return a float32 tensor in bfloat16. A finite value stays finite, and with `positive` one above 0 stays so."""
-    if drawn is None:
-        return x.to(torch.bfloat16)
     bits = _bits(x)
     sign, magnitude = bits & 0x80000000, bits & 0x7FFFFFFF
-    rounded = torch.clamp_max(magnitude + drawn, 0x7F7FFFFF) & 0xFFFF0000
+    below = 0x7FFF + ((bits >> 16) & 1) if drawn is None else drawn  # ties to even
+    rounded = torch.clamp_max(magnitude + below, 0x7F7FFFFF) & 0xFFFF0000
     if positive:
         rounded = torch.where(magnitude > 0, torch.clamp_min(rounded, 0x10000), rounded)
     rounded = torch.where(magnitude >= _INFINITY, torch.where(magnitude > _INFINITY, _QUIET_NAN, magnitude), rounded)
-    return _float(rounded | sign).to(torch.bfloat16)
+    return _bfloat16(rounded | sign)
 
 
 def joined(upper: Tensor, residual: Tensor) -> Tensor:
@@ -96,9 +101,7 @@ def joined(upper: Tensor, residual: Tensor) -> Tensor:
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
     """Return the (parameter, residual) that `joined` makes `master` of: nearest, ties away from zero."""
     bits = torch.where(master.isnan(), _QUIET_NAN, _bits(master))
-    upper = _float((bits + 0x8000) & 0xFFFF0000).to(torch.bfloat16)
-    lower = (bits & 0xFFFF) - ((bits & 0x8000) << 1)
-    return upper, lower.to(torch.int16).view(torch.bfloat16)
+    return _bfloat16(bits + 0x8000), bits.to(torch.int16).view(torch.bfloat16)
 
 
 def master_of_float16(param: Tensor, master: Tensor) -> Tensor:

@@ -190,7 +190,11 @@ class StateFormat:
             m, v = _decoded(param, saved, name)
             if self.moments == "8bit":
                 own["exp_avg_code"], own["exp_avg_scale"] = codecs.encode_signed(m.to(param.device).float())
-                own["exp_avg_sq_code"], own["exp_avg_sq_scale"] = codecs.encode_unsigned(v.to(param.device).float())
+                v = v.to(param.device).float() + 0.0  # so that -0 is none
+                own["exp_avg_sq_code"], own["exp_avg_sq_scale"] = codecs.encode_unsigned(v)
+            elif self.moments == "bf16":
+                own["exp_avg"].copy_(codecs.rounded_to_bfloat16(m.to(param.device).float()))
+                own["exp_avg_sq"].copy_(codecs.rounded_to_bfloat16(v.to(param.device).float(), positive=True))
             else:
                 own["exp_avg"].copy_(m)
                 own["exp_avg_sq"].copy_(v)
@@ -210,8 +214,10 @@ class StateFormat:
                 raise ValueError(f"state 'residual' of {name} is {value.dtype}, expected torch.bfloat16: it holds bits")
             own["residual"].view(torch.int16).copy_(value.detach().view(torch.int16))
         elif "residual" in own and master is not None:
-            values = Slot(torch.float32).check(master, param, "master", name).detach().float()
-            own["residual"].view(torch.int16).copy_(codecs.split(values)[1].view(torch.int16))
+            values = Slot(torch.float32).check(master, param, "master", name).detach().to(param.device).float()
+            upper, lower = codecs.split(values)
+            same = upper.view(torch.int16) == param.detach().contiguous().view(torch.int16)
+            own["residual"].view(torch.int16).copy_(torch.where(same, lower.view(torch.int16), 0))
         elif "master" in own and master is not None:
             own["master"].copy_(Slot(torch.float32).check(master, param, "master", name).detach())
 
