@@ -32,8 +32,8 @@ class AdamW(Optimizer):
     Parameters
     ----------
     params : iterable of Parameter, of (name, Parameter) pairs, or of dict
-        float32, float64, complex64 or complex128, of any shape and dense layout. A group dict has ``"params"``
-        and may override every hyperparameter below; ``betas`` or ``beta1`` and ``beta2``.
+        float32, bfloat16, float16, float64, complex64 or complex128, of any shape and dense layout. A group dict has
+        ``"params"`` and may override every hyperparameter below; ``betas`` or ``beta1`` and ``beta2``.
     lr : float or 0-dim Tensor, default 1e-3
         Learning rate α, finite and ≥ 0.
     betas : pair of float, default (0.9, 0.999)
@@ -46,12 +46,23 @@ class AdamW(Optimizer):
         Divide by the maximum of all v so far. It may be switched on later.
     maximize : bool, default False
         Ascend instead of descend.
+    state_format : {"fp32", "bf16", "8bit"}, default "fp32"
+        How the two moments are kept: 8, 4 or about 2.06 bytes a parameter. ``"8bit"`` applies to parameters with at
+        least 2 dimensions, 4,096 elements and 64 elements a row; the others keep float32. float64 and complex
+        parameters keep their moments in full. To be chosen before the first step; ``load_state_dict`` converts.
+    master_weights : bool, default True
+        Keep for bfloat16 parameters 2 bytes, and for float16 ones 4, that make them train as float32 does. Without,
+        a new value is rounded to the nearest, as torch does, and small updates are lost.
+    seed : int, default 0
+        Of the random rounding that ``"bf16"`` and ``"8bit"`` need, from 0 to 2⁶³ − 1. It counts when a parameter's
+        state is created; no global generator is read or changed.
 
     Attributes
     ----------
     param_groups : list of dict
-        Each with ``"params"``, ``"lr"``, ``"beta1"``, ``"beta2"``, ``"eps"``, ``"weight_decay"``, ``"amsgrad"``
-        and ``"maximize"``; ``"betas"`` reads and writes the two. A change takes effect at the next step.
+        Each with ``"params"``, ``"lr"``, ``"beta1"``, ``"beta2"``, ``"eps"``, ``"weight_decay"``, ``"amsgrad"``,
+        ``"maximize"``, ``"state_format"``, ``"master_weights"`` and ``"seed"``; ``"betas"`` reads and writes the two.
+        A change of a hyperparameter takes effect at the next step.
     defaults : dict
         The hyperparameters of groups that do not give their own, under the same names.
 
@@ -62,8 +73,9 @@ class AdamW(Optimizer):
 
     Notes
     -----
-    State is 8 bytes a float32 parameter (12 with amsgrad), created at a parameter's first gradient. A step is
-    all or nothing: whatever is wrong is found before the first write.
+    State is 8 bytes a float32 parameter under ``"fp32"``, 4 more with amsgrad, created at a parameter's first gradient;
+    ``docs/formats.md`` has the other formats and what they do to training. A step is all or nothing: whatever is wrong
+    is found before the first write.
 
     References
     ----------
@@ -83,6 +95,15 @@ class AdamW(Optimizer):
     >>> optimizer.step()
     >>> int(optimizer.state[model.weight]["step"])
     1
+
+    A bfloat16 model with 8-bit moments: 8 bytes a parameter for weights, gradients and state.
+
+    >>> model = torch.nn.Linear(256, 256).bfloat16()
+    >>> optimizer = optim.AdamW(model.parameters(), lr=1e-2, state_format="8bit")
+    >>> model(torch.ones(1, 256, dtype=torch.bfloat16)).sum().backward()
+    >>> optimizer.step()
+    >>> sorted(optimizer.state[model.weight])
+    ['exp_avg_code', 'exp_avg_scale', 'exp_avg_sq_code', 'exp_avg_sq_scale', 'residual', 'step', 'stream']
     """
 
     def __init__(

@@ -80,9 +80,7 @@ class Slot:
             )
         if tuple(value.shape) != expected:
             like = " like the parameter" if self.shape == "param" else ""
-            raise ValueError(
-                f"state {key!r} of {name} has shape {tuple(value.shape)}, expected {expected}{like}"
-            )
+            raise ValueError(f"state {key!r} of {name} has shape {tuple(value.shape)}, expected {expected}{like}")
         if value.device.type == "meta":
             raise ValueError(
                 f"state {key!r} of {name} is on the meta device and has no values; load the checkpoint anew"

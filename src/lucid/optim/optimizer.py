@@ -333,9 +333,10 @@ class Optimizer(torch.optim.Optimizer):
         Returns
         -------
         dict
-            ``"state"``: for each parameter's number its ``step``, ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
-            ``max_exp_avg_sq``; ``"param_groups"``: hyperparameters, with ``beta1``, ``beta2`` and ``betas``.
-            ``torch.optim.AdamW`` loads it, and so does ``torch.load(weights_only=True)`` what was saved of it.
+            ``"state"``: for each parameter's number its ``step`` and the tensors of its format (docs/formats.md), which
+            under ``"fp32"`` are ``exp_avg``, ``exp_avg_sq`` and, with amsgrad, ``max_exp_avg_sq``;
+            ``"param_groups"``: hyperparameters, with ``beta1``, ``beta2`` and ``betas``. ``torch.optim.AdamW`` loads an
+            fp32 one, and `torch_state_dict` gives it one of any format; ``torch.load(weights_only=True)`` reads all.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -361,8 +362,9 @@ class Optimizer(torch.optim.Optimizer):
         """Load what `state_dict` of this class or of ``torch.optim.AdamW`` returned.
 
         Parameters are matched by name where both sides have the same set of names, else by position. Values are
-        copied, converted to the dtypes of this optimizer's state; hyperparameters that are missing come from
-        ``defaults``, and keys that are not ours are kept.
+        copied, and converted, to the nearest, to the format that this optimizer keeps, whichever they were saved in;
+        hyperparameters and the seed are those of the checkpoint, ``state_format`` and ``master_weights`` stay as they
+        are, what is missing comes from ``defaults``, and keys that are not ours are kept.
 
         Parameters
         ----------
