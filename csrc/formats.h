@@ -86,37 +86,38 @@ template <int N, class V, class T>
   for (int n = 0; n < N; ++n) store(to + n * width<T>, x[n], N == 1 ? count : width<T>);
 }
 
-// From the upper halves of Bits to numbers and back, to the nearest, ties to even; a NaN becomes a quiet one.
+// N vectors of 16-bit numbers, exactly; and to the nearest, ties to even, where a NaN becomes a quiet one.
 
 struct Bfloat16 {
-  [[gnu::always_inline]] static Float number(Bits upper) { return float_of(upper); }
-
-  [[gnu::always_inline]] static Bits nearest(Float x) {
-    const Bits bits = bits_of(x);
-    return x != x ? all(quiet_nan) : bits + 0x7fffu + ((bits >> 16) & 1u);
+  template <int N>
+  [[gnu::always_inline]] static void load(const uint16_t* from, int64_t count, Float (&x)[N]) {
+    Bits upper[N];
+    load_upper(from, count, upper);
+    for (int n = 0; n < N; ++n) x[n] = float_of(upper[n]);
+  }
+  template <int N>
+  [[gnu::always_inline]] static void store(uint16_t* to, int64_t count, const Float (&x)[N]) {
+    Bits upper[N];
+    for (int n = 0; n < N; ++n) {
+      const Bits bits = bits_of(x[n]);
+      upper[n] = x[n] != x[n] ? all(quiet_nan) : bits + 0x7fffu + ((bits >> 16) & 1u);
+    }
+    store_upper(to, count, upper);
   }
 };
 
-// In integers, since not every level has instructions for it. A subnormal half is normal in float32: its value is its
-// significand times 2^-24, which the float32 that begins at 2^-1 counts off.
 struct Float16 {
-  [[gnu::always_inline]] static Float number(Bits upper) {
-    const Bits magnitude = (upper >> 16) & 0x7fffu;
-    const Bits normal = (magnitude << 13) + 0x38000000u;
-    const Bits special = (magnitude << 13) + 0x70000000u;
-    const Bits subnormal = bits_of(float_of(magnitude + 0x3f000000u) - 0.5f);
-    const Bits finite = magnitude < 0x0400u ? subnormal : normal;
-    return float_of((upper & sign_bit) | (magnitude >= 0x7c00u ? special : finite));
+  template <int N>
+  [[gnu::always_inline]] static void load(const uint16_t* from, int64_t count, Float (&x)[N]) {
+    for (int n = 0; n < N; ++n) {
+      x[n] = float_of_half(LUCID_LEVEL::load<Halves>(from + n * lanes, N == 1 ? count : lanes));
+    }
   }
-
-  [[gnu::always_inline]] static Bits nearest(Float x) {
-    const Bits bits = bits_of(x);
-    const Bits magnitude = bits & ~sign_bit;
-    const Bits normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
-    const Bits subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
-    const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
-    const Bits half = magnitude > infinity ? all(0x7e00u) : magnitude >= 0x47800000u ? all(0x7c00u) : finite;
-    return (half << 16) | (bits & sign_bit);
+  template <int N>
+  [[gnu::always_inline]] static void store(uint16_t* to, int64_t count, const Float (&x)[N]) {
+    for (int n = 0; n < N; ++n) {
+      LUCID_LEVEL::store(to + n * lanes, half_of_float(x[n]), N == 1 ? count : lanes);
+    }
   }
 };
 
@@ -156,15 +157,11 @@ struct HalfParam {
   using Compute = float;
   template <int N>
   [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&theta)[N]) {
-    Bits upper[N];
-    load_upper(halves(s, param, i), count, upper);
-    for (int n = 0; n < N; ++n) theta[n] = Half::number(upper[n]);
+    Half::load(halves(s, param, i), count, theta);
   }
   template <int N>
   [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N]) {
-    Bits upper[N];
-    for (int n = 0; n < N; ++n) upper[n] = Half::nearest(theta[n]);
-    store_upper(halves_to(s, param, i), count, upper);
+    Half::store(halves_to(s, param, i), count, theta);
   }
 };
 
@@ -209,12 +206,12 @@ struct Float16MasterParam {
   using Compute = float;
   template <int N>
   [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&theta)[N]) {
-    Bits half[N];
-    load_upper(halves(s, param, i), count, half);
     load_vectors(static_cast<const float*>(s.at[lower]) + i, count, theta);
     for (int n = 0; n < N; ++n) {
-      const Float alone = Float16::number(half[n]);
-      const auto same = (Float16::nearest(theta[n]) == half[n]) | ((theta[n] != theta[n]) & (alone != alone));
+      const Halves half = LUCID_LEVEL::load<Halves>(halves(s, param, i + n * lanes), N == 1 ? count : lanes);
+      const Float alone = float_of_half(half);
+      const Bits rounded = widened(half_of_float(theta[n]));
+      const auto same = (rounded == widened(half)) | ((theta[n] != theta[n]) & (alone != alone));
       theta[n] = same ? theta[n] : alone;
     }
   }
@@ -239,9 +236,7 @@ template <class Half>
 struct HalfGradient {
   template <int N>
   [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&gradient)[N]) {
-    Bits upper[N];
-    load_upper(halves(s, grad, i), count, upper);
-    for (int n = 0; n < N; ++n) gradient[n] = Half::number(upper[n]);
+    Half::load(halves(s, grad, i), count, gradient);
   }
 };
 
@@ -265,9 +260,7 @@ struct Bfloat16Moments {
   static constexpr bool draws = true;
   template <int operand, int N>
   [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&x)[N]) {
-    Bits upper[N];
-    load_upper(halves(s, operand, i), count, upper);
-    for (int n = 0; n < N; ++n) x[n] = float_of(upper[n]);
+    Bfloat16::load(halves(s, operand, i), count, x);
   }
   template <int operand, int N>
   [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&x)[N],

@@ -155,13 +155,12 @@ template <class Half, class T>
 void convert_halves(const void* from, T* to, int64_t n) noexcept {
   for (int64_t i = 0; i < n; i += lanes) {
     const int64_t count = least(n - i, lanes);
-    Bits upper[1];
-    load_upper(static_cast<const uint16_t*>(from) + i, count, upper);
-    const Float x = Half::number(upper[0]);
+    Float x[1];
+    Half::load(static_cast<const uint16_t*>(from) + i, count, x);
     if constexpr (sizeof(T) == sizeof(float)) {
-      store(to + i, x, count);
+      store(to + i, x[0], count);
     } else {
-      for (int64_t k = 0; k < count; ++k) to[i + k] = static_cast<T>(x[k]);
+      for (int64_t k = 0; k < count; ++k) to[i + k] = static_cast<T>(x[0][k]);
     }
   }
 }

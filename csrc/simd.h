@@ -289,6 +289,36 @@ inline uint32_t largest(Bits x) {
 }
 #endif
 
+// float16 to float32, and back to the nearest, ties to even.
+#if defined(__AVX512F__)
+inline Float float_of_half(Halves x) { return _mm512_cvtph_ps((__m256i)x); }
+inline Halves half_of_float(Float x) { return (Halves)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__AVX2__) && defined(__F16C__)
+inline Float float_of_half(Halves x) { return _mm256_cvtph_ps((__m128i)x); }
+inline Halves half_of_float(Float x) { return (Halves)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+// In integers. A subnormal half is normal in float32: its value is its significand times 2^-24, which the float32 that
+// begins at 2^-1 counts off.
+inline Float float_of_half(Halves x) {
+  const Bits half = widened(x);
+  const Bits magnitude = half & 0x7fffu;
+  const Bits normal = (magnitude << 13) + 0x38000000u;
+  const Bits special = (magnitude << 13) + 0x70000000u;
+  const Bits subnormal = bits_of(float_of(magnitude + 0x3f000000u) - 0.5f);
+  const Bits finite = magnitude < 0x0400u ? subnormal : normal;
+  return float_of(((half & 0x8000u) << 16) | (magnitude >= 0x7c00u ? special : finite));
+}
+inline Halves half_of_float(Float x) {
+  const Bits bits = bits_of(x);
+  const Bits magnitude = bits & 0x7fffffffu;
+  const Bits normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const Bits subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
+  const Bits half = magnitude > 0x7f800000u ? all(0x7e00u) : magnitude >= 0x47800000u ? all(0x7c00u) : finite;
+  return low_halves(half | ((bits >> 16) & 0x8000u));
+}
+#endif
+
 inline Bits larger(Bits a, Bits b) { return a > b ? a : b; }
 inline Bits smaller(Bits a, Bits b) { return a < b ? a : b; }
 
