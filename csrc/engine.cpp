@@ -57,19 +57,8 @@ CopyFn scatter_of(int64_t size) {
   return size == 8 ? scatter<uint64_t> : size == 4 ? scatter<uint32_t> : scatter<uint16_t>;
 }
 
-int64_t size_of(Type type) {
-  switch (type) {
-    case Type::float64:
-      return 8;
-    case Type::float32:
-      return 4;
-    default:
-      return 2;
-  }
-}
-
 char* element(const Work& work, int operand, int64_t index) {
-  return static_cast<char*>(work.address[operand]) + index * element_size(work, operand);
+  return static_cast<char*>(work.address[operand]) + index * work.size[operand];
 }
 
 void run_kernel(const Work& work, const Scalars<float>& scalars, const Slice& slice, bool own_gradient) {
@@ -98,7 +87,7 @@ void update_staged(const Work& work, const Scalars<T>& scalars, Slice slice) {
     if (work.address[o] == nullptr) continue;
     slice.at[o] = layout.contiguous[o] ? element(work, o, slice.first) : buffer[o];
     if (!layout.contiguous[o]) {
-      gather_of(element_size(work, o))(layout, o, work.address[o], slice.first, slice.n, buffer[o]);
+      gather_of(work.size[o])(layout, o, work.address[o], slice.first, slice.n, buffer[o]);
     }
   }
   if (work.gradient != work.compute) {
@@ -108,7 +97,7 @@ void update_staged(const Work& work, const Scalars<T>& scalars, Slice slice) {
   run_kernel(work, scalars, slice, false);
   for (int o = 0; o < shaped_operands; ++o) {
     if (work.address[o] == nullptr || o == grad || layout.contiguous[o]) continue;
-    scatter_of(element_size(work, o))(layout, o, buffer[o], slice.first, slice.n, work.address[o]);
+    scatter_of(work.size[o])(layout, o, buffer[o], slice.first, slice.n, work.address[o]);
   }
 }
 
@@ -149,14 +138,14 @@ void prefetch(const Work& work) {
   for (int o = 0; o < shaped_operands; ++o) {
     if (work.address[o] == nullptr) continue;
     const char* address = static_cast<const char*>(work.address[o]);
-    const int64_t bytes = work.elements * element_size(work, o);
+    const int64_t bytes = work.elements * work.size[o];
     for (int64_t at = 0; at < bytes && at < line * lines; at += line) __builtin_prefetch(address + at);
   }
 }
 
 // All rows laid end to end; batch b is elements [b * size, (b + 1) * size) of that.
 struct Step {
-  const std::vector<Work>& works;
+  const std::vector<const Work*>& works;
   std::vector<int64_t> ends;  // of each row, in elements
   std::vector<Scalars<float>> f32;
   std::vector<Scalars<double>> f64;
@@ -167,8 +156,8 @@ struct Step {
     const int64_t end = std::min(begin + size, ends.back());
     size_t row = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin());
     for (int64_t i = begin; i < end; ++row) {
-      const Work& work = works[row];
-      if (row + 2 < works.size()) prefetch(works[row + 2]);
+      const Work& work = *works[row];
+      if (row + 2 < works.size()) prefetch(*works[row + 2]);
       const int64_t first = i - (ends[row] - work.elements);
       const int64_t n = std::min(end, ends[row]) - i;
       const auto which = static_cast<size_t>(work.scalars);
@@ -186,25 +175,6 @@ struct Step {
 
 }  // namespace
 
-int64_t element_size(const Work& work, int operand) {
-  const bool half = work.param_format != ParamFormat::plain;
-  switch (operand) {
-    case param:
-      return half ? 2 : size_of(work.compute);
-    case grad:
-      return size_of(work.gradient);
-    case lower:
-      return work.param_format == ParamFormat::bfloat16_residual ? 2 : 4;
-    case exp_avg:
-    case exp_avg_sq:
-      return work.moment_format == MomentFormat::plain      ? size_of(work.compute)
-             : work.moment_format == MomentFormat::bfloat16 ? 2
-                                                            : 1;
-    default:
-      return size_of(work.compute);
-  }
-}
-
 uint64_t draw_key(int64_t stream, int64_t step) {
   return mixed(mixed(static_cast<uint64_t>(stream)) + static_cast<uint64_t>(step));
 }
@@ -212,13 +182,13 @@ uint64_t draw_key(int64_t stream, int64_t step) {
 int64_t batch_elements() { return elements_of_batch; }
 void set_batch_elements(int64_t elements) { elements_of_batch = elements; }
 
-void update(const std::vector<Work>& works, const std::vector<HostScalars>& scalars, int threads, bool serial) {
+void update(const std::vector<const Work*>& works, const std::vector<HostScalars>& scalars, int threads, bool serial) {
   if (works.empty()) return;
   const FloatMode mode;
   Step step{works, {}, {}, {}, batch_elements()};
   step.ends.reserve(works.size());
   int64_t total = 0;
-  for (const Work& work : works) step.ends.push_back(total += work.elements);
+  for (const Work* work : works) step.ends.push_back(total += work->elements);
   for (const HostScalars& host : scalars) {
     step.f32.push_back(rounded<float>(host));
     step.f64.push_back(rounded<double>(host));

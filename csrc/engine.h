@@ -18,7 +18,8 @@ struct HostScalars {
 // What is updated together: one parameter, its gradient and its state, as addresses.
 struct Work {
   void* address[max_operands];
-  const Layout* layout;  // null where every operand is contiguous, the gradient in a type that the kernels read
+  int8_t size[shaped_operands];  // bytes of an element
+  const Layout* layout;          // null where every operand is contiguous, the gradient in a type that the kernels read
   int64_t elements;
   int64_t row;             // elements of one index of the first dimension
   Type compute, gradient;  // compute is float32 or float64
@@ -30,9 +31,6 @@ struct Work {
   uint64_t key;  // of the draws
 };
 
-// Bytes of an element of an operand of the parameter's shape.
-int64_t element_size(const Work& work, int operand);
-
 // What the draws of a step are keyed with.
 uint64_t draw_key(int64_t stream, int64_t step);
 
@@ -42,7 +40,7 @@ void set_batch_elements(int64_t elements);
 
 // Updates all of `works`; throws, where memory runs out, before anything is written. `serial`: one after the other on
 // the calling thread, since some share memory.
-void update(const std::vector<Work>& works, const std::vector<HostScalars>& scalars, int threads, bool serial);
+void update(const std::vector<const Work*>& works, const std::vector<HostScalars>& scalars, int threads, bool serial);
 
 // The traffic of an fp32 update of n elements and no arithmetic to speak of: the memory's limit.
 void move(int64_t n, float* a, const float* b, float* c, float* d, int threads);

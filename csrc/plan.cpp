@@ -308,6 +308,7 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
     const int role = found[k].role;
     if (role < 0) continue;
     work.address[role] = tensor.data;
+    if (role < shaped_operands) work.size[role] = static_cast<int8_t>(tensor.dtype.bits / (row.is_complex ? 16 : 8));
     has_lower |= role == lower;
     if (role == exp_avg && work.moment_format == MomentFormat::plain && !real_type(tensor.dtype, &moments)) {
       return nb::str("the CPU engine does not know the dtype of its state");
@@ -493,7 +494,7 @@ void Plan::run(const std::vector<HostScalars>& scalars, int threads, nb::list st
   for (Row& row : rows_) {
     if (!row.active) continue;
     if (row.stream != nullptr) row.work.key = draw_key(*row.stream, static_cast<int64_t>(*row.step) + 1);
-    works_.push_back(row.work);
+    works_.push_back(&row.work);
     total += row.work.elements;
   }
   last_elements_ = total;

@@ -106,7 +106,7 @@ class Plan {
   size_t remembered_tensors_ = 0;  // after the last compact()
   std::vector<SeenEntry> seen_entries_;
   std::vector<SeenSlot> seen_slots_;
-  std::vector<Work> works_;
+  std::vector<const Work*> works_;
   bool changed_ = false;   // since the last remember()
   bool sealed_ = false;    // unreachable() since the state was last read, so that it need not be read
   bool unread_ = false;    // in this step, since it was sealed
