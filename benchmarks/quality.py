@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from . import quality_report as report
 from .quality_tasks import BASELINE, CONFIGURATIONS, TASKS, Configuration, Outcome, Task, bits, train, versions
+from .report import spliced
 
 SEEDS = 8
 
@@ -237,9 +238,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.quick and options.markdown is not None:
+        parser.error("--quick is not for quoting: drop it, or --markdown")
     if options.markdown is not None:  # before an hour of training
         try:
-            report.spliced(options.markdown.read_text(), "")
+            spliced(options.markdown.read_text(), "", report.BEGIN)
         except (OSError, ValueError) as error:
             parser.error(f"--markdown {options.markdown}: {error}")
     torch.set_num_threads(1)
@@ -260,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results, seconds = asked.results()
     print(report.terminal(results, seconds))
     if options.markdown is not None:
-        text = report.spliced(options.markdown.read_text(), report.markdown(results, seconds))
+        text = spliced(options.markdown.read_text(), report.markdown(results, seconds), report.BEGIN)
         options.markdown.write_text(text)
     if options.plot is not None:
         try:

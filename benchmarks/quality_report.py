@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from . import machine, report
+from . import machine
 from .quality_tasks import BASELINE, CONFIGURATIONS, Outcome, Task
 from .report import Table
 from .tables import markdown_table, terminal_table
@@ -154,13 +154,6 @@ def markdown(results: Mapping[Task, Runs], seconds: Mapping[Task, float]) -> str
     for title, note, header, rows in tables(results, seconds):
         parts.append(f"## {title}\n\n{note}\n\n{markdown_table(header, rows)}")
     return "\n\n".join(parts)
-
-
-def spliced(text: str, part: str) -> str:
-    """Return `text` with `part` between QUALITY.md's markers; raise ValueError where it lacks them."""
-    if text.count(BEGIN) != 1:
-        raise ValueError(f"expected the line {BEGIN!r}, once")
-    return report.spliced(text.replace(BEGIN, report.BEGIN), part).replace(report.BEGIN, BEGIN)
 
 
 def draw(results: Mapping[Task, Runs], path: Path) -> None:

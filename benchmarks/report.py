@@ -184,13 +184,13 @@ def markdown(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def spliced(text: str, report: str) -> str:
+def spliced(text: str, report: str, begin: str = BEGIN) -> str:
     """Return `text` with the report between its markers; raise ValueError where it lacks them."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected the lines {BEGIN!r} and {END!r}, once each and in this order")
-    before, _, rest = text.partition(BEGIN)
+    if text.count(begin) != 1 or text.count(END) != 1 or text.index(begin) > text.index(END):
+        raise ValueError(f"expected the lines {begin!r} and {END!r}, once each and in this order")
+    before, _, rest = text.partition(begin)
     after = rest.partition(END)[2]
-    return f"{before}{BEGIN}\n\n{report}\n\n{END}{after}"
+    return f"{before}{begin}\n\n{report}\n\n{END}{after}"
 
 
 def write_json(results: Results, path: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks import quality, quality_report, quality_tasks
+from benchmarks import quality, quality_report, quality_tasks, report
 from benchmarks.quality_report import Difference, Spread
 from benchmarks.quality_tasks import BASELINE, CONFIGURATIONS, TASKS, Configuration, Outcome
 
@@ -121,7 +121,7 @@ def test_tables_and_picture(tmp_path):
     assert "| state 8bit | +1.00 ± 0.00 inside |" in " ".join(text.split())
     quality_report.draw(results, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    page = f"before\n{quality_report.BEGIN}\nold\n{quality_report.report.END}\nafter"
-    assert "old" not in quality_report.spliced(page, text)
+    page = f"before\n{quality_report.BEGIN}\nold\n{report.END}\nafter"
+    assert "old" not in report.spliced(page, text, quality_report.BEGIN)
     with pytest.raises(ValueError, match="expected"):
-        quality_report.spliced("no markers", text)
+        report.spliced("no markers", text, quality_report.BEGIN)
