@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from lucid.engine.codecs import decode_unsigned
+
 from .tables import markdown_table
 
 BETA1 = 0.9
@@ -74,6 +76,15 @@ M_MAPS = {
     "softsign": softsign_levels(128, 1),
     **{f"soft float {bits}": soft_float_levels(128, bits) for bits in (3, 4, 5)},
 }
+
+
+def own_levels() -> Tensor:
+    """Return what lucid stores v as, soft float 4 half a step up, and 0, which only a block of zeros is."""
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 256)
+    levels = decode_unsigned(codes, torch.ones(1, 2)).flatten()
+    return torch.cat([torch.zeros(1), levels / levels[-1]])
+
+
 V_MAPS = {
     "√v linear": power_levels(256, 2),
     "cube": power_levels(256, 3),
@@ -83,6 +94,7 @@ V_MAPS = {
     **{f"soft float {bits}": soft_float_levels(256, bits) for bits in (3, 4, 5)},
     **{f"√v soft float {bits}": soft_float_levels(256, bits, 2) for bits in (4, 5, 6)},
     "log, 32 octaves": log_levels(256, 32),
+    "lucid's": own_levels(),
 }
 
 
@@ -101,7 +113,7 @@ PAIRS = [
     *(Pair(m, EXACT) for m in M_MAPS),
     *(Pair(EXACT, v) for v in V_MAPS),
     *(Pair(m, v) for m in ("square", "cube", "soft float 4") for v in ("4th power", "soft float 4")),
-    *(Pair("soft float 4", v) for v in ("soft float 3", "√v soft float 5", "√v soft float 6")),
+    *(Pair("soft float 4", v) for v in ("lucid's", "soft float 3", "√v soft float 5", "√v soft float 6")),
     Pair("soft float 3", "soft float 3"),
     Pair("soft float 5", "soft float 4"),
     Pair("cube", "6th power"),

@@ -409,21 +409,33 @@ void Plan::remember(nb::dict state) {
   }
 
   compact();
-  std::vector<std::pair<const char*, const char*>> spans;
+  struct Span {
+    const char *begin, *end;
+    bool of_state;
+  };
+  std::vector<Span> spans;
   for (const Row& row : rows_) {
     if (!row.bound) continue;
     for (int k = 0; k < row.tensors; ++k) {
       const Tensor& tensor = tensors_[row.first + static_cast<size_t>(k)];
-      if (tensor.role == grad || tensor.role < 0 || tensor.span == 0) continue;
+      if (tensor.role == grad || tensor.role == stream_role || tensor.span == 0) continue;
       const auto* first = static_cast<const char*>(tensor.address);
-      spans.emplace_back(first, first + tensor.span);
+      spans.push_back({first, first + tensor.span, tensor.role != param});
     }
   }
-  std::sort(spans.begin(), spans.end());
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
   serial_ = false;
   for (size_t i = 1; i < spans.size(); ++i) {
-    serial_ |= spans[i].first < spans[i - 1].second;
-    spans[i].second = std::max(spans[i].second, spans[i - 1].second);
+    const Span& before = spans[i - 1];
+    if (spans[i].begin < before.end) {
+      if (spans[i].of_state || before.of_state) {
+        throw nb::value_error(
+            "the state of two parameters, or of one and another parameter, lies in the same memory, so that one update "
+            "would undo the other; clone() one of the state's tensors");
+      }
+      serial_ = true;
+      spans[i].end = std::max(spans[i].end, before.end);
+    }
   }
   changed_ = false;
 }
@@ -433,7 +445,11 @@ void Plan::compact() {
   std::vector<Tensor> tensors;
   std::vector<int64_t> dims;
   for (Row& row : rows_) {
-    if (!row.bound && !row.holds_slots) continue;
+    if (!row.bound && !row.holds_slots) {
+      row.entry = nullptr;
+      row.tensors = 0;
+      continue;
+    }
     const size_t first = tensors.size();
     for (int k = 0; k < row.tensors; ++k) {
       Tensor tensor = tensors_[row.first + static_cast<size_t>(k)];

@@ -903,3 +903,101 @@ def test_the_engine_itself_refuses_codes_that_it_would_misread(key, broken, said
     assert plan.bind(0, param.grad, entry, dict(entry)) is None
     assert said in plan.bind(0, param.grad, entry, entry | {key: broken(entry[key])})
     plan.release()
+
+
+@pytest.mark.parametrize("state_format", ["fp32", "8bit"])
+def test_rows_that_rest_after_their_state_was_replaced(state_format):
+    """What the plan knew of them is gone by the time they take part again, and the next replacement is seen too."""
+
+    def run():
+        params = [Parameter(draw(index, (64, 128)).bfloat16()) for index in range(3)]
+        optimizer = optim.AdamW(params, lr=0.01, state_format=state_format)
+
+        def step(number, *active):
+            for index, param in enumerate(params):
+                wanted = draw(100 * number + index, param.shape).bfloat16()
+                param.grad = wanted if index in active else None
+            optimizer.step()
+
+        step(1, 0, 1, 2)
+        step(2, 0, 1, 2)
+        entry = peek(optimizer)[params[0]]
+        entry["residual"] = entry["residual"].clone()
+        step(3, 0)
+        step(4, 0, 1, 2)
+        for number in range(5, 9):
+            entry = peek(optimizer)[params[1]]
+            entry["residual"] = torch.full_like(entry["residual"].view(torch.int16), number).view(torch.bfloat16)
+            optimizer._state_box[1] = True
+            step(number, 0, 1, 2)
+        return results(optimizer)
+
+    with on("reference"):
+        wanted = run()
+    assert_same(run(), wanted)
+
+
+@pytest.mark.parametrize("state_format", ["fp32", "bf16", "8bit"])
+def test_state_loaded_or_copied_under_inference_mode_can_be_updated(state_format, engine_name):
+    source = World(torch.float32, state_format=state_format)
+    source.run(2)
+    saved = source.optimizer.state_dict()
+    plain = World(torch.float32, state_format=state_format)
+    plain.optimizer.load_state_dict(copy.deepcopy(saved))
+    loaded = World(torch.float32, state_format=state_format)
+    with torch.inference_mode():
+        loaded.optimizer.load_state_dict(saved)
+        copied = copy.deepcopy(loaded.optimizer)
+    assert not any(x.is_inference() for entry in copied.state.values() for x in entry.values())
+    with on(engine_name):
+        plain.run(2)
+        loaded.run(2)
+    assert_same(results(loaded.optimizer), results(plain.optimizer))
+
+
+def test_inference_state_that_was_put_by_hand_is_refused_before_anything_changes(engine_name):
+    param = Parameter(draw(0, (64, 80)))
+    param.grad = draw(1, (64, 80))
+    optimizer = optim.AdamW([param], state_format="8bit")
+    optimizer.init_state()
+    with torch.inference_mode():
+        optimizer.state[param]["exp_avg_scale"] = torch.zeros(64, 1)
+    before = snapshot(optimizer, param)
+    with on(engine_name), pytest.raises(ValueError, match="'exp_avg_scale' was made under torch.inference_mode"):
+        optimizer.step()
+    assert snapshot(optimizer, param) == before
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_is_nothing_to_the_formats(default, engine_name):
+    def run():
+        param = Parameter(draw(0, (64, 80)))
+        optimizer = optim.AdamW([param], state_format="8bit")
+        for number in range(3):
+            param.grad = draw(number + 1, (64, 80))
+            optimizer.step()
+        return results(optimizer)
+
+    wanted = run()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with on(engine_name):
+            found = run()
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg_code", "exp_avg_sq_scale"])
+def test_state_that_two_parameters_share_is_refused_before_anything_changes(key):
+    params = [Parameter(draw(index, (64, 80))) for index in range(2)]
+    optimizer = optim.AdamW(params, state_format="8bit")
+    optimizer.init_state()
+    optimizer.state[params[1]][key] = optimizer.state[params[0]][key]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    before = snapshot(optimizer, *params)
+    with pytest.raises(ValueError, match="same memory"):
+        optimizer.step()
+    assert snapshot(optimizer, *params) == before

@@ -156,9 +156,8 @@ def encode_signed(x: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tenso
 def decode_signed(code: Tensor, scale: Tensor) -> Tensor:
     """Return the float32 values of `encode_signed`."""
     bits = _blocked(code).long()
-    sign = torch.where(bits >= 0x80, -1.0, 1.0)
     z = _float(((bits & 0x7F) << _SHIFT) + _TWO)
-    return _flat((z - 2.0) * (sign * scale.unsqueeze(-1)), code.shape)
+    return _flat((z - 2.0) * _float(_bits(scale.unsqueeze(-1)) ^ ((bits & 0x80) << 24)), code.shape)
 
 
 def encode_unsigned(x: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:

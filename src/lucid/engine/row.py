@@ -105,6 +105,11 @@ def check_memory(row: Row) -> None:
     for what, tensor in tensors.items():
         if tensor.is_conj() or tensor.is_neg():
             raise ValueError(f"{row.name}: {what} is a lazily conjugated or negated view; resolve_conj() it")
+        if tensor.is_inference() and what.startswith("its state") and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{row.name}: {what} was made under torch.inference_mode(), which forbids to update it outside; "
+                "clone() it, or load the checkpoint anew"
+            )
         if tensor.numel() == 0:
             continue
         if what != "its gradient" and overlaps_itself(tensor):

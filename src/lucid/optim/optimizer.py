@@ -387,7 +387,8 @@ class Optimizer(torch.optim.Optimizer):
         names = [
             [self._name(number, index) for index in range(len(group["params"]))] for number, group in enumerate(groups)
         ]
-        state, new_groups = loaded(saved, groups, self.defaults, self._format_in, names, self._streams)
+        with torch.inference_mode(False):  # tensors made in that mode could not be updated outside of it
+            state, new_groups = loaded(saved, groups, self.defaults, self._format_in, names, self._streams)
         for group in new_groups:
             self._hyperparameters(group)
         self.state, self.param_groups = state, new_groups
@@ -434,7 +435,8 @@ class Optimizer(torch.optim.Optimizer):
         """Copy, hooks included: they are called with the optimizer that steps."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        with torch.inference_mode(False):
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         for hooks in _HOOKS:
             getattr(twin, hooks).update(getattr(self, hooks))
         return twin
