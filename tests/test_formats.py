@@ -963,7 +963,7 @@ def test_inference_state_that_was_put_by_hand_is_refused_before_anything_changes
     with torch.inference_mode():
         optimizer.state[param]["exp_avg_scale"] = torch.zeros(64, 1)
     before = snapshot(optimizer, param)
-    with on(engine_name), pytest.raises(ValueError, match="'exp_avg_scale' was made under torch.inference_mode"):
+    with on(engine_name), pytest.raises(ValueError, match=r"'exp_avg_scale' was made under torch\.inference_mode"):
         optimizer.step()
     assert snapshot(optimizer, param) == before
 
