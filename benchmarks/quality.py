@@ -31,8 +31,8 @@ import torch
 from tqdm import tqdm
 
 from . import quality_report as report
+from .arguments import check_page, count, write_page
 from .quality_tasks import BASELINE, CONFIGURATIONS, TASKS, Configuration, Outcome, Task, bits, train, versions
-from .report import spliced
 
 SEEDS = 8
 
@@ -218,8 +218,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", **choice, choices=TASKS, default=list(TASKS), help=", ".join(TASKS))
     names = list(CONFIGURATIONS)
     parser.add_argument("--configuration", **choice, choices=names, default=names, help=", ".join(names))
-    parser.add_argument("--seeds", type=_count, default=SEEDS, help=f"of each: 0 … SEEDS - 1 ({SEEDS})")
-    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time, each in a process of one thread (1)")
+    parser.add_argument("--seeds", type=count, default=SEEDS, help=f"of each: 0 … SEEDS - 1 ({SEEDS})")
+    parser.add_argument("--jobs", type=count, default=1, help="runs at a time, each in a process of one thread (1)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps: a look, not for quoting")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
     parser.add_argument("--journal", type=Path, default=Path("runs/quality.jsonl"), help="file of the runs that ended")
@@ -228,23 +228,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.quick and options.markdown is not None:
         parser.error("--quick is not for quoting: drop it, or --markdown")
-    if options.markdown is not None:  # before an hour of training
-        try:
-            spliced(options.markdown.read_text(), "", report.BEGIN)
-        except (OSError, ValueError) as error:
-            parser.error(f"--markdown {options.markdown}: {error}")
+    check_page(parser, options.markdown, report.BEGIN)
     torch.set_num_threads(1)
     tasks = [TASKS[name] for name in dict.fromkeys(options.task)]
     if options.quick:
@@ -263,8 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results, seconds = asked.results()
     print(report.terminal(results, seconds))
     if options.markdown is not None:
-        text = spliced(options.markdown.read_text(), report.markdown(results, seconds), report.BEGIN)
-        options.markdown.write_text(text)
+        write_page(options.markdown, report.markdown(results, seconds), report.BEGIN)
     if options.plot is not None:
         try:
             report.draw(results, options.plot)

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import footprint, formats, machine, overhead, report
+from .arguments import check_page, count, write_page
 from .contenders import FUSED, LIMIT, LUCID, SLOW, mover, optimizers
 from .paired import rounds, sampler
 from .results import LoopResult, Results, StepResult
@@ -77,29 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.partition("\n")[0])
     names = [*CASES, *formats.CASES, *TRAININGS, *OTHERS]
     parser.add_argument("--case", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--rounds", type=_count, help="pairs of lucid and its fast peers (61)")
+    parser.add_argument("--rounds", type=count, help="pairs of lucid and its fast peers (61)")
     parser.add_argument("--quick", action="store_true", help="few rounds: a look, not for quoting")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every sample there")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="put the tables between this file's markers")
     return parser
 
 
-def _count(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.markdown is not None:  # before minutes of measuring
-        try:
-            report.spliced(options.markdown.read_text(), "")
-        except (OSError, ValueError) as error:
-            parser.error(f"--markdown {options.markdown}: {error}")
-    count: int = options.rounds or (5 if options.quick else 61)
-    slow_count = min(count, 1 if options.quick else 9)
+    check_page(parser, options.markdown)
+    rounds_wanted: int = options.rounds or (5 if options.quick else 61)
+    slow_count = min(rounds_wanted, 1 if options.quick else 9)
 
     results = Results(machine.description(), options.quick)
     torch.manual_seed(0)
@@ -108,13 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in bar:
         bar.set_postfix_str(name)
         if name in CASES:
-            results.steps[name] = time_step(CASES[name], count, slow_count)
+            results.steps[name] = time_step(CASES[name], rounds_wanted, slow_count)
         elif name in formats.CASES:
-            results.formats[name] = formats.time_formats(name, count)
+            results.formats[name] = formats.time_formats(name, rounds_wanted)
         elif name in TRAININGS:
-            results.loops[name] = time_training(TRAININGS[name], count)
+            results.loops[name] = time_training(TRAININGS[name], rounds_wanted)
         elif name == "import":
-            results.imports = footprint.import_seconds(2 if options.quick else max(9, count // 4))
+            results.imports = footprint.import_seconds(2 if options.quick else max(9, rounds_wanted // 4))
         else:
             results.overhead = overhead.accounts()
     results.neighbours = neighbours.share()
@@ -123,8 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json is not None:
         report.write_json(results, options.json)
     if options.markdown is not None:
-        text = report.spliced(options.markdown.read_text(), report.markdown(results))
-        options.markdown.write_text(text)
+        write_page(options.markdown, report.markdown(results))
     return 0
 
 

@@ -77,7 +77,7 @@ void convert(Type type, const void* from, double* to, int64_t n) {
   kernels().to_f64[static_cast<int>(type)](from, to, n);
 }
 
-// Elements [begin, begin + n) of a row, n <= staged, operands that are not contiguous by way of buffers.
+// A slice of at most `staged` elements, operands that are not contiguous by way of buffers.
 template <class T>
 void update_staged(const Work& work, const Scalars<T>& scalars, Slice slice) {
   const Layout& layout = *work.layout;

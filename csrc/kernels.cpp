@@ -66,7 +66,7 @@ void update(const Scalars<typename Param::Compute>& scalars, const Slice& slice)
   }
 }
 
-// Codes of the elements [begin, end), which draw with the same keys, of values that lie in `ms` and `vs` from 0 on.
+// Stores the codes of n values of each moment, which draw with the same keys.
 [[gnu::always_inline]] inline void encode(const float* ms, const float* vs, float inverse_m, float inverse_v,
                                           Draws draws, uint8_t* m_codes, uint8_t* v_codes, int64_t n) {
   int64_t i = 0;

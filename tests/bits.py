@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import io
 import os
 import signal
 import sys
@@ -22,6 +23,25 @@ INTEGERS = {
     torch.float16: torch.int16,
 }
 SEALED = 12  # steps after which the plan no longer reads the state that nobody else holds
+
+
+def draw(seed, shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def through_a_file(value):
+    """Saved and loaded, as cautiously as torch reads a file."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value
+    return [t for x in items if isinstance(x, torch.Tensor | dict | list) for t in tensors_in(x)]
 
 
 def on(name):
@@ -127,7 +147,7 @@ class World:
         self.done = 0
 
     def draw(self, seed, shape):
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=self.dtype)
+        return draw(seed, shape, self.dtype)
 
     def set_gradients(self):
         for index, param in enumerate(self.params):

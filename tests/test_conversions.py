@@ -6,7 +6,6 @@ with nothing changed, nothing loaded shares memory with its source, and a file w
 """
 
 import copy
-import io
 import itertools
 import math
 
@@ -17,7 +16,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import assert_same, on, peek, results, snapshot
+from bits import assert_same, draw, on, peek, results, snapshot, tensors_in, through_a_file
 from golden import make as golden
 from lucid.engine import codecs
 
@@ -34,10 +33,6 @@ CODED = {"exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale"}
 def one_thread(torch_settings):
     """Threads of torch's wait for each other where the machine is busy."""
     torch.set_num_threads(1)
-
-
-def draw(seed, shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def values(dtype=torch.float32):
@@ -76,20 +71,6 @@ def raw(entry):
 
 def bits_of(optimizer):
     return [raw(row) for row in results(optimizer)]
-
-
-def through_a_file(saved):
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def tensors_in(value):
-    if isinstance(value, torch.Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value
-    return [t for x in items if isinstance(x, torch.Tensor | dict | list) for t in tensors_in(x)]
 
 
 def moments(entry):

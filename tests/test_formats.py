@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import assert_same, on, peek, results, snapshot
+from bits import assert_same, draw, on, peek, results, snapshot
 from lucid import engine
 from lucid.engine import codecs
 
@@ -37,10 +37,6 @@ MATRIX = (64, 80)  # quantized
 def one_thread(torch_settings):
     """Threads of torch's wait for each other where the machine is busy; tests of threads set their own."""
     torch.set_num_threads(1)
-
-
-def draw(seed, shape, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def raw(rows):

@@ -16,14 +16,10 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import World, assert_same, in_child, on, results, same, snapshot
+from bits import World, assert_same, draw, in_child, on, results, same, snapshot
 from lucid import engine
 
 STEPS = 3
-
-
-def draw(seed, shape, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def contiguous(tensor):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import assert_same, on, peek, results
+from bits import assert_same, draw, on, peek, results
 
 HALVES = [torch.bfloat16, torch.float16]
 FORMATS = ["fp32", "bf16", "8bit"]
@@ -27,10 +27,6 @@ SLOT = {torch.bfloat16: "residual", torch.float16: "master"}
 def one_thread(torch_settings):
     """Threads of torch's wait for each other where the machine is busy; ours are tested elsewhere."""
     torch.set_num_threads(1)
-
-
-def draw(seed, shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def joined(param, residual):

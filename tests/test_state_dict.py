@@ -7,7 +7,6 @@ whoever comes from torch or goes back to it keeps moments and step counts.
 
 import copy
 import fractions
-import io
 import pickle
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.nn import Parameter
 
 import lucid.optim as optim
+from bits import tensors_in, through_a_file
 from lucid.optim.groups import ParamGroup
 
 SHAPES = [(3, 5), (7,), ()]
@@ -58,21 +58,6 @@ def trained(steps=3, params=None, make=optim.AdamW, **options):
     optimizer = make(params, **{"lr": 0.01, **options})
     train(optimizer, params, 0, steps)
     return optimizer, params
-
-
-def saved_and_loaded(value):
-    """Through a file, as cautiously as torch reads one."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def tensors_in(value):
-    if isinstance(value, torch.Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value
-    return [t for x in items if isinstance(x, torch.Tensor | dict | list) for t in tensors_in(x)]
 
 
 # To and from a file
@@ -134,7 +119,7 @@ def test_resuming_at_any_step_changes_no_bit(k, rest, amsgrad, dtype, way):
             saved = dcp.get_optimizer_state_dict(nn.ParameterList(params), optimizer)
             dcp.set_optimizer_state_dict(nn.ParameterList(twins), resumed, saved)
         else:
-            resumed.load_state_dict(saved_and_loaded(saved))
+            resumed.load_state_dict(through_a_file(saved))
     train(optimizer, params, k, k + rest)
     train(resumed, twins, k, k + rest)
     assert bits(params) == bits(twins)
@@ -170,7 +155,7 @@ def test_every_lr_that_is_allowed_can_be_saved_and_read_with_weights_only(lr):
         group["lr"] = lr  # as a schedule made with numpy does
     train(optimizer, params, 3, 4)
     other = optim.AdamW(make_params())
-    other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
     assert other.param_groups[0]["lr"] == lr
 
 
@@ -278,7 +263,7 @@ def test_training_goes_on_across_the_two(kind, named, to_torch):
     twins = [Parameter(param.detach().clone()) for param in params]
     target = two(list(zip("abc", twins, strict=True)) if named else twins, lr=9.0)
     forgetful = copy.deepcopy(params)
-    target.load_state_dict(saved_and_loaded(source.state_dict()))
+    target.load_state_dict(through_a_file(source.state_dict()))
     (group,), (wanted,) = target.param_groups, source.param_groups
     for key in ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"):
         assert group[key] == wanted[key]

@@ -23,6 +23,9 @@ MAX_STEP = 2**24  # where float32 stops counting; every count of ours is below i
 StateFormatName = Literal["fp32", "bf16", "8bit"]
 NAMES: tuple[StateFormatName, ...] = ("fp32", "bf16", "8bit")
 
+# What tells a parameter's draws from another's: the seed, and its name, or its number over all groups.
+KnownAs = tuple[int, str | int]
+
 # What 8-bit moments are for: weights large enough to gain from them, rows long enough to share a scale. By the
 # parameter's whole shape, never a shard's.
 _LEAST_ELEMENTS = 4096
@@ -132,13 +135,8 @@ class StateFormat:
         """Return the slots of a parameter, in the order in which they are made."""
         return {**self.slots, _AMSGRAD: self.amsgrad_slot} if amsgrad else dict(self.slots)
 
-    @property
-    def draws(self) -> bool:
-        """Whether values are rounded at random, so that their order in memory is the logical one."""
-        return STREAM in self.slots
-
     def complete(
-        self, param: Tensor, entry: Mapping[str, Any], amsgrad: bool, name: str, stream: int
+        self, param: Tensor, entry: Mapping[str, Any], amsgrad: bool, name: str, known_as: KnownAs
     ) -> dict[str, Tensor]:
         """Return what `entry`, a parameter's state so far, lacks; raise where what it has does not fit.
 
@@ -147,7 +145,7 @@ class StateFormat:
         """
         slots = self.slots_with(amsgrad)
         if not entry:
-            return {STEP: new_step()} | {key: self._new(key, slot, param, stream) for key, slot in slots.items()}
+            return {STEP: new_step()} | {key: self._new(key, slot, param, known_as) for key, slot in slots.items()}
         missing: dict[str, Tensor] = {}
         step = checked_step(entry.get(STEP), name)
         if step is not entry.get(STEP):
@@ -155,7 +153,7 @@ class StateFormat:
         for key, slot in slots.items():
             value = entry.get(key)
             if value is None and key in _LATER:
-                missing[key] = self._new(key, slot, param, stream)
+                missing[key] = self._new(key, slot, param, known_as)
                 continue
             if value is None and (others := sorted(_KEYS & entry.keys() - slots.keys() - _LATER - {STEP})):
                 raise ValueError(
@@ -175,12 +173,12 @@ class StateFormat:
                 )
         return missing
 
-    def converted(self, param: Tensor, entry: Mapping[str, Any], name: str, stream: int) -> dict[str, Tensor]:
+    def converted(self, param: Tensor, entry: Mapping[str, Any], name: str, known_as: KnownAs) -> dict[str, Tensor]:
         """Return a copy of a saved `entry` in this format, rounded to the nearest, sharing no memory with it."""
         own = {STEP: checked_step(entry.get(STEP), name).clone()}
         saved = dict(entry)
         for key, slot in self.slots_with(_AMSGRAD in entry).items():
-            own[key] = self._new(key, slot, param, stream)
+            own[key] = self._new(key, slot, param, known_as)
         if self.moments == "8bit" and "exp_avg_code" in saved:
             for key, slot in _CODES.items():
                 own[key].copy_(slot.check(saved.get(key), param, key, name).detach())
@@ -219,10 +217,10 @@ class StateFormat:
         elif "master" in own and master is not None:
             own["master"].copy_(Slot(torch.float32).check(master, param, "master", name).detach())
 
-    def _new(self, key: str, slot: Slot, param: Tensor, stream: int) -> Tensor:
+    def _new(self, key: str, slot: Slot, param: Tensor, known_as: KnownAs) -> Tensor:
         if key == STREAM:
             with torch.inference_mode(False):
-                return torch.tensor(stream, dtype=torch.int64, device="cpu")
+                return torch.tensor(_stream_of(*known_as), dtype=torch.int64, device="cpu")
         return slot.new(param, contiguous=key in _CODES)
 
 
@@ -242,7 +240,7 @@ def _decoded(param: Tensor, entry: Mapping[str, Any], name: str) -> tuple[Tensor
 
 def decoded(param: Tensor, entry: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """Return a copy of a parameter's state as ``torch.optim.AdamW`` keeps it: float32 moments, no master weights."""
-    return FULL[param.dtype].converted(param, entry, name, 0)
+    return _format(param.dtype, "fp32", False).converted(param, entry, name, (0, 0))
 
 
 def copied(value: Any) -> Any:
@@ -250,9 +248,9 @@ def copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def stream_of(seed: int, known_as: str | int) -> int:
-    """Return what the draws of a parameter are keyed with: 64 bits from the seed and its name, or its number."""
-    digest = hashlib.blake2b(repr((seed, known_as)).encode(), digest_size=8).digest()
+def _stream_of(seed: int, called: str | int) -> int:
+    """Return what the draws of a parameter are keyed with: 64 bits of its `KnownAs`."""
+    digest = hashlib.blake2b(repr((seed, called)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -282,9 +280,6 @@ def _format(dtype: torch.dtype, state_format: StateFormatName, master_weights: b
         key, master_dtype = _MASTER[dtype]
         slots = slots | {key: Slot(master_dtype)}
     return StateFormat(state_format, slots, Slot(compute))
-
-
-FULL = {dtype: _format(dtype, "fp32", False) for dtype in _COMPUTE}
 
 
 def new_step() -> Tensor:

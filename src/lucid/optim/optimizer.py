@@ -16,7 +16,7 @@ from torch._compile import _disable_dynamo
 
 from lucid import engine
 
-from .formats import MAX_STEP, STEP, StateFormat, StateFormatName, decoded, format_for, stream_of
+from .formats import MAX_STEP, STEP, KnownAs, StateFormat, StateFormatName, decoded, format_for
 from .groups import ParamGroup, check_ordered, checked_params
 from .state_dict import loaded, plain
 
@@ -233,7 +233,8 @@ class Optimizer(torch.optim.Optimizer):
             kept = self._format(param, hyper, name)
             gradient = engine.checked_gradient(param, name)
             entry = self._entry(param, name)
-            missing = kept.complete(param, entry, hyper.amsgrad, name, self._stream(hyper.seed, look, group, index))
+            known_as = self._known_as(hyper.seed, look, group, index)
+            missing = kept.complete(param, entry, hyper.amsgrad, name, known_as)
             if missing:
                 new.append(_NewState(param, gradient, entry, missing))
             whole: dict[str, Any] = entry | missing
@@ -242,16 +243,17 @@ class Optimizer(torch.optim.Optimizer):
             engine.check_memory(row)
             yield row
 
-    def _stream(self, seed: int, number: int, group: int, index: int) -> int:
+    def _known_as(self, seed: int, number: int, group: int, index: int) -> KnownAs:
         """What the draws of parameter number `index` of a group, `number` over all, are keyed with."""
         names = self.param_groups[group].get("param_names") or ()
-        return stream_of(seed, names[index] if index < len(names) else number)
+        return seed, names[index] if index < len(names) else number
 
-    def _streams(self, groups: Sequence[ParamGroup]) -> Iterator[int]:
+    def _all_known_as(self, groups: Sequence[ParamGroup]) -> Iterator[KnownAs]:
         number = itertools.count()
         for group, items in enumerate(groups):
+            seed = self._hyperparameters(items).seed
             for index in range(len(items["params"])):
-                yield self._stream(self._hyperparameters(items).seed, next(number), group, index)
+                yield self._known_as(seed, next(number), group, index)
 
     def _entry(self, param: Tensor, name: str) -> dict[str, Any]:
         """Return the parameter's state, or a dict that may become it."""
@@ -318,13 +320,13 @@ class Optimizer(torch.optim.Optimizer):
         for position, group in enumerate(self._checked_groups()):
             hyper = self._hyperparameters(group)
             for index, param in enumerate(group["params"]):
-                stream = self._stream(hyper.seed, next(number), position, index)
+                known_as = self._known_as(hyper.seed, next(number), position, index)
                 if not param.requires_grad:
                     continue
                 name = self._name(position, index)
                 kept = self._format(param, hyper, name)
                 entry = self._entry(param, name)
-                new.append(_NewState(param, param, entry, kept.complete(param, entry, hyper.amsgrad, name, stream)))
+                new.append(_NewState(param, param, entry, kept.complete(param, entry, hyper.amsgrad, name, known_as)))
         self._adopt(new)
 
     def state_dict(self) -> dict[str, Any]:
@@ -388,7 +390,7 @@ class Optimizer(torch.optim.Optimizer):
             [self._name(number, index) for index in range(len(group["params"]))] for number, group in enumerate(groups)
         ]
         with torch.inference_mode(False):  # tensors made in that mode could not be updated outside of it
-            state, new_groups = loaded(saved, groups, self.defaults, self._format_in, names, self._streams)
+            state, new_groups = loaded(saved, groups, self.defaults, self._format_in, names, self._all_known_as)
         for group in new_groups:
             self._hyperparameters(group)
         self.state, self.param_groups = state, new_groups

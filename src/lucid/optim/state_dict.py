@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .formats import StateFormat, copied
+from .formats import KnownAs, StateFormat, copied
 from .groups import ParamGroup
 
 OWN_OPTIONS = ("state_format", "master_weights")  # of how state is kept here, whatever was saved
@@ -24,12 +24,12 @@ def loaded(
     defaults: ParamGroup,
     state_format: Callable[[Tensor, ParamGroup, str], StateFormat],
     names: Sequence[Sequence[str]],
-    streams: Callable[[Sequence[ParamGroup]], Iterator[int]],
+    known_as: Callable[[Sequence[ParamGroup]], Iterator[KnownAs]],
 ) -> tuple[State, list[ParamGroup]]:
     """Return the state and groups that `saved` makes of an optimizer with `groups`; nothing given is changed.
 
-    ``names`` is how messages call the parameters of each group; ``streams`` numbers what the draws of each
-    parameter are keyed with where that was not saved.
+    ``names`` is how messages call the parameters of each group; ``known_as`` gives what the draws of each parameter
+    are keyed with where that was not saved.
     """
     saved_groups = _checked_groups(saved, groups)
     new_groups = [_group(old, own, defaults) for old, own in zip(saved_groups, groups, strict=True)]
@@ -37,17 +37,17 @@ def loaded(
     state: State = defaultdict(dict)
     entries = dict(saved["state"])
     position = 0
-    own_streams = streams(new_groups)
+    all_known_as = known_as(new_groups)
     for number, group in enumerate(new_groups):
         for index, param in enumerate(group["params"]):
             name = names[number][index]
             entry = entries.pop(order[position], {})
-            stream = next(own_streams)
+            own_known_as = next(all_known_as)
             position += 1
             if not isinstance(entry, Mapping):
                 raise ValueError(f"state of {name}: expected a dict, got {type(entry).__name__}")
             if entry:
-                own = state_format(param, group, name).converted(param, entry, name, stream)
+                own = state_format(param, group, name).converted(param, entry, name, own_known_as)
                 state[param] = own
     for key, value in entries.items():  # of no parameter: torch keeps it too
         state[key] = copied(value)
