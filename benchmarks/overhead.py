@@ -99,7 +99,7 @@ class _TimedPlan:
 
 def _stages(optimizer: lucid.optim.AdamW) -> dict[str, float]:
     """Return the medians of what a step spends in the engine's calls, and beside them."""
-    plan = optimizer._plan
+    plan = optimizer._whole.plan
     assert plan is not None
     clock = _Clock()
     step = clock.timed("whole", optimizer.step)

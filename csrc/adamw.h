@@ -25,7 +25,7 @@ inline V maximum(V a, V b) {
 // One step of a vector of elements.
 template <bool amsgrad, class V, class T>
 [[gnu::always_inline]] inline void adamw(const Scalars<T>& h, V& theta, V gradient, V& m, V& v, V& w) {
-  const V g = h.maximize ? -gradient : gradient;
+  const V g = h.scaled ? h.f * gradient : gradient;
   m = mean(m, g, h.weight1, h.from_average1);
   v = mean(v, g * g, h.weight2, h.from_average2);
   w = amsgrad ? maximum(w, v) : v;

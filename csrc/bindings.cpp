@@ -13,7 +13,10 @@ using nb::literals::operator""_a;
 namespace {
 
 // lucid.engine.scalars.Scalars, field by field as lucid::HostScalars.
-using ScalarsTuple = std::tuple<double, double, double, double, double, double, double, double, bool>;
+using ScalarsTuple = std::tuple<double, double, double, double, double, double, double, double, double>;
+
+// lucid.engine.observed.Observed, field by field as lucid::RowObserved.
+using ObservedTuple = std::tuple<double, double, double, double>;
 
 }  // namespace
 
@@ -30,16 +33,27 @@ NB_MODULE(_cpu, m) {
       .def("remember", &lucid::Plan::remember, "state"_a)
       .def("steps", &lucid::Plan::steps)
       .def("params", &lucid::Plan::params)
+      .def("square_sum", &lucid::Plan::square_sum, "threads"_a)
+      .def("squares", &lucid::Plan::squares, "threads"_a)
       .def(
           "run",
-          [](lucid::Plan& plan, const std::vector<ScalarsTuple>& scalars, int threads, nb::list state_box) {
+          [](lucid::Plan& plan, const std::vector<ScalarsTuple>& scalars, int threads, bool observe,
+             nb::list state_box) {
             std::vector<lucid::HostScalars> host;
             for (const ScalarsTuple& one : scalars) {
               host.push_back(std::apply([](auto... field) { return lucid::HostScalars{field...}; }, one));
             }
-            plan.run(host, threads, state_box);
+            plan.run(host, threads, observe, state_box);
           },
-          "scalars"_a, "threads"_a, "state_box"_a)
+          "scalars"_a, "threads"_a, "observe"_a, "state_box"_a)
+      .def("observed",
+           [](const lucid::Plan& plan) {
+             std::vector<std::pair<int, ObservedTuple>> found;
+             for (const auto& [row, seen] : plan.observed()) {
+               found.emplace_back(row, ObservedTuple{seen.gradient, seen.update, seen.param, seen.ratio});
+             }
+             return found;
+           })
       .def("release", &lucid::Plan::release)
       .def_prop_ro("ran", &lucid::Plan::ran)
       .def_prop_ro("sealed", &lucid::Plan::sealed);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 
 #include "dispatch.h"
 #include "pool.h"
@@ -25,9 +26,10 @@ Scalars<T> rounded(const HostScalars& host) {
           static_cast<T>(host.k),
           static_cast<T>(host.s),
           static_cast<T>(host.e),
+          static_cast<T>(host.f),
           from_average1,
           from_average2,
-          host.maximize};
+          host.f != 1};
 }
 
 template <class Element>
@@ -77,6 +79,21 @@ void convert(Type type, const void* from, double* to, int64_t n) {
   kernels().to_f64[static_cast<int>(type)](from, to, n);
 }
 
+// Elements [begin, begin + n) of a gradient that is not as the kernels read it, in `buffer`, in the compute type or its
+// own.
+template <class T>
+const void* staged_gradient(const Work& work, int64_t begin, int64_t n, char* buffer, T* converted) {
+  const Layout& layout = *work.layout;
+  const void* from = element(work, grad, begin);
+  if (!layout.contiguous[grad]) {
+    gather_of(work.size[grad])(layout, grad, work.address[grad], begin, n, buffer);
+    from = buffer;
+  }
+  if (work.gradient == work.compute) return from;
+  convert(work.gradient, from, converted, n);
+  return converted;
+}
+
 // A slice of at most `staged` elements, operands that are not contiguous by way of buffers.
 template <class T>
 void update_staged(const Work& work, const Scalars<T>& scalars, Slice slice) {
@@ -84,16 +101,13 @@ void update_staged(const Work& work, const Scalars<T>& scalars, Slice slice) {
   alignas(64) char buffer[shaped_operands][staged * 8];
   alignas(64) T gradient[staged];
   for (int o = 0; o < shaped_operands; ++o) {
-    if (work.address[o] == nullptr) continue;
+    if (work.address[o] == nullptr || o == grad) continue;
     slice.at[o] = layout.contiguous[o] ? element(work, o, slice.first) : buffer[o];
     if (!layout.contiguous[o]) {
       gather_of(work.size[o])(layout, o, work.address[o], slice.first, slice.n, buffer[o]);
     }
   }
-  if (work.gradient != work.compute) {
-    convert(work.gradient, slice.at[grad], gradient, slice.n);
-    slice.at[grad] = gradient;
-  }
+  slice.at[grad] = const_cast<void*>(staged_gradient(work, slice.first, slice.n, buffer[grad], gradient));
   run_kernel(work, scalars, slice, false);
   for (int o = 0; o < shaped_operands; ++o) {
     if (work.address[o] == nullptr || o == grad || layout.contiguous[o]) continue;
@@ -110,10 +124,10 @@ int64_t cut(const Work& work, int64_t index) {
 
 // Elements [begin, end) of a row, or those of the blocks that begin there.
 template <class T>
-void update_part(const Work& work, const Scalars<T>& scalars, int64_t begin, int64_t end) {
+void update_part(const Work& work, const Scalars<T>& scalars, int64_t begin, int64_t end, Observed* observed) {
   begin = cut(work, begin);
   end = cut(work, end);
-  Slice slice{{}, begin, end - begin, work.row, work.key};
+  Slice slice{{}, begin, end - begin, work.row, work.key, observed};
   slice.at[exp_avg_scale] = work.address[exp_avg_scale];
   slice.at[exp_avg_sq_scale] = work.address[exp_avg_sq_scale];
   if (work.layout == nullptr) {
@@ -150,8 +164,9 @@ struct Step {
   std::vector<Scalars<float>> f32;
   std::vector<Scalars<double>> f64;
   int64_t size;
+  std::vector<Observed> observed;  // none, or of the part of row r that batch b does number r + b: no two have the same
 
-  void run(int64_t batch) const {
+  void run(int64_t batch) {
     const int64_t begin = batch * size;
     const int64_t end = std::min(begin + size, ends.back());
     size_t row = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin());
@@ -162,13 +177,79 @@ struct Step {
       const int64_t n = std::min(end, ends[row]) - i;
       const auto which = static_cast<size_t>(work.scalars);
       if (n > 0) {
+        Observed* const seen = observed.empty() ? nullptr : &observed[row + static_cast<size_t>(batch)];
         if (work.compute == Type::float64) {
-          update_part(work, f64[which], first, first + n);
+          update_part(work, f64[which], first, first + n, seen);
         } else {
-          update_part(work, f32[which], first, first + n);
+          update_part(work, f32[which], first, first + n, seen);
         }
       }
       i += n;
+    }
+  }
+
+  void sum_up(std::vector<RowObserved>& rows) const {
+    for (size_t row = 0; row < works.size(); ++row) {
+      const int64_t begin = ends[row] - works[row]->elements;
+      for (int64_t batch = begin / size; batch * size < ends[row]; ++batch) {
+        const Observed& part = observed[row + static_cast<size_t>(batch)];
+        for (int k = 0; k < 16; ++k) {
+          rows[row].gradient += part.gradient[k];
+          rows[row].update += part.update[k];
+          rows[row].param += part.param[k];
+          // A NaN wins.
+          if (part.ratio[k] > rows[row].ratio || std::isnan(part.ratio[k])) rows[row].ratio = part.ratio[k];
+        }
+      }
+    }
+  }
+};
+
+// The lanes of a chunk by halves: 0 and 16, 1 and 17, ... then 0 and 8, ...
+double folded(double (&lanes)[sum_lanes]) {
+  for (int half = sum_lanes / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  }
+  return lanes[0];
+}
+
+// The sum of the squares of elements [begin, begin + n) of a row's gradient, a chunk of it.
+double squares_of(const Work& work, int64_t begin, int64_t n) {
+  double lanes[sum_lanes] = {};
+  if (work.layout == nullptr) {
+    kernels().squares[static_cast<int>(work.gradient)](element(work, grad, begin), n, lanes);
+    return folded(lanes);
+  }
+  alignas(64) char buffer[staged * 8];
+  alignas(64) double converted[staged];
+  const int64_t end = begin + n;
+  for (int64_t i = begin; i < end; i += staged) {
+    const int64_t count = std::min(staged, end - i);
+    const void* from = work.compute == Type::float64
+                           ? staged_gradient(work, i, count, buffer, converted)
+                           : staged_gradient(work, i, count, buffer, reinterpret_cast<float*>(converted));
+    kernels().squares[static_cast<int>(work.compute)](from, count, lanes);
+  }
+  return folded(lanes);
+}
+
+// The chunks of all rows one after the other; batch b is chunks [b * size, (b + 1) * size) of that.
+struct Squares {
+  const std::vector<const Work*>& works;
+  std::vector<int64_t> ends;  // of each row, in chunks
+  std::vector<double> sums;   // of each chunk
+  int64_t size;
+
+  void run(int64_t batch) {
+    const int64_t begin = batch * size;
+    const int64_t end = std::min(begin + size, ends.back());
+    size_t row = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin());
+    for (int64_t i = begin; i < end; ++i) {
+      while (i >= ends[row]) ++row;
+      const Work& work = *works[row];
+      const int64_t first = i - (row == 0 ? 0 : ends[row - 1]);
+      const int64_t n = std::min(chunk, work.elements - first * chunk);
+      sums[static_cast<size_t>(i)] = squares_of(work, first * chunk, n);
     }
   }
 };
@@ -182,10 +263,42 @@ uint64_t draw_key(int64_t stream, int64_t step) {
 int64_t batch_elements() { return elements_of_batch; }
 void set_batch_elements(int64_t elements) { elements_of_batch = elements; }
 
-void update(const std::vector<const Work*>& works, const std::vector<HostScalars>& scalars, int threads, bool serial) {
+double ordered_sum(double* numbers, size_t n) {
+  while (n > 1) {
+    size_t sums = 0;
+    for (size_t begin = 0; begin < n; begin += chunk) {
+      double lanes[sum_lanes] = {};
+      const size_t end = std::min<size_t>(n, begin + chunk);
+      for (size_t i = begin; i < end; ++i) lanes[(i - begin) % sum_lanes] += numbers[i];
+      numbers[sums++] = folded(lanes);
+    }
+    n = sums;
+  }
+  return n == 0 ? 0 : numbers[0];
+}
+
+std::vector<double> squares(const std::vector<const Work*>& works, int threads) {
+  const FloatMode mode;
+  Squares all{works, {}, {}, std::max<int64_t>(1, batch_elements() / chunk)};
+  int64_t chunks = 0;
+  for (const Work* work : works) all.ends.push_back(chunks += (work->elements + chunk - 1) / chunk);
+  all.sums.resize(static_cast<size_t>(chunks));
+  const BatchFn run = [](void* context, int64_t batch) noexcept { static_cast<Squares*>(context)->run(batch); };
+  parallel_for(threads, (chunks + all.size - 1) / all.size, run, &all);
+  std::vector<double> found;
+  int64_t begin = 0;
+  for (const int64_t end : all.ends) {
+    found.push_back(ordered_sum(all.sums.data() + begin, static_cast<size_t>(end - begin)));
+    begin = end;
+  }
+  return found;
+}
+
+void update(const std::vector<const Work*>& works, const std::vector<HostScalars>& scalars, int threads, bool serial,
+            std::vector<RowObserved>* observed) {
   if (works.empty()) return;
   const FloatMode mode;
-  Step step{works, {}, {}, {}, batch_elements()};
+  Step step{works, {}, {}, {}, batch_elements(), {}};
   step.ends.reserve(works.size());
   int64_t total = 0;
   for (const Work* work : works) step.ends.push_back(total += work->elements);
@@ -194,8 +307,13 @@ void update(const std::vector<const Work*>& works, const std::vector<HostScalars
     step.f64.push_back(rounded<double>(host));
   }
   const int64_t batches = (total + step.size - 1) / step.size;
-  const BatchFn run = [](void* context, int64_t batch) noexcept { static_cast<const Step*>(context)->run(batch); };
+  if (observed != nullptr) {
+    step.observed.resize(works.size() + static_cast<size_t>(batches));
+    observed->assign(works.size(), {});
+  }
+  const BatchFn run = [](void* context, int64_t batch) noexcept { static_cast<Step*>(context)->run(batch); };
   parallel_for(serial ? 1 : threads, batches, run, &step);
+  if (observed != nullptr) step.sum_up(*observed);
 }
 
 void move(int64_t n, float* a, const float* b, float* c, float* d, int threads) {

@@ -11,8 +11,13 @@ namespace lucid {
 
 // The scalars of section 3 in float64, before they are rounded to a row's compute type.
 struct HostScalars {
-  double beta1, one_minus_beta1, beta2, one_minus_beta2, d, k, s, e;
-  bool maximize;
+  double beta1, one_minus_beta1, beta2, one_minus_beta2, d, k, s, e, f;
+};
+
+// What one row's step was like.
+struct RowObserved {
+  double gradient = 0, update = 0, param = 0;  // sums of squares
+  double ratio = 0;                            // the largest |m| / sqrt(w)
 };
 
 // What is updated together: one parameter, its gradient and its state, as addresses.
@@ -39,8 +44,15 @@ int64_t batch_elements();
 void set_batch_elements(int64_t elements);
 
 // Updates all of `works`; throws, where memory runs out, before anything is written. `serial`: one after the other on
-// the calling thread, since some share memory.
-void update(const std::vector<const Work*>& works, const std::vector<HostScalars>& scalars, int threads, bool serial);
+// the calling thread, since some share memory. `observed`: one for each work, or null.
+void update(const std::vector<const Work*>& works, const std::vector<HostScalars>& scalars, int threads, bool serial,
+            std::vector<RowObserved>* observed);
+
+// The sum of the squares of each work's gradient, in an order that nothing but its shape and strides decides.
+std::vector<double> squares(const std::vector<const Work*>& works, int threads);
+
+// The sum of n numbers in the order in which a chunk's squares are added, and the sums of chunks again; they are lost.
+double ordered_sum(double* numbers, size_t n);
 
 // The traffic of an fp32 update of n elements and no arithmetic to speak of: the memory's limit.
 void move(int64_t n, float* a, const float* b, float* c, float* d, int threads);

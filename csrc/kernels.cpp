@@ -2,6 +2,7 @@
 
 #include "adamw.h"
 #include "formats.h"
+#include "observe.h"
 #include "simd.h"
 
 namespace lucid::LUCID_LEVEL {
@@ -37,7 +38,15 @@ template <class Param, class Gradient, bool amsgrad, class T, int N>
   Param::load(s, i, count, theta);
   Gradient::load(s, i, count, g);
   if constexpr (amsgrad) load_vectors(static_cast<const T*>(s.at[max_exp_avg_sq]) + i, count, w);
-  for (int n = 0; n < N; ++n) adamw<amsgrad>(h, theta[n], g[n], m[n], v[n], w[n]);
+  if (s.observed == nullptr) [[likely]] {
+    for (int n = 0; n < N; ++n) adamw<amsgrad>(h, theta[n], g[n], m[n], v[n], w[n]);
+  } else {
+    for (int n = 0; n < N; ++n) {
+      const Vector<T> before = theta[n];
+      adamw<amsgrad>(h, theta[n], g[n], m[n], v[n], w[n]);
+      observe(*s.observed, N == 1 ? count : width<T>, g[n], before, theta[n], m[n], w[n]);
+    }
+  }
   if constexpr (amsgrad) store_vectors(static_cast<T*>(s.at[max_exp_avg_sq]) + i, count, w);
   Param::store(s, i, count, theta);
 }
@@ -214,6 +223,10 @@ constexpr Kernels all_kernels() {
   k.to_f64[static_cast<int>(Type::float64)] = convert<double, double>;
   k.to_f64[static_cast<int>(Type::float16)] = convert_halves<Float16, double>;
   k.to_f64[static_cast<int>(Type::bfloat16)] = convert_halves<Bfloat16, double>;
+  k.squares[static_cast<int>(Type::float32)] = squares<PlainNumbers<float>>;
+  k.squares[static_cast<int>(Type::float64)] = squares<PlainNumbers<double>>;
+  k.squares[static_cast<int>(Type::float16)] = squares<HalfNumbers<Float16>>;
+  k.squares[static_cast<int>(Type::bfloat16)] = squares<HalfNumbers<Bfloat16>>;
   k.move = move;
   return k;
 }

@@ -499,30 +499,67 @@ bool Plan::still_same(PyObject* state) {
   return gather_state(state) && std::none_of(rows_.begin(), rows_.end(), [](const Row& row) { return row.look; });
 }
 
-void Plan::run(const std::vector<HostScalars>& scalars, int threads, nb::list state_box) {
+int64_t Plan::collect() {
+  works_.clear();
+  active_.clear();
+  int64_t total = 0;
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (!rows_[i].active) continue;
+    works_.push_back(&rows_[i].work);
+    active_.push_back(static_cast<int>(i));
+    total += rows_[i].work.elements;
+  }
+  return total;
+}
+
+std::vector<double> Plan::squares_of_works(int threads) {
+  if (collect() < worth_unlocking) return lucid::squares(works_, threads);
+  const nb::gil_scoped_release unlocked;
+  return lucid::squares(works_, threads);
+}
+
+double Plan::square_sum(int threads) {
+  std::vector<double> sums = squares_of_works(threads);
+  return ordered_sum(sums.data(), sums.size());
+}
+
+std::vector<std::pair<int, double>> Plan::squares(int threads) {
+  const std::vector<double> sums = squares_of_works(threads);
+  std::vector<std::pair<int, double>> found;
+  for (size_t k = 0; k < sums.size(); ++k) found.emplace_back(active_[k], sums[k]);
+  return found;
+}
+
+std::vector<std::pair<int, RowObserved>> Plan::observed() const {
+  std::vector<std::pair<int, RowObserved>> found;
+  for (size_t k = 0; k < observed_.size(); ++k) found.emplace_back(active_[k], observed_[k]);
+  return found;
+}
+
+void Plan::run(const std::vector<HostScalars>& scalars, int threads, bool observe, nb::list state_box) {
   if (unread_ && PyList_GET_ITEM(state_box.ptr(), 1) != Py_False && !still_same(PyList_GET_ITEM(state_box.ptr(), 0))) {
     throw std::runtime_error(
         "another thread changed the optimizer's state during step(), so nothing was updated; "
         "let one thread change it while no other steps");
   }
-  works_.clear();
-  int64_t total = 0;
   for (Row& row : rows_) {
-    if (!row.active) continue;
-    if (row.stream != nullptr) row.work.key = draw_key(*row.stream, static_cast<int64_t>(*row.step) + 1);
-    works_.push_back(&row.work);
-    total += row.work.elements;
+    if (row.active && row.stream != nullptr) {
+      row.work.key = draw_key(*row.stream, static_cast<int64_t>(*row.step) + 1);
+    }
   }
+  const int64_t total = collect();
+  observed_.clear();
+  std::vector<RowObserved>* const observed = observe ? &observed_ : nullptr;
   last_elements_ = total;
   last_threads_ = serial_ ? 1 : threads;
   if (total < worth_unlocking) {
-    update(works_, scalars, threads, serial_);
+    update(works_, scalars, threads, serial_, observed);
   } else {
     for (Row& row : rows_) {
       if (row.active) hold_slots(row);
     }
     const nb::gil_scoped_release unlocked;
-    update(works_, scalars, threads, serial_);
+    update(works_, scalars, threads, serial_, observed);
   }
   // update() throws before its first write or not at all.
   for (const Row& row : rows_) {

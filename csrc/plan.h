@@ -33,7 +33,12 @@ class Plan {
   // (group, step count after this step) for every set of scalars that run() will want, in that order.
   std::vector<std::pair<int, double>> steps();
   nb::list params() const;
-  void run(const std::vector<HostScalars>& scalars, int threads, nb::list state_box);
+  // The sum of the squares of this step's gradients; of those of each (row, sum).
+  double square_sum(int threads);
+  std::vector<std::pair<int, double>> squares(int threads);
+  void run(const std::vector<HostScalars>& scalars, int threads, bool observe, nb::list state_box);
+  // (row, what its step was like) of the last run() that was to observe.
+  std::vector<std::pair<int, RowObserved>> observed() const;
   // Ends the step, run or not; lets go of the gradients.
   void release();
   bool ran() const { return ran_; }
@@ -96,6 +101,9 @@ class Plan {
   bool same_tensor(const Tensor& known, const DLTensor& tensor) const;
   bool overlaps(const Row& row, const void* gradient) const;
   void compact();
+  // The rows of this step into works_ and active_; how many elements they have.
+  int64_t collect();
+  std::vector<double> squares_of_works(int threads);
   // A tensor as it was read, with its shape and strides appended to dims_.
   Tensor known(const DLTensor& tensor, PyObject* object, int16_t role);
 
@@ -107,6 +115,8 @@ class Plan {
   std::vector<SeenEntry> seen_entries_;
   std::vector<SeenSlot> seen_slots_;
   std::vector<const Work*> works_;
+  std::vector<int> active_;  // the rows of works_
+  std::vector<RowObserved> observed_;
   bool changed_ = false;   // since the last remember()
   bool sealed_ = false;    // unreachable() since the state was last read, so that it need not be read
   bool unread_ = false;    // in this step, since it was sealed

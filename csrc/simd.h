@@ -25,6 +25,7 @@ constexpr int lanes = vector_bytes / 4;
 
 using Float = float __attribute__((vector_size(vector_bytes)));
 using Double = double __attribute__((vector_size(vector_bytes)));
+using HalfFloat = float __attribute__((vector_size(vector_bytes / 2)));  // as many as Double has lanes
 using Bits = uint32_t __attribute__((vector_size(vector_bytes)));
 // As many 16- and 8-bit integers as Bits has lanes: how they lie in memory.
 using Halves = uint16_t __attribute__((vector_size(2 * lanes)));
@@ -288,6 +289,30 @@ inline uint32_t largest(Bits x) {
   return most;
 }
 #endif
+
+// The same numbers in float64, in order.
+inline void widen(Float x, Double (&wide)[2]) {
+#if defined(__AVX512F__)
+  wide[0] = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+  wide[1] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+#elif defined(__AVX2__)
+  wide[0] = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+  wide[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+#elif defined(__x86_64__)
+  wide[0] = _mm_cvtps_pd(x);
+  wide[1] = _mm_cvtps_pd(_mm_movehl_ps(x, x));
+#else
+  HalfFloat half[2];
+  memcpy(half, &x, sizeof x);
+  for (int k = 0; k < 2; ++k) wide[k] = __builtin_convertvector(half[k], Double);
+#endif
+}
+
+inline Float absolute(Float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+inline Double absolute(Double x) {
+  using Wide = uint64_t __attribute__((vector_size(vector_bytes)));
+  return (Double)((Wide)x & 0x7fffffffffffffffu);
+}
 
 // float16 to float32, and back to the nearest, ties to even.
 #if defined(__AVX512F__)

@@ -73,7 +73,7 @@ def peek(optimizer):
 
 def is_sealed(optimizer):
     """Whether the next step would trust that nobody has touched the state."""
-    plan = optimizer._plan
+    plan = optimizer._whole.plan
     return bool(plan and plan._native and plan._native.sealed and not optimizer._state_box[1])
 
 

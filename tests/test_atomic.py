@@ -21,7 +21,7 @@ import lucid.optim as optim
 from bits import SEALED, World, assert_same, in_child, is_sealed, on, peek, results, snapshot
 from lucid import engine
 from lucid.engine import reference
-from lucid.optim import formats
+from lucid.optim import formats, part
 
 STAGES = [0, 2, SEALED]
 EVERY_STAGE = pytest.mark.parametrize("stage", STAGES, ids=["first", "warm", "sealed"])
@@ -464,8 +464,9 @@ PLACES = {
     "run": (engine.Plan, "run"),
     "write": (engine.Plan, "_write"),
     "scalars": (engine.Scalars, "of"),
-    "adopt": (optim.Optimizer, "_adopt"),
-    "initialising": (optim.Optimizer, "_is_initialising"),
+    "adopt": (part, "_adopt"),
+    "initialising": (part, "_is_initialising"),
+    "judged": (part.Part, "_judged"),
     "complete": (formats.StateFormat, "complete"),
     "new slot": (formats.Slot, "new"),
     "new step": (formats, "new_step"),

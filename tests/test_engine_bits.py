@@ -122,13 +122,13 @@ class Problem:
 def numpy_adamw(theta, g, m, v, w, h):
     """The contract once more, each operation of numpy's in the arrays' own type."""
     t = theta.dtype.type
-    one = {key: t(value) for key, value in h._asdict().items() if key != "maximize"}
+    one = {key: t(value) for key, value in h._asdict().items()}
 
     def mean(a, x, beta, rest, host_beta):
         return a + rest * (x - a) if host_beta >= 0.5 else x + beta * (a - x)
 
     with np.errstate(all="ignore"):
-        g = -g if h.maximize else g
+        g = one["f"] * g
         m = mean(m, g, one["beta1"], one["one_minus_beta1"], h.beta1)
         v = mean(v, g * g, one["beta2"], one["one_minus_beta2"], h.beta2)
         w = v if w is None else np.maximum(w, v)
@@ -151,6 +151,7 @@ def test_the_reference_is_the_contract(dtype, amsgrad):
             eps=1e-8 * index,
             weight_decay=0.1,
             maximize=maximize,
+            factor=(1.0, 0.3)[index % 2],
             step=1.0 + index,
         )
         arrays = [None if x is None else x.numpy() for x in (theta, g, m, v, w)]

@@ -5,11 +5,13 @@ engine equals bit for bit. A row's engine is chosen by its parameter's device.
 """
 
 from . import cpu
+from .observed import Observed
 from .plan import Plan, name_for, only_reference
 from .row import Row, check_memory, check_param, checked_gradient
 from .scalars import Scalars
 
 __all__ = [
+    "Observed",
     "Plan",
     "Row",
     "Scalars",

@@ -1,7 +1,7 @@
 """The plan: which rows a step updates, on which engines, as one unit.
 
-A step is `gather`, `bind` for every row that needs a look, `steps`, `run`, `release`. Nothing that the user sees
-is written before `run`, and `run` leaves nothing half done.
+A step is `gather`, `bind` for every row that needs a look, `square_sum` if the gradients are to be measured, `steps`,
+`run`, `release`. Nothing that the user sees is written before `run`, and `run` leaves nothing half done.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
+from .observed import Observed
 from .row import Row
 from .scalars import Scalars
 
@@ -86,25 +87,43 @@ class Plan:
         native = [] if self._native is None else self._native.steps()
         return native + [(row.group, row.step.item() + 1) for row in self._rows]
 
-    def run(self, scalars: Sequence[Scalars], state_box: list[Any]) -> None:
-        """Update every row, or none if an exception comes before the first write."""
+    def square_sum(self) -> float:
+        """Return the sum of the squares of this step's gradients, which does not depend on threads or SIMD levels."""
+        if self._native is not None and not self._rows:
+            return self._native.square_sum(torch.get_num_threads())
+        return reference.ordered_sum(torch.tensor([sum_ for _, sum_ in self.squares()], dtype=torch.float64))
+
+    def squares(self) -> list[tuple[int, float]]:
+        """Return (row number, sum of the squares of its gradient) for the rows of this step, in order."""
+        native = [] if self._native is None else self._native.squares(torch.get_num_threads())
+        return sorted(native + [(row.index, reference.squares(row)) for row in self._rows])
+
+    def run(self, scalars: Sequence[Scalars], state_box: list[Any], *, observe: bool) -> list[tuple[int, Observed]]:
+        """Update every row, or none if an exception comes before the first write.
+
+        Returns what each row's step was like, by row number, if it is to `observe`.
+        """
         own = len(scalars) - len(self._rows)
+        observed: list[tuple[int, Observed]] = []
         if self._rows:
-            self._updates = reference.compute(self._rows, scalars[own:])
+            self._updates, observed = reference.compute(self._rows, scalars[own:], observe=observe)
         if self._native is not None:
             self._native.remember(state_box[0])
             torch.autograd.graph.increment_version(self._native.params())
         try:
-            self._write(scalars[:own], state_box)
+            self._write(scalars[:own], state_box, observe)
         except BaseException:  # an interrupt between two writes: finish them first
             if self.ran:
-                self._write(scalars[:own], state_box)
+                self._write(scalars[:own], state_box, observe)
             raise
+        if observe and self._native is not None:
+            observed += [(row, Observed(*seen)) for row, seen in self._native.observed()]
+        return observed
 
-    def _write(self, scalars: Sequence[Scalars], state_box: list[Any]) -> None:
+    def _write(self, scalars: Sequence[Scalars], state_box: list[Any], observe: bool) -> None:
         self._writing = True
         if self._native is not None and not self._native.ran:
-            self._native.run(list(scalars), torch.get_num_threads(), state_box)
+            self._native.run(list(scalars), torch.get_num_threads(), observe, state_box)
         if self._updates:
             reference.commit(self._updates)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import codecs
+from .observed import Observed
 from .row import Row
 from .scalars import Scalars
 
@@ -27,7 +28,7 @@ def adamw(
 
     w, the maximum of past v, is None without amsgrad.
     """
-    g = -g if h.maximize else g
+    g = h.f * g
     m = _mean(m, g, h.beta1, h.one_minus_beta1)
     v = _mean(v, g * g, h.beta2, h.one_minus_beta2)
     if w is not None:
@@ -52,9 +53,12 @@ def _square_root(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compute(rows: Sequence[Row], scalars: Sequence[Scalars]) -> list[Update]:
-    """Return what to copy where. Nothing is written yet: to allocate may fail."""
+def compute(
+    rows: Sequence[Row], scalars: Sequence[Scalars], *, observe: bool
+) -> tuple[list[Update], list[tuple[int, Observed]]]:
+    """Return what to copy where, and what it is like. Nothing is written yet: to allocate may fail."""
     updates: list[Update] = []
+    observed: list[tuple[int, Observed]] = []
     latest: dict[
         tuple[object, ...], Tensor
     ] = {}  # of parameters on the same memory: the second moves on from the first
@@ -62,8 +66,10 @@ def compute(rows: Sequence[Row], scalars: Sequence[Scalars]) -> list[Update]:
         param = row.param.detach()
         place = (param.device, param.data_ptr(), param.shape, param.stride())
         theta, m, v, w = _loaded(latest.get(place, param), row.slots)
-        g = _real(row.gradient.to(param.dtype if param.is_complex() else theta.dtype))
+        g = _gradient(row)
         new = adamw(h, theta, g, m, v, w)
+        if observe:
+            observed.append((row.index, _observed(g, theta, *new)))
         drawn = None
         if "stream" in row.slots:
             drawn = codecs.draws(int(row.slots["stream"]), int(row.step) + 1, param.shape, param.device)
@@ -72,7 +78,49 @@ def compute(rows: Sequence[Row], scalars: Sequence[Scalars]) -> list[Update]:
         updates.append((param, values.pop("param")))
         updates += [(_raw(row.slots[key]), _raw(value)) for key, value in values.items()]
         updates.append((row.step, row.step + 1))
-    return updates
+    return updates, observed
+
+
+def _gradient(row: Row) -> Tensor:
+    """The gradient in the compute type."""
+    double = row.param.dtype in (torch.float64, torch.complex128)
+    return _real(row.gradient.to(row.param.dtype) if double or row.param.is_complex() else row.gradient.float())
+
+
+def _observed(g: Tensor, before: Tensor, theta: Tensor, m: Tensor, v: Tensor, w: Tensor | None) -> Observed:
+    ratio = torch.where(m == 0, 0.0, m.abs() / _square_root(v if w is None else w))
+    gradient, update, param = (float(x.double().square().sum()) for x in (g, theta - before, theta))
+    return Observed(gradient, update, param, float(ratio.max()) if ratio.numel() else 0.0)
+
+
+CHUNK, LANES = 4096, 32
+
+
+@torch.no_grad()
+def squares(row: Row) -> float:
+    """The sum of the squares of the row's gradient, in float64 and in this order."""
+    g = _gradient(row)
+    if "stream" not in row.slots:  # in the order in which the parameter lies in memory
+        strides = [*row.param.stride(), 0] if row.param.is_complex() else row.param.stride()
+        g = g.permute(sorted(range(g.dim()), key=lambda dim: -strides[dim]))
+    return ordered_sum(g.reshape(-1).double().square())
+
+
+def ordered_sum(x: Tensor) -> float:
+    """The sum of a vector: chunks of it into lanes, lanes by halves, and the sums of chunks again."""
+    while len(x) > 1:
+        chunks = -(-len(x) // CHUNK)
+        numbers = torch.zeros(chunks * CHUNK, dtype=x.dtype, device=x.device)
+        numbers[: len(x)] = x
+        rounds = numbers.view(chunks, CHUNK // LANES, LANES)
+        lanes = torch.zeros(chunks, LANES, dtype=x.dtype, device=x.device)
+        for number in range(min(CHUNK, -(-len(x) // LANES * LANES)) // LANES):
+            lanes = lanes + rounds[:, number]
+        while lanes.shape[1] > 1:
+            half = lanes.shape[1] // 2
+            lanes = lanes[:, :half] + lanes[:, half:]
+        x = lanes[:, 0]
+    return float(x) if len(x) else 0.0
 
 
 def _real(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 class Scalars(NamedTuple):
     """What the AdamW rule needs beside its tensors, in float64; an engine rounds each once to its compute type.
 
-    ``d`` = αλ, ``k`` = α / (1 − β1^t), ``s`` = 1 / √(1 − β2^t), ``e`` = ε.
+    ``d`` = αλ, ``k`` = α / (1 − β1^t), ``s`` = 1 / √(1 − β2^t), ``e`` = ε, ``f`` what gradients are multiplied with.
     """
 
     beta1: float
@@ -20,7 +20,7 @@ class Scalars(NamedTuple):
     k: float
     s: float
     e: float
-    maximize: bool
+    f: float
 
     @classmethod
     def of(
@@ -33,8 +33,9 @@ class Scalars(NamedTuple):
         weight_decay: float,
         maximize: bool,
         step: float,
+        factor: float = 1.0,
     ) -> Scalars:
-        """Return the scalars of step number `step`, counted from 1."""
+        """Return the scalars of step number `step`, counted from 1; `factor` clips and unscales the gradients."""
         return cls(
             beta1=beta1,
             one_minus_beta1=1.0 - beta1,
@@ -44,7 +45,7 @@ class Scalars(NamedTuple):
             k=lr / _one_minus_power(beta1, step),
             s=1.0 / math.sqrt(_one_minus_power(beta2, step)),
             e=eps,
-            maximize=maximize,
+            f=-factor if maximize else factor,
         )
 
 

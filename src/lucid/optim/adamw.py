@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .formats import NAMES, StateFormatName
+from .gradients import NonFinite
 from .groups import ParamGroup, pair
 from .optimizer import Hyperparameters, Optimizer, Params
 
@@ -53,6 +54,15 @@ class AdamW(Optimizer):
     master_weights : bool, default True
         Keep for bfloat16 parameters 2 bytes, and for float16 ones 4, that make them train as float32 does. Without,
         a new value is rounded to the nearest, as torch does, and small updates are lost.
+    max_grad_norm : float, optional
+        Above 0. Where the norm of all gradients together is larger, they are scaled down in the update, by the factor
+        that ``torch.nn.utils.clip_grad_norm_`` takes; ``.grad`` stays as it is. Infinity measures only. ``grad_norm``
+        tells the norm. This and the next may be set between steps.
+    nonfinite : {"propagate", "skip", "error"}, default "propagate"
+        What to do where a gradient has an entry that is NaN, infinite, or too large to be squared. ``"propagate"``
+        computes with it, which spoils the parameter; ``"skip"`` leaves the whole step out and counts it in
+        ``skipped_steps``; ``"error"`` raises FloatingPointError and changes nothing. The last two read the gradients
+        once more, as ``max_grad_norm`` does, and together they read them once.
     seed : int, default 0
         Of the random rounding that ``"bf16"`` and ``"8bit"`` need, from 0 to 2⁶³ − 1. It counts when a parameter's
         state is created; no global generator is read or changed.
@@ -118,6 +128,8 @@ class AdamW(Optimizer):
         maximize: bool = False,
         state_format: StateFormatName = "fp32",
         master_weights: bool = True,
+        max_grad_norm: float | None = None,
+        nonfinite: NonFinite = "propagate",
         seed: int = 0,
     ) -> None:
         beta1, beta2 = pair(betas)
@@ -136,7 +148,7 @@ class AdamW(Optimizer):
             }
         )
         self._hyperparameters(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
 
     def _hyperparameters(self, group: ParamGroup) -> Hyperparameters:
         try:

@@ -8,6 +8,7 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -16,9 +17,13 @@ from torch._compile import _disable_dynamo
 
 from lucid import engine
 
-from .formats import MAX_STEP, STEP, KnownAs, StateFormat, StateFormatName, decoded, format_for
+from .backward import StepInBackward, no_norm_in_backward
+from .formats import KnownAs, StateFormat, StateFormatName, decoded, format_for
+from .gradients import NonFinite, checked_max_norm, checked_non_finite, found_inf_in, scale_of
 from .groups import ParamGroup, check_ordered, checked_params
+from .part import Outcome, Part
 from .state_dict import loaded, plain
+from .statistics import summed_up
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -43,19 +48,10 @@ class Hyperparameters(NamedTuple):
         return self.amsgrad, self.state_format, self.master_weights
 
 
-class _NewState(NamedTuple):
-    """State that a step has made and not yet shown to anyone."""
-
-    param: Tensor
-    gradient: Tensor
-    entry: dict[str, Any]
-    missing: dict[str, Tensor]
-
-
 class Optimizer(torch.optim.Optimizer):
     """Base class of the optimizers of ``lucid.optim``.
 
-    A subclass gives the defaults and reads a group's hyperparameters; the base gathers, checks, updates and saves.
+    A subclass gives the defaults and reads a group's hyperparameters; the base checks, steps and saves.
 
     Parameters
     ----------
@@ -63,20 +59,41 @@ class Optimizer(torch.optim.Optimizer):
         Parameters, (name, Parameter) pairs, or group dicts with ``"params"`` and any hyperparameter.
     defaults : ParamGroup
         The hyperparameters of a group that does not give its own.
+    max_grad_norm, nonfinite
+        What a step makes of its gradients, see `AdamW`.
     """
+
+    _max_grad_norm: float | None = None
+    _nonfinite: NonFinite = "propagate"
+    _observing = False
+    _skipped_steps = 0
+    _amp_scaling: bool | None = None
 
     param_groups: list[ParamGroup]  # type: ignore[assignment]
     defaults: ParamGroup
 
-    def __init__(self, params: Params, defaults: ParamGroup) -> None:
+    def __init__(
+        self,
+        params: Params,
+        defaults: ParamGroup,
+        *,
+        max_grad_norm: float | None = None,
+        nonfinite: NonFinite = "propagate",
+    ) -> None:
         self._begin()
+        self.max_grad_norm = max_grad_norm
+        self.nonfinite = nonfinite
         check_ordered(params)
         super().__init__(params, defaults)
 
     def _begin(self) -> None:
         """Set what is never saved."""
-        self._plan: engine.Plan | None = None
-        self._planned: list[tuple[bool, StateFormatName, bool]] = []  # of each group
+        self._whole = Part()
+        self._backward: StepInBackward | None = None
+        self._accumulating = 0
+        self._seen: dict[tuple[int, int], tuple[engine.Observed, float]] = {}  # and the gradients' scale
+        self._skipped_alone: dict[Tensor, int] = {}  # in backward, by parameter
+        self._grad_norm: float | None = None
         self._state_box: list[Any] = [defaultdict(dict), True]
         self._unlock()
 
@@ -165,11 +182,31 @@ class Optimizer(torch.optim.Optimizer):
         TypeError, ValueError
             Where a gradient, parameter, hyperparameter or state is not as it must be: the message names it, and
             parameters, state and step counts are bit for bit what they were.
+        FloatingPointError
+            Where a gradient is not finite and ``nonfinite`` is ``"error"``; nothing is changed then either.
         """
         loss = None
         if closure is not None:
+            if self._backward is not None:
+                raise RuntimeError(
+                    "step(closure) cannot be used after step_in_backward(): the closure's backward would update the "
+                    "parameters that the closure is there to try; step_in_backward(False) switches back"
+                )
             with torch.enable_grad():
                 loss = closure()
+        scale = scale_of(getattr(self, "grad_scale", None))
+        found_inf = found_inf_in(getattr(self, "found_inf", None))
+        outcome = self._apart(self._whole, self._state_box, scale, found_inf)
+        self._skipped_steps += outcome.skipped
+        self._grad_norm = outcome.norm
+        if outcome.observed:
+            self._seen = {(member.group, member.place): (seen, scale) for member, seen in outcome.observed}
+        if self._backward is not None:
+            self._backward.after_step(self)
+        return loss
+
+    def _apart(self, part: Part, state_box: list[Any], scale: float, found_inf: bool) -> Outcome:
+        """Update a part while no other thread, and nothing within it, steps."""
         if self._process != os.getpid():  # forked, perhaps while another thread held the lock
             self._unlock()
         with self._lock:
@@ -177,71 +214,143 @@ class Optimizer(torch.optim.Optimizer):
                 raise RuntimeError("step() was called from within itself, by an interrupt handler perhaps")
             self._stepping = True
             try:
-                self._update()
+                return part.update(self, state_box, scale, found_inf)
             finally:
                 self._stepping = False
-        return loss
 
-    def _update(self) -> None:
-        groups = self._checked_groups()
-        hyperparameters = [self._hyperparameters(group) for group in groups]
-        kept = [hyper.kept for hyper in hyperparameters]
-        params = [group["params"] for group in groups]
-        looks = None
-        if self._plan is not None and self._planned == kept:
-            looks = self._plan.gather(params, self._state_box)
-        if looks is None:
-            checked_params([param for group in params for param in group])
-            self._plan, self._planned = engine.Plan(params), kept
-            looks = self._plan.gather(params, self._state_box)
-        plan = self._plan
-        assert plan is not None
-        assert looks is not None
-        new: list[_NewState] = []
+    # What a step makes of its gradients
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The bound of the global gradient norm, above which steps scale the gradients down; None for no bound."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        bound = checked_max_norm(value)
+        if bound is not None and self._backward is not None:
+            raise ValueError(no_norm_in_backward(bound))
+        self._max_grad_norm = bound
+
+    @property
+    def nonfinite(self) -> NonFinite:
+        """What a step does with gradients that are not finite: ``"propagate"``, ``"skip"`` or ``"error"``."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: NonFinite) -> None:
+        self._nonfinite = checked_non_finite(value)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients of the last step, unscaled and before it was clipped: a 0-dim float64 tensor.
+
+        None before the first step and where ``max_grad_norm`` is None; set that to infinity to measure only.
+        """
+        return None if self._grad_norm is None else torch.tensor(self._grad_norm, dtype=torch.float64, device="cpu")
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were not taken since gradients were not finite; in backward each parameter's counts."""
+        return self._skipped_steps + sum(self._skipped_alone.values())
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves it to the step to unscale the gradients; to be set, None for the default.
+
+        By default so only where every parameter is on an accelerator. Lightning refuses to clip where it is true, and
+        Accelerate then counts a step that was skipped as taken.
+        """
+        if self._amp_scaling is not None:
+            return self._amp_scaling
+        devices = {param.device.type for group in self.param_groups for param in group["params"]}
+        return bool(devices) and not devices & {"cpu", "meta"}
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool | None) -> None:
+        self._amp_scaling = value
+
+    # Step in backward
+
+    def step_in_backward(self, on: bool = True) -> None:
+        """Update each parameter as soon as its gradient is complete, and let the gradient go; or no longer.
+
+        The bits are those of ordinary steps, and the memory of all gradients but the largest few is saved. Everything
+        else in a training loop may stay as it is: `step` updates what still has a gradient, which usually is nothing.
+        Put micro-batches but the last into `accumulate`. With several processes gradients are complete when they have
+        been averaged, so that everything is updated at the end of backward.
+
+        Parameters
+        ----------
+        on : bool, default True
+            False removes the hooks: all is as before.
+
+        Raises
+        ------
+        ValueError
+            Where ``max_grad_norm`` is set: the norm of all gradients is known only after the last of them.
+
+        Notes
+        -----
+        Each parameter's update is all or nothing, and so is what ``nonfinite`` makes of it: ``"skip"`` leaves single
+        parameters out, ``"error"`` leaves those updated that came before. ``docs/step_in_backward.md`` has the rest.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import lucid.optim as optim
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = optim.AdamW(model.parameters())
+        >>> optimizer.step_in_backward()
+        >>> model(torch.ones(3, 2)).sum().backward()
+        >>> model.weight.grad is None, int(optimizer.state[model.weight]["step"])
+        (True, 1)
+        """
+        if on and self._max_grad_norm is not None:
+            raise ValueError(no_norm_in_backward(self._max_grad_norm))
+        if on and self._backward is None:
+            self._backward = StepInBackward(self)
+        elif not on and self._backward is not None:
+            self._backward.remove()
+            self._backward = None
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Within it, backward only adds to the gradients: for all micro-batches of a step but the last.
+
+        Without `step_in_backward` that is what backward does anyway, and this does nothing.
+        """
+        self._accumulating += 1
         try:
-            if looks:
-                for row in self._rows(looks, hyperparameters, new):
-                    plan.bind(row)
-            scalars = [self._scalars(hyperparameters[group], step, group) for group, step in plan.steps()]
-            if new and self._is_initialising(new, hyperparameters):
-                self._adopt(new)
-                return
-            had = [(item.param in self._state_box[0], dict(item.entry)) for item in new]
-            try:
-                self._adopt(new)
-                plan.run(scalars, self._state_box)
-            except BaseException:
-                if not plan.ran:
-                    self._abandon(new, had)
-                raise
+            yield
         finally:
-            plan.release()
+            self._accumulating -= 1
 
-    def _rows(
-        self, looks: list[int], hyperparameters: list[Hyperparameters], new: list[_NewState]
-    ) -> Iterator[engine.Row]:
-        """Check the rows numbered `looks`, making state for those that have none; raise where one is not right."""
-        numbered = [
-            (group, index, param)
-            for group, items in enumerate(self.param_groups)
-            for index, param in enumerate(items["params"])
-        ]
-        for look in looks:
-            group, index, param = numbered[look]
-            hyper = hyperparameters[group]
-            name = self._name(group, index)
-            kept = self._format(param, hyper, name)
-            gradient = engine.checked_gradient(param, name)
-            entry = self._entry(param, name)
-            known_as = self._known_as(hyper.seed, look, group, index)
-            missing = kept.complete(param, entry, hyper.amsgrad, name, known_as)
-            if missing:
-                new.append(_NewState(param, gradient, entry, missing))
-            whole: dict[str, Any] = entry | missing
-            slots = {key: whole[key] for key in kept.slots_with(hyper.amsgrad)}
-            row = engine.Row(look, group, name, param, gradient, entry, whole[STEP], slots)
-            engine.check_memory(row)
-            yield row
+    # Statistics
+
+    def observe(self, on: bool = True) -> None:
+        """Let steps measure what `statistics` tells, in the same pass over the parameters; or no longer."""
+        self._observing = bool(on)
+
+    def statistics(self) -> dict[str, float]:
+        """Return what the last step was like, as plain numbers by name, ready for a logger.
+
+        Returns
+        -------
+        dict of str to float
+            For each group, as ``"group0/..."``, and each named parameter: ``grad_norm`` (unscaled, before clipping),
+            ``update_rms`` and ``param_rms`` after it (both before they are rounded to 16 bits), ``update_ratio`` of the
+            two, ``max_m_over_sqrt_v``, the largest of an element, ``step`` (of a group: the largest) and
+            ``skipped_steps``. For the whole: ``grad_norm`` and ``skipped_steps``.
+
+        Raises
+        ------
+        RuntimeError
+            Where no step has been observed yet.
+        """
+        if not self._seen:
+            raise RuntimeError("statistics: no step has been observed; call observe() before step()")
+        return summed_up(self, self._seen)
 
     def _known_as(self, seed: int, number: int, group: int, index: int) -> KnownAs:
         """What the draws of parameter number `index` of a group, `number` over all, are keyed with."""
@@ -268,45 +377,6 @@ class Optimizer(torch.optim.Optimizer):
         engine.check_param(param, name)
         return kept
 
-    def _is_initialising(self, new: list[_NewState], hyperparameters: list[Hyperparameters]) -> bool:
-        """Whether this is how torch's checkpoint tools make an optimizer create its state.
-
-        They step a fresh optimizer with lr 0 and zero gradients, which must not count as a step.
-        """
-        return (
-            all(hyper.lr == 0 for hyper in hyperparameters)
-            and not any(self._state_box[0].values())
-            and not any(bool(item.gradient.any()) for item in new)
-        )
-
-    def _adopt(self, new: list[_NewState]) -> None:
-        for item in new:
-            item.entry.update(item.missing)
-            self._state_box[0][item.param] = item.entry
-
-    def _abandon(self, new: list[_NewState], had: list[tuple[bool, dict[str, Any]]]) -> None:
-        for item, (known, before) in zip(new, had, strict=True):
-            item.entry.clear()
-            item.entry.update(before)
-            if not known:
-                self._state_box[0].pop(item.param, None)
-
-    def _scalars(self, hyper: Hyperparameters, step: float, group: int) -> engine.Scalars:
-        if not (1 <= step < MAX_STEP and step.is_integer()):
-            raise ValueError(
-                f"step count of a parameter in group {group}: expected a whole number from 1 to {MAX_STEP - 1} "
-                f"(float32 counts no further than {MAX_STEP}), got {step}"
-            )
-        return engine.Scalars.of(
-            lr=hyper.lr,
-            beta1=hyper.beta1,
-            beta2=hyper.beta2,
-            eps=hyper.eps,
-            weight_decay=hyper.weight_decay,
-            maximize=hyper.maximize,
-            step=step,
-        )
-
     # State
 
     def init_state(self) -> None:
@@ -315,7 +385,7 @@ class Optimizer(torch.optim.Optimizer):
         Without it, state is created at a parameter's first gradient. The bits of training are the same; the
         memory is known before the first step.
         """
-        new: list[_NewState] = []
+        new: list[tuple[Tensor, dict[str, Any], dict[str, Tensor]]] = []
         number = itertools.count()
         for position, group in enumerate(self._checked_groups()):
             hyper = self._hyperparameters(group)
@@ -326,8 +396,10 @@ class Optimizer(torch.optim.Optimizer):
                 name = self._name(position, index)
                 kept = self._format(param, hyper, name)
                 entry = self._entry(param, name)
-                new.append(_NewState(param, param, entry, kept.complete(param, entry, hyper.amsgrad, name, known_as)))
-        self._adopt(new)
+                new.append((param, entry, kept.complete(param, entry, hyper.amsgrad, name, known_as)))
+        for param, entry, missing in new:
+            entry.update(missing)
+            self.state[param] = entry
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain dicts and tensors that share memory with the optimizer's.
@@ -422,7 +494,8 @@ class Optimizer(torch.optim.Optimizer):
         return saved
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
+        saved = {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
+        return saved | {key: value for key, value in vars(self).items() if key in _OPTIONS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_lock" not in self.__dict__:
@@ -449,6 +522,9 @@ class Optimizer(torch.optim.Optimizer):
 
 
 _NOT_TORCH = ("beta1", "beta2", "state_format", "master_weights", "seed")
+
+# What a copy and a pickle keep besides.
+_OPTIONS = ("_max_grad_norm", "_nonfinite", "_observing", "_skipped_steps", "_amp_scaling")
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",

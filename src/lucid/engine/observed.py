@@ -1,0 +1,18 @@
+"""What one parameter's step was like."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Observed(NamedTuple):
+    """Sums of squares over the elements of a gradient as it came, its update and the parameter after it.
+
+    In float64, of values in the compute type: before they are rounded to what is stored. ``ratio`` is the largest
+    |m|/√v of an element, with amsgrad |m|/√w.
+    """
+
+    gradient: float
+    update: float
+    param: float
+    ratio: float

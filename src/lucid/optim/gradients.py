@@ -1,0 +1,107 @@
+"""What a step makes of its gradients before it uses them: unscaled, clipped by their global norm, checked."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+NonFinite = Literal["propagate", "skip", "error"]
+NON_FINITE: tuple[NonFinite, ...] = ("propagate", "skip", "error")
+
+# |g| from which on g² overflows, in the two types that steps compute in.
+LIMITS = {torch.float32: 2.0**64, torch.float64: 2.0**512}
+
+
+class Judged(NamedTuple):
+    """What becomes of a step: ``norm`` of the gradients if it was measured, unscaled and unclipped."""
+
+    norm: float | None
+    factor: float
+    skip: bool
+
+
+def checked_max_norm(value: Any) -> float | None:
+    """Return `value` as a number or None; raise where it is no bound of a norm."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"max_grad_norm: expected None or a number, got {value!r}")
+    try:
+        bound = float(value)
+    except OverflowError:
+        bound = math.inf
+    if not bound > 0:
+        raise ValueError(
+            f"max_grad_norm: expected None, a number above 0, or infinity to measure the norm only, got {value!r}"
+        )
+    return bound
+
+
+def checked_non_finite(value: Any) -> NonFinite:
+    """Return `value`; raise unless it names a way to treat gradients that are not finite."""
+    if not isinstance(value, str) or value not in NON_FINITE:
+        raise ValueError(f"nonfinite: expected one of {', '.join(map(repr, NON_FINITE))}, got {value!r}")
+    return value
+
+
+def scale_of(value: Any) -> float:
+    """Return the scale that the gradients carry: `grad_scale` as GradScaler sets it, 1 for None."""
+    scale = 1.0 if value is None else _single("grad_scale", value)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"grad_scale: expected a finite number above 0, got {value!r}")
+    return scale
+
+
+def found_inf_in(value: Any) -> bool:
+    """Whether GradScaler's check, `found_inf` as it sets it, says that this step must not be taken."""
+    return value is not None and _single("found_inf", value) != 0
+
+
+def _single(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta and not value.is_complex():
+        return float(value.item())
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"{name}: expected None or a Tensor of one number, as torch.amp.GradScaler sets it, got {value!r}")
+
+
+def clip_factor(norm: float, max_norm: float | None) -> float:
+    """Return what gradients of this norm are multiplied with, as in ``torch.nn.utils.clip_grad_norm_``.
+
+    Never above 1; NaN where the norm is.
+    """
+    if max_norm is None or max_norm == math.inf or norm + 1e-6 <= max_norm:
+        return 1.0
+    return max_norm / (norm + 1e-6)
+
+
+def first_bad(
+    squares: Iterable[tuple[int, float]], factor: float, of: Callable[[int], tuple[Tensor, torch.dtype]]
+) -> tuple[int, str] | None:
+    """Return the number of the first row whose gradient no step can use, and what is wrong with it.
+
+    ``squares``: (row number, sum of the squares of its gradient). ``of(number)``: its gradient, and the type that its
+    step computes in. Most rows are known to be right by their sum alone.
+    """
+    for number, square in squares:
+        gradient, compute = of(number)
+        limit = LIMITS[compute]
+        if square * factor * factor < limit * limit / 2:
+            continue
+        reals = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+        nan = infinite = large = 0
+        for part in torch.split(reals.reshape(-1), 2**20):
+            entries = part.to(compute)
+            nan += int(entries.isnan().sum())
+            infinite += int(entries.isinf().sum())
+            large += int(((entries * factor).abs() >= limit).logical_and(entries.isfinite()).sum())
+        found = {"NaN": nan, "infinite": infinite, "too large to be squared": large}
+        if any(found.values()):
+            which = ", ".join(f"{count} {what}" for what, count in found.items() if count)
+            return number, f"{which} of {reals.numel()} entries"
+    return None

@@ -1,0 +1,228 @@
+"""What is updated as one unit: all parameters of an optimizer, or, when it steps in backward, one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lucid import engine
+
+from .formats import MAX_STEP, STEP, StateFormatName
+from .gradients import Judged, clip_factor, first_bad
+from .groups import ParamGroup, checked_params
+
+if TYPE_CHECKING:
+    from .optimizer import Hyperparameters, Optimizer
+
+
+class Member(NamedTuple):
+    """A parameter of a part: its number over all groups, its group and its place in that."""
+
+    number: int
+    group: int
+    place: int
+    param: Tensor
+
+
+class Outcome(NamedTuple):
+    """What an update did: whether it was skipped, the gradients' norm if it was measured, and what was observed."""
+
+    skipped: bool
+    norm: float | None
+    observed: list[tuple[Member, engine.Observed]]
+
+
+class _NewState(NamedTuple):
+    """State that a step has made and not yet shown to anyone."""
+
+    param: Tensor
+    gradient: Tensor
+    entry: dict[str, Any]
+    missing: dict[str, Tensor]
+
+
+class Part:
+    """Parameters whose updates happen all or none, and the plan for it that is kept from step to step.
+
+    ``only``: the (group, index) of the one parameter, or None for all.
+    """
+
+    def __init__(self, only: tuple[int, int] | None = None) -> None:
+        self.only = only
+        self.plan: engine.Plan | None = None
+        self._planned: list[tuple[bool, StateFormatName, bool]] = []  # of each group
+
+    def update(self, optimizer: Optimizer, state_box: list[Any], scale: float, found_inf: bool) -> Outcome:
+        """Update the parameters that have gradients, which are `scale` times too large; unless `found_inf`.
+
+        ``state_box``: as `engine.Plan.gather` takes it; of all state or of the one parameter's.
+        """
+        groups = optimizer._checked_groups()
+        hyperparameters = [optimizer._hyperparameters(group) for group in groups]
+        kept = [hyper.kept for hyper in hyperparameters]
+        params = self._params(groups)
+        looks = None
+        if self.plan is not None and self._planned == kept:
+            looks = self.plan.gather(params, state_box)
+        if looks is None:
+            checked_params([param for group in params for param in group])
+            self.plan, self._planned = engine.Plan(params), kept
+            looks = self.plan.gather(params, state_box)
+        plan = self.plan
+        assert plan is not None
+        assert looks is not None
+        new: list[_NewState] = []
+        try:
+            if looks:
+                for row in self._rows(optimizer, looks, hyperparameters, new):
+                    plan.bind(row)
+            judged = self._judged(optimizer, plan, scale, found_inf)
+            if judged.skip:
+                return Outcome(True, judged.norm, [])
+            scalars = [_scalars(hyperparameters[group], step, judged.factor, group) for group, step in plan.steps()]
+            if new and self.only is None and _is_initialising(state_box[0], new, hyperparameters):
+                _adopt(optimizer, state_box, new)
+                return Outcome(False, judged.norm, [])
+            had = [(item.param in state_box[0], dict(item.entry)) for item in new]
+            try:
+                _adopt(optimizer, state_box, new)
+                observed = plan.run(scalars, state_box, observe=optimizer._observing)
+            except BaseException:
+                if not plan.ran:
+                    _abandon(optimizer, state_box, new, had)
+                raise
+        finally:
+            plan.release()
+        if not observed:
+            return Outcome(False, judged.norm, [])
+        members = self.members(optimizer)
+        return Outcome(False, judged.norm, [(members[row], seen) for row, seen in observed])
+
+    def members(self, optimizer: Optimizer) -> list[Member]:
+        """Return the part's parameters in the order of its plan's rows."""
+        positions = (
+            (group, index, param)
+            for group, items in enumerate(optimizer.param_groups)
+            for index, param in enumerate(items["params"])
+        )
+        every = (Member(number, *position) for number, position in enumerate(positions))
+        return [member for member in every if self.only is None or self.only == (member.group, member.place)]
+
+    def _params(self, groups: list[ParamGroup]) -> list[list[Tensor]]:
+        if self.only is None:
+            return [group["params"] for group in groups]
+        group, index = self.only
+        return [items["params"][index : index + 1] if number == group else [] for number, items in enumerate(groups)]
+
+    def _rows(
+        self, optimizer: Optimizer, looks: list[int], hyperparameters: list[Hyperparameters], new: list[_NewState]
+    ) -> Iterator[engine.Row]:
+        """Check the rows numbered `looks`, making state for those that have none; raise where one is not right."""
+        members = self.members(optimizer)
+        for look in looks:
+            number, group, index, param = members[look]
+            hyper = hyperparameters[group]
+            name = optimizer._name(group, index)
+            kept = optimizer._format(param, hyper, name)
+            gradient = engine.checked_gradient(param, name)
+            entry = optimizer._entry(param, name)
+            known_as = optimizer._known_as(hyper.seed, number, group, index)
+            missing = kept.complete(param, entry, hyper.amsgrad, name, known_as)
+            if missing:
+                new.append(_NewState(param, gradient, entry, missing))
+            whole: dict[str, Any] = entry | missing
+            slots = {key: whole[key] for key in kept.slots_with(hyper.amsgrad)}
+            row = engine.Row(look, group, name, param, gradient, entry, whole[STEP], slots)
+            engine.check_memory(row)
+            yield row
+
+    def _judged(self, optimizer: Optimizer, plan: engine.Plan, scale: float, found_inf: bool) -> Judged:
+        """Measure the gradients if anyone wants to know; decide what becomes of this step."""
+        max_norm, nonfinite = optimizer.max_grad_norm, optimizer.nonfinite
+        if max_norm is None and (nonfinite == "propagate" or found_inf):
+            return Judged(None, 1.0 / scale, found_inf)
+        square = plan.square_sum()
+        norm = math.sqrt(square) / scale
+        factor = clip_factor(norm, max_norm) / scale
+        if found_inf or nonfinite == "propagate" or square * factor * factor < 2.0**127:
+            return Judged(norm, factor, found_inf)
+        members = self.members(optimizer)
+
+        def of(row: int) -> tuple[Tensor, torch.dtype]:
+            member = members[row]
+            double = member.param.dtype in (torch.float64, torch.complex128)
+            gradient = engine.checked_gradient(member.param, optimizer._name(member.group, member.place))
+            return gradient, torch.float64 if double else torch.float32
+
+        bad = first_bad(plan.squares(), factor, of)
+        if bad is None and math.isfinite(norm):
+            return Judged(norm, factor, False)
+        if nonfinite == "skip":
+            return Judged(norm, factor, True)
+        what = "the norm of all gradients overflows float64"
+        if bad is not None:
+            group, index = members[bad[0]].group, members[bad[0]].place
+            what = f"the gradient of {optimizer._name(group, index)} has {bad[1]}"
+        raise FloatingPointError(
+            f"{what}, so nothing was updated; look for the cause (torch.autograd.detect_anomaly), "
+            'or construct with nonfinite="skip" to leave such steps out'
+        )
+
+
+def _is_initialising(state: dict[Any, Any], new: list[_NewState], hyperparameters: list[Hyperparameters]) -> bool:
+    """Whether this is how torch's checkpoint tools make an optimizer create its state.
+
+    They step a fresh optimizer with lr 0 and zero gradients, which must not count as a step.
+    """
+    return (
+        all(hyper.lr == 0 for hyper in hyperparameters)
+        and not any(state.values())
+        and not any(bool(item.gradient.any()) for item in new)
+    )
+
+
+def _adopt(optimizer: Optimizer, state_box: list[Any], new: list[_NewState]) -> None:
+    for item in new:
+        item.entry.update(item.missing)
+        for state in _states(optimizer, state_box):
+            state[item.param] = item.entry
+
+
+def _abandon(
+    optimizer: Optimizer, state_box: list[Any], new: list[_NewState], had: list[tuple[bool, dict[str, Any]]]
+) -> None:
+    for item, (known, before) in zip(new, had, strict=True):
+        item.entry.clear()
+        item.entry.update(before)
+        if not known:
+            for state in _states(optimizer, state_box):
+                state.pop(item.param, None)
+
+
+def _states(optimizer: Optimizer, state_box: list[Any]) -> list[dict[Any, Any]]:
+    """The part's state and, where that is only a piece of it, the optimizer's."""
+    if state_box is optimizer._state_box:
+        return [state_box[0]]
+    return [state_box[0], optimizer.state]
+
+
+def _scalars(hyper: Hyperparameters, step: float, factor: float, group: int) -> engine.Scalars:
+    if not (1 <= step < MAX_STEP and step.is_integer()):
+        raise ValueError(
+            f"step count of a parameter in group {group}: expected a whole number from 1 to {MAX_STEP - 1} "
+            f"(float32 counts no further than {MAX_STEP}), got {step}"
+        )
+    return engine.Scalars.of(
+        lr=hyper.lr,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        eps=hyper.eps,
+        weight_decay=hyper.weight_decay,
+        maximize=hyper.maximize,
+        factor=factor,
+        step=step,
+    )
