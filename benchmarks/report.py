@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import overhead
+from .clipping import FUSED_CLIPPED
 from .contenders import FUSED, LIMIT, LUCID, PEERS
 from .formats import FUSED_BF16, FormatResult
 from .paired import Quartiles
@@ -48,6 +49,8 @@ def tables(results: Results) -> Iterator[Table]:
         yield _steps(results)
     for found_formats in results.formats.values():
         yield _formats(found_formats)
+    if results.clipping:
+        yield _clipping(results)
     if results.loops:
         yield _loops(results)
     if any(step.temporary for step in results.steps.values()):
@@ -114,6 +117,26 @@ def _formats(found: FormatResult) -> Table:
     )
     header = ["", "bytes a parameter", "ms", f"× {FUSED}", f"× {FUSED_BF16}"]
     return Table(f"Formats: {found.case.removeprefix('formats-')}", note, header, rows)
+
+
+def _clipping(results: Results) -> Table:
+    rows = []
+    for case in results.clipping.values():
+        for name in case.samples:
+            rows.append(
+                [
+                    case.case.removeprefix("clip-"),
+                    name,
+                    _digits(1e3 * case.seconds(name)),
+                    _spread(case.times(name, LUCID)),
+                    _spread(case.times(FUSED_CLIPPED, name)),
+                ]
+            )
+    note = (
+        "× lucid: its time over that of lucid's step alone. × clip + fused: how many times as long "
+        f"{FUSED_CLIPPED} took; above 1, faster."
+    )
+    return Table("Clipping, observing", note, ["case", "", "ms", "× lucid", "× clip + fused"], rows)
 
 
 def _loops(results: Results) -> Table:

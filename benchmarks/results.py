@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .clipping import ClippingResult
 from .contenders import BYTES_MOVED, LIMIT, LUCID
 from .footprint import ImportSeconds
 from .formats import FormatResult
@@ -84,6 +85,7 @@ class Results:
     neighbours: float = math.nan  # part of all cores' time that others took meanwhile
     steps: dict[str, StepResult] = field(default_factory=dict)
     formats: dict[str, FormatResult] = field(default_factory=dict)
+    clipping: dict[str, ClippingResult] = field(default_factory=dict)
     loops: dict[str, LoopResult] = field(default_factory=dict)
     imports: list[ImportSeconds] = field(default_factory=list)
     overhead: dict[str, list[Cost]] = field(default_factory=dict)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import footprint, formats, machine, overhead, report
+from . import clipping, footprint, formats, machine, overhead, report
 from .arguments import check_page, count, write_page
 from .contenders import FUSED, LIMIT, LUCID, SLOW, mover, optimizers
 from .paired import rounds, sampler
@@ -76,7 +76,7 @@ def time_training(training: Training, count: int) -> LoopResult:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.partition("\n")[0])
-    names = [*CASES, *formats.CASES, *TRAININGS, *OTHERS]
+    names = [*CASES, *formats.CASES, *clipping.CASES, *TRAININGS, *OTHERS]
     parser.add_argument("--case", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--rounds", type=count, help="pairs of lucid and its fast peers (61)")
     parser.add_argument("--quick", action="store_true", help="few rounds: a look, not for quoting")
@@ -102,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.steps[name] = time_step(CASES[name], rounds_wanted, slow_count)
         elif name in formats.CASES:
             results.formats[name] = formats.time_formats(name, rounds_wanted)
+        elif name in clipping.CASES:
+            results.clipping[name] = clipping.time_clipping(name, rounds_wanted)
         elif name in TRAININGS:
             results.loops[name] = time_training(TRAININGS[name], rounds_wanted)
         elif name == "import":

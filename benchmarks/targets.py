@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from .clipping import CLIPPED, FUSED_CLIPPED, OBSERVED
 from .contenders import DEFAULT, FUSED, LUCID
 from .formats import EIGHT_BIT, FUSED_BF16, RESIDUAL_EIGHT_BIT
 from .paired import Quartiles
@@ -25,7 +26,7 @@ class Target(NamedTuple):
 
 def targets(results: Results) -> list[Target]:
     """Return every promise of which something was measured."""
-    return [*_steps(results), *_formats(results), *_loops(results), *_footprint(results)]
+    return [*_steps(results), *_formats(results), *_clipping(results), *_loops(results), *_footprint(results)]
 
 
 def _at_least(what: str, bound: float, found: Quartiles, unit: str = "×") -> Target:
@@ -64,6 +65,17 @@ def _formats(results: Results) -> Iterator[Target]:
             yield _at_most(f"64M: bytes a parameter of {RESIDUAL_EIGHT_BIT}", 8.2, size, "")
     if (small := results.formats.get("formats-1000x1000")) is not None:
         yield _at_least(f"1000x1000: {FUSED}'s time over {EIGHT_BIT}'s", 10.0, small.times(FUSED, EIGHT_BIT))
+
+
+def _clipping(results: Results) -> Iterator[Target]:
+    for name, bound in (("64M", 1.2), ("gpt2-small", 1.2), ("1000x1000", 10.0)):
+        if (case := results.clipping.get(f"clip-{name}")) is not None:
+            yield _at_least(
+                f"{name}: time of {FUSED_CLIPPED} over {CLIPPED}'s", bound, case.times(FUSED_CLIPPED, CLIPPED)
+            )
+    if (case := results.clipping.get("clip-64M")) is not None:
+        cost = 100 * (case.times(OBSERVED, LUCID).median - 1)
+        yield _at_most("64M: cost of observing a step", 15.0, cost, " %")
 
 
 def _loops(results: Results) -> Iterator[Target]:

@@ -22,14 +22,23 @@ inline V maximum(V a, V b) {
   return ((b > a) | (b != b)) ? b : a;
 }
 
+// What a step came across, for those who observe it.
+template <class V>
+struct Used {
+  V g, root, update;
+};
+
 // One step of a vector of elements.
 template <bool amsgrad, class V, class T>
-[[gnu::always_inline]] inline void adamw(const Scalars<T>& h, V& theta, V gradient, V& m, V& v, V& w) {
+[[gnu::always_inline]] inline Used<V> adamw(const Scalars<T>& h, V& theta, V gradient, V& m, V& v, V& w) {
   const V g = h.scaled ? h.f * gradient : gradient;
   m = mean(m, g, h.weight1, h.from_average1);
   v = mean(v, g * g, h.weight2, h.from_average2);
   w = amsgrad ? maximum(w, v) : v;
-  theta = theta - (h.d * theta + (h.k * m) / (square_root(w) * h.s + h.e));
+  const V root = square_root(w);
+  const V update = h.d * theta + (h.k * m) / (root * h.s + h.e);
+  theta = theta - update;
+  return {g, root, update};
 }
 
 }  // namespace

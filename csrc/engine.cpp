@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 
 #include "dispatch.h"
 #include "pool.h"
@@ -122,11 +121,9 @@ int64_t cut(const Work& work, int64_t index) {
   return index - in_row + std::min(work.row, (in_row + block - 1) / block * block);
 }
 
-// Elements [begin, end) of a row, or those of the blocks that begin there.
+// Elements [begin, end) of a row, which is cut nowhere but where blocks begin.
 template <class T>
-void update_part(const Work& work, const Scalars<T>& scalars, int64_t begin, int64_t end, Observed* observed) {
-  begin = cut(work, begin);
-  end = cut(work, end);
+void update_slices(const Work& work, const Scalars<T>& scalars, int64_t begin, int64_t end, Observed<T>* observed) {
   Slice slice{{}, begin, end - begin, work.row, work.key, observed};
   slice.at[exp_avg_scale] = work.address[exp_avg_scale];
   slice.at[exp_avg_sq_scale] = work.address[exp_avg_sq_scale];
@@ -143,6 +140,23 @@ void update_part(const Work& work, const Scalars<T>& scalars, int64_t begin, int
     slice.n =
         std::min(end, work.moment_format == MomentFormat::eight_bit ? cut(work, full - block + 1) : full) - slice.first;
     update_staged(work, scalars, slice);
+  }
+}
+
+// Elements [begin, end) of a row, or those of the blocks that begin there.
+template <class T>
+void update_part(const Work& work, const Scalars<T>& scalars, int64_t begin, int64_t end, RowObserved* observed) {
+  begin = cut(work, begin);
+  end = cut(work, end);
+  if (observed == nullptr) {
+    update_slices<T>(work, scalars, begin, end, nullptr);
+    return;
+  }
+  for (int64_t next; begin < end; begin = next) {
+    next = std::min(end, cut(work, begin + observed_at_once));
+    Observed<T> seen;
+    update_slices(work, scalars, begin, next, &seen);
+    observed->add(seen);
   }
 }
 
@@ -164,7 +178,8 @@ struct Step {
   std::vector<Scalars<float>> f32;
   std::vector<Scalars<double>> f64;
   int64_t size;
-  std::vector<Observed> observed;  // none, or of the part of row r that batch b does number r + b: no two have the same
+  std::vector<RowObserved>
+      observed;  // none, or of the part of row r that batch b does number r + b: no two have the same
 
   void run(int64_t batch) {
     const int64_t begin = batch * size;
@@ -177,7 +192,7 @@ struct Step {
       const int64_t n = std::min(end, ends[row]) - i;
       const auto which = static_cast<size_t>(work.scalars);
       if (n > 0) {
-        Observed* const seen = observed.empty() ? nullptr : &observed[row + static_cast<size_t>(batch)];
+        RowObserved* const seen = observed.empty() ? nullptr : &observed[row + static_cast<size_t>(batch)];
         if (work.compute == Type::float64) {
           update_part(work, f64[which], first, first + n, seen);
         } else {
@@ -192,14 +207,7 @@ struct Step {
     for (size_t row = 0; row < works.size(); ++row) {
       const int64_t begin = ends[row] - works[row]->elements;
       for (int64_t batch = begin / size; batch * size < ends[row]; ++batch) {
-        const Observed& part = observed[row + static_cast<size_t>(batch)];
-        for (int k = 0; k < 16; ++k) {
-          rows[row].gradient += part.gradient[k];
-          rows[row].update += part.update[k];
-          rows[row].param += part.param[k];
-          // A NaN wins.
-          if (part.ratio[k] > rows[row].ratio || std::isnan(part.ratio[k])) rows[row].ratio = part.ratio[k];
-        }
+        rows[row].add(observed[row + static_cast<size_t>(batch)]);
       }
     }
   }

@@ -18,6 +18,23 @@ struct HostScalars {
 struct RowObserved {
   double gradient = 0, update = 0, param = 0;  // sums of squares
   double ratio = 0;                            // the largest |m| / sqrt(w)
+
+  void add(const RowObserved& part) {
+    gradient += part.gradient;
+    update += part.update;
+    param += part.param;
+    if (part.ratio > ratio || part.ratio != part.ratio) ratio = part.ratio;  // a NaN wins, and stays
+  }
+  template <class T>
+  void add(const Observed<T>& slice) {
+    RowObserved part{0, 0, 0, static_cast<double>(slice.ratio)};
+    for (int lane = 0; lane < 16; ++lane) {
+      part.gradient += static_cast<double>(slice.gradient[lane]);
+      part.update += static_cast<double>(slice.update[lane]);
+      part.param += static_cast<double>(slice.param[lane]);
+    }
+    add(part);
+  }
 };
 
 // What is updated together: one parameter, its gradient and its state, as addresses.

@@ -41,11 +41,9 @@ template <class Param, class Gradient, bool amsgrad, class T, int N>
   if (s.observed == nullptr) [[likely]] {
     for (int n = 0; n < N; ++n) adamw<amsgrad>(h, theta[n], g[n], m[n], v[n], w[n]);
   } else {
-    for (int n = 0; n < N; ++n) {
-      const Vector<T> before = theta[n];
-      adamw<amsgrad>(h, theta[n], g[n], m[n], v[n], w[n]);
-      observe(*s.observed, N == 1 ? count : width<T>, g[n], before, theta[n], m[n], w[n]);
-    }
+    Used<Vector<T>> used[N];
+    for (int n = 0; n < N; ++n) used[n] = adamw<amsgrad>(h, theta[n], g[n], m[n], v[n], w[n]);
+    observe(*static_cast<Observed<T>*>(s.observed), count, theta, m, used);
   }
   if constexpr (amsgrad) store_vectors(static_cast<T*>(s.at[max_exp_avg_sq]) + i, count, w);
   Param::store(s, i, count, theta);

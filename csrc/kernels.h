@@ -55,19 +55,22 @@ struct Scalars {
   bool scaled;                        // f is not 1: to multiply costs 3 % in cache
 };
 
-// What the elements of a slice were like, by lane of a vector (those that a SIMD level lacks stay zero).
+// What the elements of a slice were like. Sums of squares by lane of a vector (those that a SIMD level lacks stay
+// zero): of the gradient as it was used, the update, the parameter after it. `ratio`: the largest |m| / sqrt(w).
+template <class T>
 struct Observed {
-  double gradient[16] = {}, update[16] = {}, param[16] = {};  // sums of squares; param is after the update
-  float ratio[16] = {};                                       // the largest |m| / sqrt(w)
+  T gradient[16] = {}, update[16] = {}, param[16] = {};
+  T ratio = 0;
 };
+constexpr int64_t observed_at_once = 4096;  // elements whose squares are summed in T: the error stays below 1e-5
 
 // Elements [first, first + n) of a parameter in row-major order (in any order where nothing is drawn or encoded).
 struct Slice {
   void* at[max_operands];  // of element `first`; scales: of the parameter's first block
   int64_t first, n;
-  int64_t row;         // elements of a row; 8-bit slices begin and end at ends of blocks
-  uint64_t key;        // of the draws of this parameter and step
-  Observed* observed;  // null where nobody observes
+  int64_t row;     // elements of a row; 8-bit slices begin and end at ends of blocks
+  uint64_t key;    // of the draws of this parameter and step
+  void* observed;  // Observed<T>, or null where nobody observes
 };
 
 // With a gradient in the compute type, or in the parameter's own 16 bits.

@@ -2,6 +2,7 @@
 // tells of itself. Included by csrc/kernels.cpp only, which compiles it for each SIMD level.
 #pragma once
 
+#include "adamw.h"
 #include "formats.h"
 #include "kernels.h"
 #include "simd.h"
@@ -53,32 +54,31 @@ void squares(const void* from, int64_t n, double (&lanes_of_chunk)[sum_lanes]) n
   memcpy(lanes_of_chunk, sums, sizeof sums);
 }
 
-template <class V>
-[[gnu::always_inline]] inline void add_squares_to(double* sums, V x) {
-  constexpr int64_t n = elements_of<V>() / width<double>;
-  Double parts[n];
-  for (int64_t k = 0; k < n; ++k) parts[k] = load_whole<Double>(sums + k * width<double>);
-  add_squares(x, parts);
-  for (int64_t k = 0; k < n; ++k) store_whole(sums + k * width<double>, parts[k]);
-}
-
-// The elements of a vector before and after their step; all but the first `count` are none.
-template <class V>
-[[gnu::always_inline]] inline void observe(Observed& seen, int64_t count, V gradient, V before, V theta, V m, V w) {
-  V update = theta - before;
-  V ratio = m == V{} ? V{} : absolute(m) / square_root(w);
-  if (count < elements_of<V>()) {
-    for (int64_t k = count; k < elements_of<V>(); ++k) update[k] = ratio[k] = 0;
+// Adds what N vectors' step came across to what was seen of their slice; of one vector, `count` elements are there.
+template <int N, class T>
+[[gnu::always_inline]] inline void observe(Observed<T>& seen, int64_t count, const Vector<T> (&theta)[N],
+                                           const Vector<T> (&m)[N], Used<Vector<T>> (&used)[N]) {
+  using V = Vector<T>;
+  V gradient = {}, update = {}, param = {};
+  for (int n = 0; n < N; ++n) {
+    if (N == 1 && count < width<T>) {  // where there is no element, 0 / 0 may have been computed
+      for (int64_t k = count; k < width<T>; ++k) used[n].update[k] = 0;
+    }
+    gradient += used[n].g * used[n].g;
+    update += used[n].update * used[n].update;
+    param += theta[n] * theta[n];
+    // A division only where it makes a larger one. A NaN is looked at too, and wins.
+    if (any_not_within(absolute(m[n]), seen.ratio * used[n].root)) {
+      for (int64_t k = 0; k < width<T>; ++k) {
+        const T size = absolute(m[n])[k];
+        const T ratio = size == 0 ? 0 : size / used[n].root[k];
+        if (ratio > seen.ratio || ratio != ratio) seen.ratio = ratio;
+      }
+    }
   }
-  add_squares_to(seen.gradient, gradient);
-  add_squares_to(seen.update, update);
-  add_squares_to(seen.param, theta);
-  if constexpr (sizeof(ratio[0]) == sizeof(float)) {
-    store_whole(seen.ratio, maximum(load_whole<V>(seen.ratio), ratio));
-  } else {
-    const auto shorter = __builtin_convertvector(ratio, HalfFloat);
-    store_whole(seen.ratio, maximum(load_whole<HalfFloat>(seen.ratio), shorter));
-  }
+  store_whole(seen.gradient, load_whole<V>(seen.gradient) + gradient);
+  store_whole(seen.update, load_whole<V>(seen.update) + update);
+  store_whole(seen.param, load_whole<V>(seen.param) + param);
 }
 
 }  // namespace

@@ -308,6 +308,26 @@ inline void widen(Float x, Double (&wide)[2]) {
 #endif
 }
 
+// Whether some a > b, or a or b is NaN.
+inline bool any_not_within(Float a, Float b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_ps(_mm_cmpnle_ps(a, b)) != 0;
+#else
+  bool any = false;
+  for (int k = 0; k < lanes; ++k) any |= !(a[k] <= b[k]);
+  return any;
+#endif
+}
+inline bool any_not_within(Double a, Double b) {
+  bool any = false;
+  for (int k = 0; k < lanes / 2; ++k) any |= !(a[k] <= b[k]);
+  return any;
+}
+
 inline Float absolute(Float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 inline Double absolute(Double x) {
   using Wide = uint64_t __attribute__((vector_size(vector_bytes)));

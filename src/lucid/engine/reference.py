@@ -33,9 +33,12 @@ def adamw(
     v = _mean(v, g * g, h.beta2, h.one_minus_beta2)
     if w is not None:
         w = torch.where((v > w) | v.isnan(), v, w)
-    root = _square_root(v if w is None else w)
-    theta = theta - (h.d * theta + (h.k * m) / (root * h.s + h.e))
+    theta = theta - _update(h, theta, m, v if w is None else w)
     return theta, m, v, w
+
+
+def _update(h: Scalars, theta: Tensor, m: Tensor, w: Tensor) -> Tensor:
+    return h.d * theta + (h.k * m) / (_square_root(w) * h.s + h.e)
 
 
 def _mean(a: Tensor, x: Tensor, beta: float, one_minus_beta: float) -> Tensor:
@@ -69,7 +72,7 @@ def compute(
         g = _gradient(row)
         new = adamw(h, theta, g, m, v, w)
         if observe:
-            observed.append((row.index, _observed(g, theta, *new)))
+            observed.append((row.index, _observed(h, theta, g, *new)))
         drawn = None
         if "stream" in row.slots:
             drawn = codecs.draws(int(row.slots["stream"]), int(row.step) + 1, param.shape, param.device)
@@ -87,9 +90,11 @@ def _gradient(row: Row) -> Tensor:
     return _real(row.gradient.to(row.param.dtype) if double or row.param.is_complex() else row.gradient.float())
 
 
-def _observed(g: Tensor, before: Tensor, theta: Tensor, m: Tensor, v: Tensor, w: Tensor | None) -> Observed:
-    ratio = torch.where(m == 0, 0.0, m.abs() / _square_root(v if w is None else w))
-    gradient, update, param = (float(x.double().square().sum()) for x in (g, theta - before, theta))
+def _observed(h: Scalars, before: Tensor, g: Tensor, theta: Tensor, m: Tensor, v: Tensor, w: Tensor | None) -> Observed:
+    w = v if w is None else w
+    ratio = torch.where(m == 0, 0.0, m.abs() / _square_root(w))
+    measured = (h.f * g, _update(h, before, m, w), theta)
+    gradient, update, param = (float(x.double().square().sum()) for x in measured)
     return Observed(gradient, update, param, float(ratio.max()) if ratio.numel() else 0.0)
 
 

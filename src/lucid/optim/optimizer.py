@@ -91,7 +91,7 @@ class Optimizer(torch.optim.Optimizer):
         self._whole = Part()
         self._backward: StepInBackward | None = None
         self._accumulating = 0
-        self._seen: dict[tuple[int, int], tuple[engine.Observed, float]] = {}  # and the gradients' scale
+        self._seen: dict[tuple[int, int], tuple[engine.Observed, float]] = {}  # and the clip factor
         self._skipped_alone: dict[Tensor, int] = {}  # in backward, by parameter
         self._grad_norm: float | None = None
         self._state_box: list[Any] = [defaultdict(dict), True]
@@ -200,7 +200,7 @@ class Optimizer(torch.optim.Optimizer):
         self._skipped_steps += outcome.skipped
         self._grad_norm = outcome.norm
         if outcome.observed:
-            self._seen = {(member.group, member.place): (seen, scale) for member, seen in outcome.observed}
+            self._seen = {(member.group, member.place): (seen, outcome.clip) for member, seen in outcome.observed}
         if self._backward is not None:
             self._backward.after_step(self)
         return loss

@@ -29,10 +29,11 @@ class Member(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an update did: whether it was skipped, the gradients' norm if it was measured, and what was observed."""
+    """What an update did: the gradients' norm if it was measured, what they were clipped by, what was observed."""
 
     skipped: bool
     norm: float | None
+    clip: float
     observed: list[tuple[Member, engine.Observed]]
 
 
@@ -82,11 +83,11 @@ class Part:
                     plan.bind(row)
             judged = self._judged(optimizer, plan, scale, found_inf)
             if judged.skip:
-                return Outcome(True, judged.norm, [])
+                return Outcome(True, judged.norm, 1.0, [])
             scalars = [_scalars(hyperparameters[group], step, judged.factor, group) for group, step in plan.steps()]
             if new and self.only is None and _is_initialising(state_box[0], new, hyperparameters):
                 _adopt(optimizer, state_box, new)
-                return Outcome(False, judged.norm, [])
+                return Outcome(False, judged.norm, 1.0, [])
             had = [(item.param in state_box[0], dict(item.entry)) for item in new]
             try:
                 _adopt(optimizer, state_box, new)
@@ -97,10 +98,9 @@ class Part:
                 raise
         finally:
             plan.release()
-        if not observed:
-            return Outcome(False, judged.norm, [])
-        members = self.members(optimizer)
-        return Outcome(False, judged.norm, [(members[row], seen) for row, seen in observed])
+        members = self.members(optimizer) if observed else []
+        clip = judged.factor * scale
+        return Outcome(False, judged.norm, clip, [(members[row], seen) for row, seen in observed])
 
     def members(self, optimizer: Optimizer) -> list[Member]:
         """Return the part's parameters in the order of its plan's rows."""

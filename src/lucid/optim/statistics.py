@@ -16,7 +16,7 @@ class _Sums(NamedTuple):
     """Of one parameter or several."""
 
     elements: int
-    gradient: float  # sums of squares, the gradient's unscaled
+    gradient: float  # sums of squares; the gradient's before clipping
     update: float
     param: float
     ratio: float
@@ -54,7 +54,7 @@ def _together(each: Iterable[_Sums]) -> _Sums:
 
 
 def summed_up(optimizer: Optimizer, seen: Mapping[tuple[int, int], tuple[engine.Observed, float]]) -> dict[str, float]:
-    """Return the statistics of what was `seen` of parameters, by (group, index), with their gradients' scale."""
+    """Return the statistics of what was `seen` of parameters, by (group, index), with the factor that clipped them."""
     state = optimizer._state_box[0]
     numbers: dict[str, float] = {}
     groups: list[_Sums] = []
@@ -64,11 +64,11 @@ def summed_up(optimizer: Optimizer, seen: Mapping[tuple[int, int], tuple[engine.
         for index, param in enumerate(group["params"]):
             if (position, index) not in seen:
                 continue
-            observed, scale = seen[position, index]
+            observed, clip = seen[position, index]
             own.append(
                 _Sums(
                     param.numel(),
-                    observed.gradient / scale**2,
+                    observed.gradient / clip**2 if clip else math.nan,
                     observed.update,
                     observed.param,
                     observed.ratio,
