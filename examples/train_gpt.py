@@ -4,11 +4,13 @@
     python examples/train_gpt.py --optimizer torch  # the same run with torch.optim.AdamW
     python examples/train_gpt.py --compare          # lucid, torch and torch fused side by side
     python examples/train_gpt.py --state 8bit --dtype bf16  # 8 bytes a parameter in place of 16
+    python examples/train_gpt.py --plot-statistics          # how much each layer moves, as a picture
 
 The text is `pydoc_data.topics`, which every Python carries; the model reads and writes single
 characters. Every tenth topic is kept out of training, whole, and gives the held-out loss.
 
-A run writes `checkpoint.pt`, `loss.png` and `sample.txt` into `--out`, a comparison `compare.png`.
+A run writes `checkpoint.pt`, `loss.png` and `sample.txt` into `--out` (and `statistics.png` where that is
+asked for), a comparison `compare.png`.
 Ctrl-C saves a checkpoint at the last whole step. `--resume` continues from it to the very bits that
 an uninterrupted run ends with: all that a step depends on is in the checkpoint, or follows from the
 seed and the number of the step.
@@ -26,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -146,14 +148,17 @@ def sample(model: GPT, config: Config, length: int = 600) -> str:
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Let matrices decay, and biases and the gains of norms not."""
-    named = list(model.named_parameters())
-    groups: list[dict[str, Any]] = [
-        {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """Let matrices decay, and biases and the gains of norms not; lucid's step bounds the gradients' norm as well."""
+    groups = optim.decay_groups(model, config.weight_decay)
     if config.optimizer == "lucid":
-        return optim.AdamW(groups, lr=config.lr, betas=config.betas, state_format=config.state, seed=config.seed)
+        return optim.AdamW(
+            groups,
+            lr=config.lr,
+            betas=config.betas,
+            state_format=config.state,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+        )
     fused = True if config.optimizer == "torch-fused" else None  # None: as torch chooses
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 
@@ -169,16 +174,19 @@ def lr_factor(step: int, config: Config) -> float:
 class Run:
     """A model in training: what a checkpoint holds, and how long the steps done here took."""
 
-    def __init__(self, config: Config, corpus: Corpus) -> None:
-        self.config, self.corpus = config, corpus
+    def __init__(self, config: Config, corpus: Corpus, observed: bool = False) -> None:
+        self.config, self.corpus, self.observed = config, corpus, observed
         self.identity = asdict(config) | {"text": corpus.digest}
         torch.manual_seed(config.seed)
         self.model = GPT(config).to(DTYPES[config.dtype])
         self.optimizer = make_optimizer(self.model, config)
+        if isinstance(self.optimizer, optim.AdamW):
+            self.optimizer.observe(observed)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
         self.losses: list[float] = []  # of every step, in nats a character
         self.held_out: list[tuple[int, float]] = []  # (steps done, loss)
-        self.seconds: list[tuple[float, float]] = []  # (whole step, optimizer's step)
+        self.seconds: list[tuple[float, float]] = []  # (whole step, clipping and optimizer's step)
+        self.ratios: dict[int, dict[str, float]] = {}  # after a step: update over weight, by parameter
 
     @property
     def step(self) -> int:
@@ -192,12 +200,18 @@ class Run:
         loss = cross_entropy(self.model, codes)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         updating = time.perf_counter()
+        if self.config.optimizer != "lucid":
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         updated = time.perf_counter()
         self.schedule.step()
         self.losses.append(loss.item())
+        if self.observed:
+            assert isinstance(self.optimizer, optim.AdamW)
+            found = self.optimizer.statistics()
+            ending = "/update_ratio"
+            self.ratios[self.step] = {k.removesuffix(ending): v for k, v in found.items() if k.endswith(ending)}
         self.seconds.append((time.perf_counter() - started, updated - updating))
 
     @torch.no_grad()
@@ -300,8 +314,8 @@ def summary(runs: Sequence[Run]) -> str:
         "train loss, last 50 steps": [f"{run.smoothed_loss(run.step):.4f}" for run in runs],
         "held-out loss": [f"{run.held_out[-1][1]:.4f}" for run in runs],
         "step, ms (median)": [f"{ms:.1f}" for ms in step],
-        "  forward, backward, clip": [f"{s - u:.1f}" for s, u in zip(step, update, strict=True)],
-        "  optimizer": [f"{ms:.2f}" for ms in update],
+        "  forward, backward": [f"{s - u:.1f}" for s, u in zip(step, update, strict=True)],
+        "  clip and optimizer": [f"{ms:.2f}" for ms in update],
         "optimizer's share": [f"{u / s:.1%}" for s, u in zip(step, update, strict=True)],
     }
     memory = [run.bytes_a_parameter() for run in runs]
@@ -328,6 +342,27 @@ def save_curves(runs: Sequence[Run], path: Path) -> None:
     figure.savefig(path)
 
 
+def save_ratios(run: Run, path: Path) -> None:
+    """Draw the RMS of each matrix's updates over that of its weights, in steps done here; the deeper, the darker."""
+    figure = Figure(figsize=(10, 5.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    matrices = [name for name, parameter in run.model.named_parameters() if parameter.ndim == 2]
+    kinds = list(dict.fromkeys(name.split(".")[-2] if "." in name else name for name in matrices))
+    for name in matrices:
+        parts = name.split(".")
+        kind = parts[-2] if len(parts) > 1 else name
+        depth = int(parts[1]) if parts[0] == "blocks" else run.config.layers - 1
+        steps, values = zip(*((step, found[name]) for step, found in run.ratios.items()), strict=True)
+        means = [statistics.fmean(values[max(0, i - 10) : i + 1]) for i in range(len(values))]
+        shade = 0.35 + 0.65 * (depth + 1) / run.config.layers
+        axes.plot(steps, means, f"C{kinds.index(kind)}", alpha=shade, linewidth=1.2, label=name.removesuffix(".weight"))
+    axes.axhline(1e-3, color="grey", linestyle=":", label="1e-3, a rule of thumb")
+    title = "How much a step moves each layer (mean of 11 steps)"
+    axes.set(xlabel="step", ylabel="RMS of the update / RMS of the weights", yscale="log", title=title)
+    figure.legend(loc="outside right center", fontsize="x-small")
+    figure.savefig(path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     default = Config()
@@ -338,6 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which.add_argument("--compare", action="store_true", help="train with each, side by side")
     parser.add_argument("--state", choices=("fp32", "bf16", "8bit"), default=default.state, help="of lucid's moments")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=default.dtype, help="of weights and gradients")
+    parser.add_argument("--plot-statistics", action="store_true", help="draw each layer's update/weight ratio")
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop early, as by Ctrl-C")
@@ -352,6 +388,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--seed must lie in 0 ... 2**31 - 1, got {options.seed}")
     if options.compare and (options.resume or options.stop_after):
         parser.error("--compare runs from start to end: drop --resume and --stop-after")
+    if options.plot_statistics and (options.compare or options.optimizer != "lucid"):
+        parser.error("--plot-statistics is of lucid's run alone: drop --compare and --optimizer")
     if options.state != "fp32" and options.optimizer != "lucid":
         parser.error(f"--state {options.state} is lucid's, {options.optimizer} has none: drop one of them")
     if options.resume and not checkpoint.exists():
@@ -360,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     corpus = Corpus()
     config = Config(options.optimizer, options.steps, options.seed, state=options.state, dtype=options.dtype)
     names = optimizers if options.compare else (config.optimizer,)
-    runs = [Run(replace(config, optimizer=name), corpus) for name in names]
+    runs = [Run(replace(config, optimizer=name), corpus, options.plot_statistics) for name in names]
     run = runs[0]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -380,6 +418,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (out / "sample.txt").write_text(text, encoding="utf-8")
         print(f"\n{text}\n")
     save_curves(runs, out / ("compare.png" if options.compare else "loss.png"))
+    if options.plot_statistics:
+        save_ratios(run, out / "statistics.png")
     print(f"{summary(runs)}\nwritten to {out}/")
     return 0
 

@@ -53,6 +53,22 @@ def test_lucid_and_torch_train_alike(tmp_path):
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
 
 
+def test_observing_draws_every_matrix_and_changes_no_bit(tmp_path, monkeypatch):
+    runs = []
+    original = train_gpt.save_ratios
+    monkeypatch.setattr(train_gpt, "save_ratios", lambda run, path: (runs.append(run), original(run, path)))
+    plain = train(tmp_path / "plain")
+    assert same(plain, train(tmp_path / "observed", "--plot-statistics"))
+    assert not (tmp_path / "plain" / "statistics.png").exists()
+    assert (tmp_path / "observed" / "statistics.png").read_bytes().startswith(b"\x89PNG")
+    ratios = runs[0].ratios
+    assert list(ratios) == list(range(1, STEPS + 1))
+    matrices = {name for name, parameter in runs[0].model.named_parameters() if parameter.ndim == 2}
+    for found in ratios.values():
+        assert matrices <= found.keys()
+        assert all(0 < found[name] < 1 for name in matrices)
+
+
 def test_small_formats_train_alike(tmp_path, capsys):
     full = train(tmp_path / "full")
     small = train(tmp_path / "small", "--state", "8bit", "--dtype", "bf16")
@@ -69,6 +85,8 @@ def test_small_formats_train_alike(tmp_path, capsys):
         (["--resume"], "checkpoint"),
         (["--steps", "0"], "steps"),
         (["--optimizer", "sgd"], "optimizer"),
+        (["--compare", "--plot-statistics"], "statistics"),
+        (["--optimizer", "torch", "--plot-statistics"], "statistics"),
     ],
 )
 def test_bad_arguments_get_one_sentence(arguments, said, tmp_path, capsys):

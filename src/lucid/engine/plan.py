@@ -117,7 +117,7 @@ class Plan:
                 self._write(scalars[:own], state_box, observe)
             raise
         if observe and self._native is not None:
-            observed += [(row, Observed(*seen)) for row, seen in self._native.observed()]
+            observed += self._native.observed()
         return observed
 
     def _write(self, scalars: Sequence[Scalars], state_box: list[Any], observe: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .part import Part
+from .part import Part, members_of
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
@@ -64,32 +64,29 @@ class StepInBackward:
         if _several_processes():
             self._step_at_the_end()
             return
-        position = self._position(optimizer, param)
-        if position is None:
+        part = self._part(optimizer, param)
+        if part is None:
             return
-        part = self._parts[param]
         entry = optimizer._state_box[0].get(param)
         state_box = [{} if entry is None else {param: entry}, True]
         outcome = optimizer._apart(part, state_box, 1.0, False)
         if outcome.skipped:
             optimizer._skipped_alone[param] = optimizer._skipped_alone.get(param, 0) + 1
-        for _, seen in outcome.observed:
-            optimizer._seen[position] = (seen, 1.0)
+        optimizer._seen |= outcome.observed
         param.grad = None
 
-    def _position(self, optimizer: Optimizer, param: Tensor) -> tuple[int, int] | None:
-        """The (group, index) of `param`; None where it was taken out of the groups."""
-        part = self._parts.get(param)
+    def _part(self, optimizer: Optimizer, param: Tensor) -> Part | None:
+        """The part that is `param` alone; None where it was taken out of the groups."""
         groups = optimizer.param_groups
+        part = self._parts.get(param)
         if part is not None and part.only is not None:
-            group, index = part.only
-            if group < len(groups) and index < len(groups[group]["params"]) and groups[group]["params"][index] is param:
-                return part.only
-        for group, items in enumerate(groups):
-            for index, other in enumerate(items["params"]):
-                if other is param:
-                    self._parts[param] = Part(only=(group, index))
-                    return group, index
+            group, place = part.only.group, part.only.place
+            if group < len(groups) and place < len(groups[group]["params"]) and groups[group]["params"][place] is param:
+                return part
+        for member in members_of(groups):
+            if member.param is param:
+                self._parts[param] = Part(member)
+                return self._parts[param]
         return None
 
     def _step_at_the_end(self) -> None:

@@ -91,7 +91,8 @@ class Optimizer(torch.optim.Optimizer):
         self._whole = Part()
         self._backward: StepInBackward | None = None
         self._accumulating = 0
-        self._seen: dict[tuple[int, int], tuple[engine.Observed, float]] = {}  # and the clip factor
+        self._seen: dict[int, engine.Observed] = {}  # by the parameters' numbers
+        self._clip = 1.0
         self._skipped_alone: dict[Tensor, int] = {}  # in backward, by parameter
         self._grad_norm: float | None = None
         self._state_box: list[Any] = [defaultdict(dict), True]
@@ -199,9 +200,10 @@ class Optimizer(torch.optim.Optimizer):
         outcome = self._apart(self._whole, self._state_box, scale, found_inf)
         self._skipped_steps += outcome.skipped
         self._grad_norm = outcome.norm
-        if outcome.observed:
-            self._seen = {(member.group, member.place): (seen, outcome.clip) for member, seen in outcome.observed}
+        if outcome.observed and self._backward is None:
+            self._seen, self._clip = outcome.observed, outcome.clip
         if self._backward is not None:
+            self._seen |= outcome.observed
             self._backward.after_step(self)
         return loss
 
@@ -350,7 +352,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         if not self._seen:
             raise RuntimeError("statistics: no step has been observed; call observe() before step()")
-        return summed_up(self, self._seen)
+        return summed_up(self, self._seen, self._clip)
 
     def _known_as(self, seed: int, number: int, group: int, index: int) -> KnownAs:
         """What the draws of parameter number `index` of a group, `number` over all, are keyed with."""

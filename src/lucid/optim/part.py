@@ -28,13 +28,21 @@ class Member(NamedTuple):
     param: Tensor
 
 
+def members_of(groups: list[ParamGroup]) -> list[Member]:
+    """Return all parameters of the groups, in order."""
+    positions = (
+        (group, place, param) for group, items in enumerate(groups) for place, param in enumerate(items["params"])
+    )
+    return [Member(number, *position) for number, position in enumerate(positions)]
+
+
 class Outcome(NamedTuple):
     """What an update did: the gradients' norm if it was measured, what they were clipped by, what was observed."""
 
     skipped: bool
     norm: float | None
     clip: float
-    observed: list[tuple[Member, engine.Observed]]
+    observed: dict[int, engine.Observed]  # by the parameters' numbers
 
 
 class _NewState(NamedTuple):
@@ -49,10 +57,10 @@ class _NewState(NamedTuple):
 class Part:
     """Parameters whose updates happen all or none, and the plan for it that is kept from step to step.
 
-    ``only``: the (group, index) of the one parameter, or None for all.
+    ``only``: the one parameter, or None for all.
     """
 
-    def __init__(self, only: tuple[int, int] | None = None) -> None:
+    def __init__(self, only: Member | None = None) -> None:
         self.only = only
         self.plan: engine.Plan | None = None
         self._planned: list[tuple[bool, StateFormatName, bool]] = []  # of each group
@@ -83,11 +91,11 @@ class Part:
                     plan.bind(row)
             judged = self._judged(optimizer, plan, scale, found_inf)
             if judged.skip:
-                return Outcome(True, judged.norm, 1.0, [])
+                return Outcome(True, judged.norm, 1.0, {})
             scalars = [_scalars(hyperparameters[group], step, judged.factor, group) for group, step in plan.steps()]
             if new and self.only is None and _is_initialising(state_box[0], new, hyperparameters):
                 _adopt(optimizer, state_box, new)
-                return Outcome(False, judged.norm, 1.0, [])
+                return Outcome(False, judged.norm, 1.0, {})
             had = [(item.param in state_box[0], dict(item.entry)) for item in new]
             try:
                 _adopt(optimizer, state_box, new)
@@ -98,31 +106,24 @@ class Part:
                 raise
         finally:
             plan.release()
-        members = self.members(optimizer) if observed else []
-        clip = judged.factor * scale
-        return Outcome(False, judged.norm, clip, [(members[row], seen) for row, seen in observed])
+        if self.only is not None:
+            observed = [(self.only.number, seen) for _, seen in observed]
+        return Outcome(False, judged.norm, judged.factor * scale, dict(observed))
 
-    def members(self, optimizer: Optimizer) -> list[Member]:
-        """Return the part's parameters in the order of its plan's rows."""
-        positions = (
-            (group, index, param)
-            for group, items in enumerate(optimizer.param_groups)
-            for index, param in enumerate(items["params"])
-        )
-        every = (Member(number, *position) for number, position in enumerate(positions))
-        return [member for member in every if self.only is None or self.only == (member.group, member.place)]
+    def _members(self, groups: list[ParamGroup]) -> list[Member]:
+        """The part's parameters in the order of its plan's rows."""
+        return members_of(groups) if self.only is None else [self.only]
 
     def _params(self, groups: list[ParamGroup]) -> list[list[Tensor]]:
         if self.only is None:
             return [group["params"] for group in groups]
-        group, index = self.only
-        return [items["params"][index : index + 1] if number == group else [] for number, items in enumerate(groups)]
+        return [[self.only.param] if number == self.only.group else [] for number in range(len(groups))]
 
     def _rows(
         self, optimizer: Optimizer, looks: list[int], hyperparameters: list[Hyperparameters], new: list[_NewState]
     ) -> Iterator[engine.Row]:
         """Check the rows numbered `looks`, making state for those that have none; raise where one is not right."""
-        members = self.members(optimizer)
+        members = self._members(optimizer.param_groups)
         for look in looks:
             number, group, index, param = members[look]
             hyper = hyperparameters[group]
@@ -150,7 +151,7 @@ class Part:
         factor = clip_factor(norm, max_norm) / scale
         if found_inf or nonfinite == "propagate" or square * factor * factor < 2.0**127:
             return Judged(norm, factor, found_inf)
-        members = self.members(optimizer)
+        members = self._members(optimizer.param_groups)
 
         def of(row: int) -> tuple[Tensor, torch.dtype]:
             member = members[row]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lucid import engine
 
+from .part import members_of
+
 if TYPE_CHECKING:
     from .optimizer import Optimizer
 
@@ -53,36 +55,33 @@ def _together(each: Iterable[_Sums]) -> _Sums:
     )
 
 
-def summed_up(optimizer: Optimizer, seen: Mapping[tuple[int, int], tuple[engine.Observed, float]]) -> dict[str, float]:
-    """Return the statistics of what was `seen` of parameters, by (group, index), with the factor that clipped them."""
+def summed_up(optimizer: Optimizer, seen: Mapping[int, engine.Observed], clip: float) -> dict[str, float]:
+    """Return the statistics of what was `seen` of parameters, by number; `clip` is what scaled their gradients down."""
     state = optimizer._state_box[0]
     numbers: dict[str, float] = {}
-    groups: list[_Sums] = []
-    for position, group in enumerate(optimizer.param_groups):
-        names = group.get("param_names") or ()
-        own: list[_Sums] = []
-        for index, param in enumerate(group["params"]):
-            if (position, index) not in seen:
-                continue
-            observed, clip = seen[position, index]
-            own.append(
-                _Sums(
-                    param.numel(),
-                    observed.gradient / clip**2 if clip else math.nan,
-                    observed.update,
-                    observed.param,
-                    observed.ratio,
-                    float(state[param]["step"]) if param in state else 0.0,
-                    optimizer._skipped_steps + optimizer._skipped_alone.get(param, 0),
-                )
-            )
-            if index < len(names):
-                numbers |= own[-1].named(names[index])
-        if own:
-            groups.append(_together(own))
-            numbers |= groups[-1].named(f"group{position}")
+    groups: dict[int, list[_Sums]] = {}
+    for member in members_of(optimizer.param_groups):
+        if member.number not in seen:
+            continue
+        observed = engine.Observed(*seen[member.number])
+        sums = _Sums(
+            member.param.numel(),
+            observed.gradient / clip**2 if clip else math.nan,
+            observed.update,
+            observed.param,
+            observed.ratio,
+            float(state[member.param]["step"]) if member.param in state else 0.0,
+            optimizer._skipped_steps + optimizer._skipped_alone.get(member.param, 0),
+        )
+        groups.setdefault(member.group, []).append(sums)
+        names = optimizer.param_groups[member.group].get("param_names") or ()
+        if member.place < len(names):
+            numbers |= sums.named(names[member.place])
+    together = {number: _together(each) for number, each in groups.items()}
+    for number, sums in together.items():
+        numbers |= sums.named(f"group{number}")
     whole = {
-        "grad_norm": math.sqrt(math.fsum(each.gradient for each in groups)),
+        "grad_norm": math.sqrt(math.fsum(sums.gradient for sums in together.values())),
         "skipped_steps": optimizer.skipped_steps,
     }
     return whole | numbers
