@@ -292,7 +292,7 @@ std::vector<double> squares(const std::vector<const Work*>& works, int threads) 
   for (const Work* work : works) all.ends.push_back(chunks += (work->elements + chunk - 1) / chunk);
   all.sums.resize(static_cast<size_t>(chunks));
   const BatchFn run = [](void* context, int64_t batch) noexcept { static_cast<Squares*>(context)->run(batch); };
-  parallel_for(threads, (chunks + all.size - 1) / all.size, run, &all);
+  parallel_for(threads, (chunks + all.size - 1) / all.size, run, &all, true);
   std::vector<double> found;
   int64_t begin = 0;
   for (const int64_t end : all.ends) {

@@ -52,7 +52,7 @@ void spin_until(const Condition& holds) {
 
 class Pool {
  public:
-  void share(int threads, int64_t batches, BatchFn run, void* context) {
+  void share(int threads, int64_t batches, BatchFn run, void* context, bool more) {
     const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) {
       for (int64_t batch = 0; batch < batches; ++batch) run(context, batch);
@@ -67,6 +67,7 @@ class Pool {
       next_.store(0, std::memory_order_relaxed);
       wanted_ = helpers;
       working_ = helpers;
+      more_ = more;
       job_.fetch_add(1, std::memory_order_release);
     }
     if (helpers > 0) start_.notify_all();
@@ -120,7 +121,13 @@ class Pool {
         work();
       }
       lock.lock();
+      const bool more = more_;
       if (--working_ == 0) done_.notify_one();
+      if (more) {
+        lock.unlock();
+        spin_until([&] { return job_.load(std::memory_order_acquire) != seen; });
+        lock.lock();
+      }
     }
   }
 
@@ -136,6 +143,7 @@ class Pool {
   BatchFn run_ = nullptr;
   void* context_ = nullptr;
   int64_t batches_ = 0;
+  bool more_ = false;
   std::atomic<int64_t> next_ = 0;
   std::atomic<uint64_t> job_ = 0;  // this and working_ are changed under mutex_, and also read without it to spin
   uint64_t alert_ = 0;
@@ -169,11 +177,11 @@ void expect_work(int threads) {
   if (threads > 1) the_pool().alert(threads);
 }
 
-void parallel_for(int threads, int64_t batches, BatchFn run, void* context) {
+void parallel_for(int threads, int64_t batches, BatchFn run, void* context, bool more) {
   if (threads <= 1 || batches <= 1) {
     for (int64_t batch = 0; batch < batches; ++batch) run(context, batch);
   } else {
-    the_pool().share(threads, batches, run, context);
+    the_pool().share(threads, batches, run, context, more);
   }
 }
 

@@ -9,8 +9,9 @@ using BatchFn = void (*)(void* context, int64_t batch) noexcept;
 
 // Calls run(context, batch) for every batch in [0, batches), on at most `threads` threads, the caller's among
 // them; returns when all are done. When another thread is using the pool, the caller does it all. The pool's
-// own threads run in FloatMode; the caller's mode is the caller's business.
-void parallel_for(int threads, int64_t batches, BatchFn run, void* context);
+// own threads run in FloatMode; the caller's mode is the caller's business. `more`: another follows at once, so
+// that the threads stay awake for it.
+void parallel_for(int threads, int64_t batches, BatchFn run, void* context, bool more = false);
 
 // Wakes the threads that a parallel_for within the next half millisecond will want.
 void expect_work(int threads);

@@ -69,7 +69,7 @@ class StepInBackward:
             return
         entry = optimizer._state_box[0].get(param)
         state_box = [{} if entry is None else {param: entry}, True]
-        outcome = optimizer._apart(part, state_box, 1.0, False)
+        outcome = optimizer._apart(part, state_box)
         if outcome.skipped:
             optimizer._skipped_alone[param] = optimizer._skipped_alone.get(param, 0) + 1
         optimizer._seen |= outcome.observed

@@ -66,7 +66,10 @@ def _single(name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta and not value.is_complex():
         return float(value.item())
     if isinstance(value, numbers.Real):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
     raise TypeError(f"{name}: expected None or a Tensor of one number, as torch.amp.GradScaler sets it, got {value!r}")
 
 

@@ -195,9 +195,7 @@ class Optimizer(torch.optim.Optimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
-        scale = scale_of(getattr(self, "grad_scale", None))
-        found_inf = found_inf_in(getattr(self, "found_inf", None))
-        outcome = self._apart(self._whole, self._state_box, scale, found_inf)
+        outcome = self._apart(self._whole, self._state_box)
         self._skipped_steps += outcome.skipped
         self._grad_norm = outcome.norm
         if outcome.observed and self._backward is None:
@@ -207,7 +205,7 @@ class Optimizer(torch.optim.Optimizer):
             self._backward.after_step(self)
         return loss
 
-    def _apart(self, part: Part, state_box: list[Any], scale: float, found_inf: bool) -> Outcome:
+    def _apart(self, part: Part, state_box: list[Any]) -> Outcome:
         """Update a part while no other thread, and nothing within it, steps."""
         if self._process != os.getpid():  # forked, perhaps while another thread held the lock
             self._unlock()
@@ -216,7 +214,12 @@ class Optimizer(torch.optim.Optimizer):
                 raise RuntimeError("step() was called from within itself, by an interrupt handler perhaps")
             self._stepping = True
             try:
-                return part.update(self, state_box, scale, found_inf)
+                scale, found_inf = vars(self).get("grad_scale"), vars(self).get("found_inf")
+                return part.update(self, state_box, scale_of(scale), found_inf_in(found_inf))
+            except BaseException:  # GradScaler removes them after a step that returns, else takes them for the user's
+                vars(self).pop("grad_scale", None)
+                vars(self).pop("found_inf", None)
+                raise
             finally:
                 self._stepping = False
 
@@ -247,7 +250,8 @@ class Optimizer(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients of the last step, unscaled and before it was clipped: a 0-dim float64 tensor.
 
-        None before the first step and where ``max_grad_norm`` is None; set that to infinity to measure only.
+        None where the last step did not measure it: it does under ``max_grad_norm``, of which infinity never clips, and
+        under ``nonfinite="skip"`` and ``"error"``.
         """
         return None if self._grad_norm is None else torch.tensor(self._grad_norm, dtype=torch.float64, device="cpu")
 
@@ -263,13 +267,17 @@ class Optimizer(torch.optim.Optimizer):
         By default so only where every parameter is on an accelerator. Lightning refuses to clip where it is true, and
         Accelerate then counts a step that was skipped as taken.
         """
+        if self._backward is not None:  # which has used the gradients before GradScaler could look: it says so then
+            return False
         if self._amp_scaling is not None:
             return self._amp_scaling
-        devices = {param.device.type for group in self.param_groups for param in group["params"]}
-        return bool(devices) and not devices & {"cpu", "meta"}
+        params = [param for group in self.param_groups for param in group["params"]]
+        return bool(params) and all(param.device.type not in ("cpu", "meta") for param in params)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool | None) -> None:
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"_step_supports_amp_scaling: expected True, False or None, got {value!r}")
         self._amp_scaling = value
 
     # Step in backward
