@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .part import Part, members_of
+from .part import Part
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
@@ -26,18 +27,23 @@ def no_norm_in_backward(bound: float) -> str:
 class StepInBackward:
     """The hooks on an optimizer's parameters, and the part that each of them is.
 
-    Neither a hook nor this holds the optimizer: it may be dropped, and its hooks do nothing from then on.
+    Neither a hook nor this holds the optimizer; when it is dropped, the hooks are taken away.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._parts: dict[Tensor, Part] = {}
-        self._ending = -1  # the backward at whose end everything is updated
-        self._add_hooks(optimizer)
+        self._warned = False
+        weakref.finalize(self, _remove, self._handles).atexit = False
+        self.follow(optimizer)
 
-    def _add_hooks(self, optimizer: Optimizer) -> None:
-        """To parameters that have none: all at first, those that were added or unfrozen later."""
+    def follow(self, optimizer: Optimizer) -> None:
+        """Have hooks on all parameters that require gradients now, and on no others; leaves only have such hooks."""
+        params = {param: None for group in optimizer.param_groups for param in group["params"]}
+        for param in [param for param in self._handles if param not in params]:
+            self._handles.pop(param).remove()
+            self._parts.pop(param, None)
         own = weakref.ref(self)
 
         def hook(param: Tensor) -> None:
@@ -45,73 +51,67 @@ class StepInBackward:
             if this is not None:
                 this._ready(param)
 
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                if param not in self._handles and param.requires_grad:
-                    self._handles[param] = param.register_post_accumulate_grad_hook(hook)
+        for param in params:
+            if param.requires_grad and param.is_leaf and param not in self._handles:
+                self._handles[param] = param.register_post_accumulate_grad_hook(hook)
 
     def remove(self) -> None:
         """Take the hooks away."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Let the gradients go that `step` has used; hook what was added or unfrozen."""
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = None
+        self.follow(optimizer)
 
     def _ready(self, param: Tensor) -> None:
         """Update `param`, to whose gradient backward has added all that it adds."""
         optimizer = self._optimizer()
         if optimizer is None or optimizer._accumulating or param.grad is None:
             return
-        if _several_processes():
-            self._step_at_the_end()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._leave_to_step()
             return
         part = self._part(optimizer, param)
         if part is None:
             return
         entry = optimizer._state_box[0].get(param)
-        state_box = [{} if entry is None else {param: entry}, True]
-        outcome = optimizer._apart(part, state_box)
+        outcome = optimizer._apart(part, [{} if entry is None else {param: entry}, True])
         if outcome.skipped:
             optimizer._skipped_alone[param] = optimizer._skipped_alone.get(param, 0) + 1
         optimizer._seen |= outcome.observed
         param.grad = None
+
+    def _leave_to_step(self) -> None:
+        """Which process averages what, and when, cannot be seen from here: DDP does it after the hooks."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "step_in_backward() does nothing while a process group is initialised: gradients may be averaged "
+                "after backward has computed them; step() updates everything, as without it",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _part(self, optimizer: Optimizer, param: Tensor) -> Part | None:
         """The part that is `param` alone; None where it was taken out of the groups."""
         groups = optimizer.param_groups
         part = self._parts.get(param)
         if part is not None and part.only is not None:
-            group, place = part.only.group, part.only.place
+            group, place = part.only
             if group < len(groups) and place < len(groups[group]["params"]) and groups[group]["params"][place] is param:
                 return part
-        for member in members_of(groups):
-            if member.param is param:
-                self._parts[param] = Part(member)
-                return self._parts[param]
+        for group, items in enumerate(groups):
+            for place, other in enumerate(items["params"]):
+                if other is param:
+                    self._parts[param] = Part((group, place))
+                    return self._parts[param]
         return None
 
-    def _step_at_the_end(self) -> None:
-        """Once for each backward: until its end, gradients are those of this process alone."""
-        current = torch._C._current_graph_task_id()
-        if self._ending == current:
-            return
-        self._ending = current
-        engine = torch.autograd.Variable._execution_engine
 
-        def step() -> None:
-            optimizer = self._optimizer()
-            if optimizer is not None:
-                optimizer.step()
-
-        engine.queue_callback(lambda: engine.queue_callback(step))  # behind what DDP has queued meanwhile
-
-    def after_step(self, optimizer: Optimizer) -> None:
-        """Let the gradients go that `step` has used, which came without a hook or while accumulating."""
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                param.grad = None
-        self._add_hooks(optimizer)
-
-
-def _several_processes() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+def _remove(handles: dict[Tensor, RemovableHandle]) -> None:
+    for handle in handles.values():
+        handle.remove()
+    handles.clear()

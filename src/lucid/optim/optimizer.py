@@ -91,7 +91,7 @@ class Optimizer(torch.optim.Optimizer):
         self._whole = Part()
         self._backward: StepInBackward | None = None
         self._accumulating = 0
-        self._seen: dict[int, engine.Observed] = {}  # by the parameters' numbers
+        self._seen: dict[Tensor, engine.Observed] = {}
         self._clip = 1.0
         self._skipped_alone: dict[Tensor, int] = {}  # in backward, by parameter
         self._grad_norm: float | None = None
@@ -146,16 +146,19 @@ class Optimizer(torch.optim.Optimizer):
             group.setdefault(name, default)
         self._hyperparameters(group)
         super().add_param_group(group)
+        if self._backward is not None:
+            self._backward.follow(self)
 
-    def _checked_groups(self) -> list[ParamGroup]:
-        """Return the groups, wrapped again where someone has put plain dicts in their place."""
+    def _checked_groups(self, only: int | None = None) -> list[ParamGroup]:
+        """Return all groups, or one, wrapped again where someone has put plain dicts in their place."""
         groups = self.param_groups
-        for index, group in enumerate(groups):
+        for index in range(len(groups)) if only is None else (only,):
+            group = groups[index]
             if type(group) is not ParamGroup:
                 groups[index] = ParamGroup(group)
             if type(group["params"]) is not list:
                 groups[index]["params"] = list(group["params"])
-        return groups
+        return groups if only is None else [groups[only]]
 
     def _name(self, group: int, index: int) -> str:
         """How messages call parameter number `index` of a group."""
@@ -198,11 +201,11 @@ class Optimizer(torch.optim.Optimizer):
         outcome = self._apart(self._whole, self._state_box)
         self._skipped_steps += outcome.skipped
         self._grad_norm = outcome.norm
-        if outcome.observed and self._backward is None:
-            self._seen, self._clip = outcome.observed, outcome.clip
         if self._backward is not None:
             self._seen |= outcome.observed
             self._backward.after_step(self)
+        elif outcome.observed:
+            self._seen, self._clip = outcome.observed, outcome.clip
         return loss
 
     def _apart(self, part: Part, state_box: list[Any]) -> Outcome:
@@ -287,8 +290,8 @@ class Optimizer(torch.optim.Optimizer):
 
         The bits are those of ordinary steps, and the memory of all gradients but the largest few is saved. Everything
         else in a training loop may stay as it is: `step` updates what still has a gradient, which usually is nothing.
-        Put micro-batches but the last into `accumulate`. With several processes gradients are complete when they have
-        been averaged, so that everything is updated at the end of backward.
+        Put micro-batches but the last into `accumulate`. While a ``torch.distributed`` process group is initialised
+        gradients may have to be averaged first, so that everything is left to `step`, with a warning.
 
         Parameters
         ----------
@@ -320,7 +323,10 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(no_norm_in_backward(self._max_grad_norm))
         if on and self._backward is None:
             self._backward = StepInBackward(self)
-        elif not on and self._backward is not None:
+            self._seen, self._clip = {}, 1.0
+        elif on and self._backward is not None:
+            self._backward.follow(self)
+        elif self._backward is not None:
             self._backward.remove()
             self._backward = None
 
@@ -505,7 +511,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         saved = {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
-        return saved | {key: value for key, value in vars(self).items() if key in _OPTIONS}
+        options = {key: value for key, value in vars(self).items() if key in _OPTIONS}
+        return saved | options | {"_skipped_steps": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_lock" not in self.__dict__:
@@ -534,7 +541,7 @@ class Optimizer(torch.optim.Optimizer):
 _NOT_TORCH = ("beta1", "beta2", "state_format", "master_weights", "seed")
 
 # What a copy and a pickle keep besides.
-_OPTIONS = ("_max_grad_norm", "_nonfinite", "_observing", "_skipped_steps", "_amp_scaling")
+_OPTIONS = ("_max_grad_norm", "_nonfinite", "_observing", "_amp_scaling")
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",

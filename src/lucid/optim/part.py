@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
     skipped: bool
     norm: float | None
     clip: float
-    observed: dict[int, engine.Observed]  # by the parameters' numbers
+    observed: dict[Tensor, engine.Observed]
 
 
 class _NewState(NamedTuple):
@@ -57,11 +57,12 @@ class _NewState(NamedTuple):
 class Part:
     """Parameters whose updates happen all or none, and the plan for it that is kept from step to step.
 
-    ``only``: the one parameter, or None for all.
+    ``only``: the (group, place) of the one parameter, or None for all.
     """
 
-    def __init__(self, only: Member | None = None) -> None:
+    def __init__(self, only: tuple[int, int] | None = None) -> None:
         self.only = only
+        self._first_group = 0 if only is None else only[0]  # of the plan's groups
         self.plan: engine.Plan | None = None
         self._planned: list[tuple[bool, StateFormatName, bool]] = []  # of each group
 
@@ -70,10 +71,13 @@ class Part:
 
         ``state_box``: as `engine.Plan.gather` takes it; of all state or of the one parameter's.
         """
-        groups = optimizer._checked_groups()
+        groups = optimizer._checked_groups(None if self.only is None else self.only[0])
         hyperparameters = [optimizer._hyperparameters(group) for group in groups]
         kept = [hyper.kept for hyper in hyperparameters]
-        params = self._params(groups)
+        params = [group["params"] for group in groups]
+        if self.only is not None:
+            place = self.only[1]
+            params = [params[0][place : place + 1]]
         looks = None
         if self.plan is not None and self._planned == kept:
             looks = self.plan.gather(params, state_box)
@@ -92,7 +96,10 @@ class Part:
             judged = self._judged(optimizer, plan, scale, found_inf)
             if judged.skip:
                 return Outcome(True, judged.norm, 1.0, {})
-            scalars = [_scalars(hyperparameters[group], step, judged.factor, group) for group, step in plan.steps()]
+            scalars = [
+                _scalars(hyperparameters[group], step, judged.factor, group + self._first_group)
+                for group, step in plan.steps()
+            ]
             if new and self.only is None and _is_initialising(state_box[0], new, hyperparameters):
                 _adopt(optimizer, state_box, new)
                 return Outcome(False, judged.norm, 1.0, {})
@@ -106,18 +113,14 @@ class Part:
                 raise
         finally:
             plan.release()
-        if self.only is not None:
-            observed = [(self.only.number, seen) for _, seen in observed]
-        return Outcome(False, judged.norm, judged.factor * scale, dict(observed))
+        every = [param for group in params for param in group] if observed else []
+        return Outcome(False, judged.norm, judged.factor * scale, {every[row]: seen for row, seen in observed})
 
     def _members(self, groups: list[ParamGroup]) -> list[Member]:
         """The part's parameters in the order of its plan's rows."""
-        return members_of(groups) if self.only is None else [self.only]
-
-    def _params(self, groups: list[ParamGroup]) -> list[list[Tensor]]:
         if self.only is None:
-            return [group["params"] for group in groups]
-        return [[self.only.param] if number == self.only.group else [] for number in range(len(groups))]
+            return members_of(groups)
+        return [member for member in members_of(groups) if (member.group, member.place) == self.only]
 
     def _rows(
         self, optimizer: Optimizer, looks: list[int], hyperparameters: list[Hyperparameters], new: list[_NewState]
@@ -126,7 +129,7 @@ class Part:
         members = self._members(optimizer.param_groups)
         for look in looks:
             number, group, index, param = members[look]
-            hyper = hyperparameters[group]
+            hyper = hyperparameters[group - self._first_group]
             name = optimizer._name(group, index)
             kept = optimizer._format(param, hyper, name)
             gradient = engine.checked_gradient(param, name)
@@ -137,7 +140,7 @@ class Part:
                 new.append(_NewState(param, gradient, entry, missing))
             whole: dict[str, Any] = entry | missing
             slots = {key: whole[key] for key in kept.slots_with(hyper.amsgrad)}
-            row = engine.Row(look, group, name, param, gradient, entry, whole[STEP], slots)
+            row = engine.Row(look, group - self._first_group, name, param, gradient, entry, whole[STEP], slots)
             engine.check_memory(row)
             yield row
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from torch import Tensor
+
 from lucid import engine
 
 from .part import members_of
@@ -55,15 +57,15 @@ def _together(each: Iterable[_Sums]) -> _Sums:
     )
 
 
-def summed_up(optimizer: Optimizer, seen: Mapping[int, engine.Observed], clip: float) -> dict[str, float]:
-    """Return the statistics of what was `seen` of parameters, by number; `clip` is what scaled their gradients down."""
+def summed_up(optimizer: Optimizer, seen: Mapping[Tensor, engine.Observed], clip: float) -> dict[str, float]:
+    """Return the statistics of what was `seen` of parameters; `clip` is what scaled their gradients down."""
     state = optimizer._state_box[0]
     numbers: dict[str, float] = {}
     groups: dict[int, list[_Sums]] = {}
     for member in members_of(optimizer.param_groups):
-        if member.number not in seen:
+        if member.param not in seen:
             continue
-        observed = engine.Observed(*seen[member.number])
+        observed = engine.Observed(*seen[member.param])
         sums = _Sums(
             member.param.numel(),
             observed.gradient / clip**2 if clip else math.nan,
