@@ -61,12 +61,13 @@ template <int N, class T>
   using V = Vector<T>;
   V gradient = {}, update = {}, param = {};
   for (int n = 0; n < N; ++n) {
+    V after = theta[n];
     if (N == 1 && count < width<T>) {  // where there is no element, 0 / 0 may have been computed
-      for (int64_t k = count; k < width<T>; ++k) used[n].update[k] = 0;
+      for (int64_t k = count; k < width<T>; ++k) used[n].update[k] = after[k] = 0;
     }
     gradient += used[n].g * used[n].g;
     update += used[n].update * used[n].update;
-    param += theta[n] * theta[n];
+    param += after * after;
     // A division only where it makes a larger one. A NaN is looked at too, and wins.
     if (any_not_within(absolute(m[n]), seen.ratio * used[n].root)) {
       for (int64_t k = 0; k < width<T>; ++k) {

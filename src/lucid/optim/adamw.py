@@ -12,6 +12,7 @@ from .formats import NAMES, StateFormatName
 from .gradients import NonFinite
 from .groups import ParamGroup, pair
 from .optimizer import Hyperparameters, Optimizer, Params
+from .values import number_in, shown
 
 
 class AdamW(Optimizer):
@@ -153,8 +154,10 @@ class AdamW(Optimizer):
     def _hyperparameters(self, group: ParamGroup) -> Hyperparameters:
         try:
             lr = group["lr"]
+            if isinstance(lr, Tensor) and (number := number_in(lr)) is not None:
+                lr = number
             return Hyperparameters(
-                lr=_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta else lr),
+                lr=_number("lr", lr),
                 beta1=_number("beta1", group["beta1"], below=1.0),
                 beta2=_number("beta2", group["beta2"], below=1.0),
                 eps=_number("eps", group["eps"]),
@@ -171,31 +174,31 @@ class AdamW(Optimizer):
 
 def _number(name: str, value: Any, below: float = math.inf) -> float:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-        raise TypeError(f"{name}: expected a number{' or a 0-dim Tensor' * (name == 'lr')}, got {value!r}")
+        raise TypeError(f"{name}: expected a number{' or a 0-dim Tensor' * (name == 'lr')}, got {shown(value)}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not 0.0 <= number < below:
-        raise ValueError(f"{name}: expected a number in [0, {below:g}), got {value!r}")
+        raise ValueError(f"{name}: expected a number in [0, {below:g}), got {shown(value)}")
     return number
 
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
+        raise TypeError(f"{name}: expected True or False, got {shown(value)}")
     return value
 
 
 def _state_format(value: Any) -> StateFormatName:
     if not isinstance(value, str) or value not in NAMES:
-        raise ValueError(f"state_format: expected one of {', '.join(map(repr, NAMES))}, got {value!r}")
+        raise ValueError(f"state_format: expected one of {', '.join(map(repr, NAMES))}, got {shown(value)}")
     return value
 
 
 def _seed(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"seed: expected a whole number, got {value!r}")
+        raise TypeError(f"seed: expected a whole number, got {shown(value)}")
     if not 0 <= value < 2**63:
-        raise ValueError(f"seed: expected a whole number from 0 to 2**63 - 1, got {value!r}")
+        raise ValueError(f"seed: expected a whole number from 0 to 2**63 - 1, got {shown(value)}")
     return value

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lucid.engine import codecs
 
+from .values import number_in, shown
+
 STEP = "step"
 STREAM = "stream"
 MAX_STEP = 2**24  # where float32 stops counting; every count of ours is below it
@@ -290,12 +292,11 @@ def new_step() -> Tensor:
 
 def checked_step(value: Any, name: str) -> Tensor:
     """Return a step count as 0-dim float32 on the CPU, `value` itself where it is so already."""
-    if not isinstance(value, Tensor | int | float) or (
-        isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex())
-    ):
-        raise ValueError(f"state 'step' of {name}: expected one number, got {value!r}")
+    number = number_in(value) if isinstance(value, Tensor) else value
+    if not isinstance(number, int | float):
+        raise ValueError(f"state 'step' of {name}: expected one number, got {shown(value)}")
     try:
-        count = float(value.detach() if isinstance(value, Tensor) else value)
+        count = float(number)
     except OverflowError:
         count = math.inf
     if not (0 <= count < MAX_STEP and count.is_integer()):

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .values import number_in, shown
+
 NonFinite = Literal["propagate", "skip", "error"]
 NON_FINITE: tuple[NonFinite, ...] = ("propagate", "skip", "error")
 
@@ -30,14 +32,14 @@ def checked_max_norm(value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"max_grad_norm: expected None or a number, got {value!r}")
+        raise TypeError(f"max_grad_norm: expected None or a number, got {shown(value)}")
     try:
         bound = float(value)
     except OverflowError:
         bound = math.inf
     if not bound > 0:
         raise ValueError(
-            f"max_grad_norm: expected None, a number above 0, or infinity to measure the norm only, got {value!r}"
+            f"max_grad_norm: expected None, a number above 0, or infinity to measure the norm only, got {shown(value)}"
         )
     return bound
 
@@ -45,7 +47,7 @@ def checked_max_norm(value: Any) -> float | None:
 def checked_non_finite(value: Any) -> NonFinite:
     """Return `value`; raise unless it names a way to treat gradients that are not finite."""
     if not isinstance(value, str) or value not in NON_FINITE:
-        raise ValueError(f"nonfinite: expected one of {', '.join(map(repr, NON_FINITE))}, got {value!r}")
+        raise ValueError(f"nonfinite: expected one of {', '.join(map(repr, NON_FINITE))}, got {shown(value)}")
     return value
 
 
@@ -53,7 +55,7 @@ def scale_of(value: Any) -> float:
     """Return the scale that the gradients carry: `grad_scale` as GradScaler sets it, 1 for None."""
     scale = 1.0 if value is None else _single("grad_scale", value)
     if not 0 < scale < math.inf:
-        raise ValueError(f"grad_scale: expected a finite number above 0, got {value!r}")
+        raise ValueError(f"grad_scale: expected a finite number above 0, got {shown(value)}")
     return scale
 
 
@@ -63,14 +65,14 @@ def found_inf_in(value: Any) -> bool:
 
 
 def _single(name: str, value: Any) -> float:
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta and not value.is_complex():
-        return float(value.item())
+    if isinstance(value, Tensor) and (number := number_in(value)) is not None:
+        return number
     if isinstance(value, numbers.Real):
         try:
             return float(value)
         except OverflowError:
             return math.inf
-    raise TypeError(f"{name}: expected None or a Tensor of one number, as torch.amp.GradScaler sets it, got {value!r}")
+    raise TypeError(f"{name}: expected None or one number, as torch.amp.GradScaler sets it, got {shown(value)}")
 
 
 def clip_factor(norm: float, max_norm: float | None) -> float:

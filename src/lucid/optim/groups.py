@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, KeysView, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, KeysView, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Self
 
 from torch import Tensor
+
+from .values import shown
 
 _MISSING = object()
 
@@ -137,7 +139,7 @@ def check_ordered(params: Any) -> None:
             "params: expected an iterable of Parameters, of (name, Parameter) pairs or of group dicts, "
             f"got {type(params).__name__}"
         )
-    if isinstance(params, AbstractSet) and not isinstance(params, KeysView):
+    if isinstance(params, AbstractSet) and not isinstance(params, KeysView | ItemsView):
         raise TypeError(f"params: expected an ordered iterable such as a list, got {type(params).__name__}")
 
 
@@ -153,5 +155,5 @@ def check_distinct(tensors: Sequence[Tensor]) -> None:
 def pair(betas: Any) -> tuple[Any, Any]:
     """Return the two betas, or raise naming what came."""
     if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise TypeError(f"betas: expected a pair of numbers (beta1, beta2), got {betas!r}")
+        raise TypeError(f"betas: expected a pair of numbers (beta1, beta2), got {shown(betas)}")
     return betas[0], betas[1]

@@ -24,6 +24,7 @@ from .groups import ParamGroup, check_ordered, checked_params
 from .part import Outcome, Part
 from .state_dict import loaded, plain
 from .statistics import summed_up
+from .values import shown
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -154,10 +155,21 @@ class Optimizer(torch.optim.Optimizer):
         groups = self.param_groups
         for index in range(len(groups)) if only is None else (only,):
             group = groups[index]
-            if type(group) is not ParamGroup:
-                groups[index] = ParamGroup(group)
-            if type(group["params"]) is not list:
-                groups[index]["params"] = list(group["params"])
+            if type(group) is ParamGroup and type(group.get("params")) is list:
+                continue
+            if not isinstance(group, dict):
+                raise TypeError(f"param_groups[{index}]: expected a dict, got {shown(group)}")
+            if not isinstance(group.get("params"), list | tuple):
+                raise TypeError(
+                    f"param_groups[{index}]['params']: expected a list of Parameters, got {shown(group.get('params'))}"
+                )
+            wrapped = ParamGroup(group)
+            wrapped["params"] = list(group["params"])
+            self._hyperparameters(wrapped)
+            if type(group) is ParamGroup:
+                group["params"] = wrapped["params"]
+            else:
+                groups[index] = wrapped
         return groups if only is None else [groups[only]]
 
     def _name(self, group: int, index: int) -> str:
@@ -280,7 +292,7 @@ class Optimizer(torch.optim.Optimizer):
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool | None) -> None:
         if value is not None and not isinstance(value, bool):
-            raise TypeError(f"_step_supports_amp_scaling: expected True, False or None, got {value!r}")
+            raise TypeError(f"_step_supports_amp_scaling: expected True, False or None, got {shown(value)}")
         self._amp_scaling = value
 
     # Step in backward

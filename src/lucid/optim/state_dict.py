@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .formats import KnownAs, StateFormat, copied
 from .groups import ParamGroup
+from .values import shown
 
 OWN_OPTIONS = ("state_format", "master_weights")  # of how state is kept here, whatever was saved
 
@@ -71,7 +72,8 @@ def _checked_groups(saved: Mapping[str, Any], groups: Sequence[ParamGroup]) -> l
         names = group.get("param_names")
         if names is not None and (not isinstance(names, list | tuple) or len(names) != len(group["params"])):
             raise ValueError(
-                f"state_dict['param_groups']: expected a list of {len(group['params'])} 'param_names', got {names!r}"
+                f"state_dict['param_groups']: expected a list of {len(group['params'])} 'param_names', "
+                f"got {shown(names)}"
             )
     sizes = [len(group["params"]) for group in groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]

@@ -48,9 +48,9 @@ def _together(each: Iterable[_Sums]) -> _Sums:
     elements, gradient, update, param, ratio, step, skipped = columns
     return _Sums(
         sum(elements),
-        math.fsum(gradient),
-        math.fsum(update),
-        math.fsum(param),
+        sum(gradient),
+        sum(update),
+        sum(param),
         max(ratio, key=lambda value: (math.isnan(value), value)),
         max(step),
         max(skipped),
@@ -83,7 +83,7 @@ def summed_up(optimizer: Optimizer, seen: Mapping[Tensor, engine.Observed], clip
     for number, sums in together.items():
         numbers |= sums.named(f"group{number}")
     whole = {
-        "grad_norm": math.sqrt(math.fsum(sums.gradient for sums in together.values())),
+        "grad_norm": math.sqrt(sum(sums.gradient for sums in together.values())),
         "skipped_steps": optimizer.skipped_steps,
     }
     return whole | numbers
