@@ -61,6 +61,8 @@ def scale_of(value: Any) -> float:
 
 def found_inf_in(value: Any) -> bool:
     """Whether GradScaler's check, `found_inf` as it sets it, says that this step must not be taken."""
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        value = value.int()
     return value is not None and _single("found_inf", value) != 0
 
 

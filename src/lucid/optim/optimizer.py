@@ -159,12 +159,8 @@ class Optimizer(torch.optim.Optimizer):
                 continue
             if not isinstance(group, dict):
                 raise TypeError(f"param_groups[{index}]: expected a dict, got {shown(group)}")
-            if not isinstance(group.get("params"), list | tuple):
-                raise TypeError(
-                    f"param_groups[{index}]['params']: expected a list of Parameters, got {shown(group.get('params'))}"
-                )
             wrapped = ParamGroup(group)
-            wrapped["params"] = list(group["params"])
+            wrapped["params"], _ = checked_params(group.get("params"))
             self._hyperparameters(wrapped)
             if type(group) is ParamGroup:
                 group["params"] = wrapped["params"]

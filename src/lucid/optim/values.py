@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LONGEST = 200  # characters of a value in a message
+LONGEST = 500  # characters of a value in a message
 
 
 def shown(value: Any) -> str:
@@ -15,7 +15,7 @@ def shown(value: Any) -> str:
     if isinstance(value, Tensor) and (value.numel() > 8 or not _readable(value)):
         return f"a {type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
     try:
-        text = repr(value)
+        text = repr(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
     except Exception:
         return f"a {type(value).__name__}"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
@@ -23,11 +23,11 @@ def shown(value: Any) -> str:
 
 def number_in(tensor: Tensor) -> float | None:
     """Return the real number that is all of `tensor`, or None where it is not one, or cannot be read."""
-    if tensor.numel() != 1 or tensor.is_complex() or not _readable(tensor):
+    if tensor.numel() != 1 or tensor.is_complex() or tensor.dtype == torch.bool or not _readable(tensor):
         return None
     try:
         return float(tensor.detach().item())
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+    except (TypeError, ValueError, RuntimeError):
         return None
 
 
