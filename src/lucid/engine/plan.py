@@ -66,7 +66,7 @@ class Plan:
         if self._native is not None:
             return self._native.gather(groups, state_box)
         params = [param for group in groups for param in group]
-        if len({id(param) for param in params}) != len(params):
+        if len({id(param) for param in params}) != len(params) or not all(isinstance(p, Tensor) for p in params):
             return None
         return [index for index, param in enumerate(params) if param.grad is not None]
 

@@ -103,6 +103,7 @@ def check_memory(row: Row) -> None:
     tensors |= {f"its state {key!r}": slot for key, slot in row.slots.items()}
     spans: list[tuple[int, int, str]] = []
     for what, tensor in tensors.items():
+        check_plain(tensor, f"{row.name}: {what}")
         if tensor.is_conj() or tensor.is_neg():
             raise ValueError(f"{row.name}: {what} is a lazily conjugated or negated view; resolve_conj() it")
         if tensor.is_inference() and what.startswith("its state") and not torch.is_inference_mode_enabled():

@@ -43,7 +43,8 @@ class StepInBackward:
         params = {param: None for group in optimizer.param_groups for param in group["params"]}
         for param in [param for param in self._handles if param not in params]:
             self._handles.pop(param).remove()
-            self._parts.pop(param, None)
+            for known in (self._parts, optimizer._seen, optimizer._skipped_alone):
+                known.pop(param, None)
         own = weakref.ref(self)
 
         def hook(param: Tensor) -> None:
@@ -80,6 +81,7 @@ class StepInBackward:
         entry = optimizer._state_box[0].get(param)
         outcome = optimizer._apart(part, [{} if entry is None else {param: entry}, True])
         if outcome.skipped:
+            optimizer._skipped_in_backward += 1
             optimizer._skipped_alone[param] = optimizer._skipped_alone.get(param, 0) + 1
         optimizer._seen |= outcome.observed
         param.grad = None
@@ -103,12 +105,13 @@ class StepInBackward:
             group, place = part.only
             if group < len(groups) and place < len(groups[group]["params"]) and groups[group]["params"][place] is param:
                 return part
-        for group, items in enumerate(groups):
-            for place, other in enumerate(items["params"]):
-                if other is param:
-                    self._parts[param] = Part((group, place))
-                    return self._parts[param]
-        return None
+        places = {
+            other: (group, place) for group, items in enumerate(groups) for place, other in enumerate(items["params"])
+        }
+        if param not in places:
+            return None
+        self._parts |= {other: Part(where) for other, where in places.items()}  # all at once: each look-up reads all
+        return self._parts[param]
 
 
 def _remove(handles: dict[Tensor, RemovableHandle]) -> None:

@@ -94,7 +94,8 @@ class Optimizer(torch.optim.Optimizer):
         self._accumulating = 0
         self._seen: dict[Tensor, engine.Observed] = {}
         self._clip = 1.0
-        self._skipped_alone: dict[Tensor, int] = {}  # in backward, by parameter
+        self._skipped_in_backward = 0
+        self._skipped_alone: dict[Tensor, int] = {}  # of these, by parameter
         self._grad_norm: float | None = None
         self._state_box: list[Any] = [defaultdict(dict), True]
         self._unlock()
@@ -113,6 +114,8 @@ class Optimizer(torch.optim.Optimizer):
 
     @state.setter
     def state(self, value: defaultdict[Any, Any]) -> None:
+        if not isinstance(value, dict):
+            raise TypeError(f"state: expected a dict of each parameter's state, got {shown(value)}")
         self._state_box = [value, True]
 
     # Groups
@@ -143,6 +146,11 @@ class Optimizer(torch.optim.Optimizer):
         group["params"], names = checked_params(group["params"])
         if names is not None:
             group["param_names"] = names
+        given = group.get("param_names", [])
+        if not isinstance(given, list | tuple) or (given and len(given) != len(group["params"])):
+            raise ValueError(
+                f"param_names: expected a list of {len(group['params'])}, one for each parameter, got {shown(given)}"
+            )
         for name, default in self.defaults.items():
             group.setdefault(name, default)
         self._hyperparameters(group)
@@ -153,6 +161,8 @@ class Optimizer(torch.optim.Optimizer):
     def _checked_groups(self, only: int | None = None) -> list[ParamGroup]:
         """Return all groups, or one, wrapped again where someone has put plain dicts in their place."""
         groups = self.param_groups
+        if not isinstance(groups, list):
+            raise TypeError(f"param_groups: expected a list of dicts, got {shown(groups)}")
         for index in range(len(groups)) if only is None else (only,):
             group = groups[index]
             if type(group) is ParamGroup and type(group.get("params")) is list:
@@ -269,7 +279,7 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were not taken since gradients were not finite; in backward each parameter's counts."""
-        return self._skipped_steps + sum(self._skipped_alone.values())
+        return self._skipped_steps + self._skipped_in_backward
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

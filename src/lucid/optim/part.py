@@ -120,7 +120,9 @@ class Part:
         """The part's parameters in the order of its plan's rows."""
         if self.only is None:
             return members_of(groups)
-        return [member for member in members_of(groups) if (member.group, member.place) == self.only]
+        group, place = self.only
+        number = sum(len(before["params"]) for before in groups[:group]) + place
+        return [Member(number, group, place, groups[group]["params"][place])]
 
     def _rows(
         self, optimizer: Optimizer, looks: list[int], hyperparameters: list[Hyperparameters], new: list[_NewState]
