@@ -101,6 +101,11 @@ class ParamGroup(dict[str, Any]):
     def copy(self) -> ParamGroup:
         return ParamGroup(self)
 
+    def name_of(self, place: int) -> str | None:
+        """Return the name of the parameter at `place`, or None where none was given."""
+        names = self.get("param_names")
+        return names[place] if isinstance(names, list | tuple) and place < len(names) else None
+
 
 def checked_params(params: Any) -> tuple[list[Tensor], list[str] | None]:
     """Return the tensors of a group's ``"params"`` and their names, if they have any; raise where it is not so."""

@@ -180,8 +180,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _name(self, group: int, index: int) -> str:
         """How messages call parameter number `index` of a group."""
-        names = self.param_groups[group].get("param_names") or ()
-        return f"parameter {names[index]!r}" if index < len(names) else f"parameter {index} of group {group}"
+        name = self.param_groups[group].name_of(index)
+        return f"parameter {index} of group {group}" if name is None else f"parameter {name!r}"
 
     # The step
 
@@ -388,8 +388,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _known_as(self, seed: int, number: int, group: int, index: int) -> KnownAs:
         """What the draws of parameter number `index` of a group, `number` over all, are keyed with."""
-        names = self.param_groups[group].get("param_names") or ()
-        return seed, names[index] if index < len(names) else number
+        name = self.param_groups[group].name_of(index)
+        return seed, number if name is None else name
 
     def _all_known_as(self, groups: Sequence[ParamGroup]) -> Iterator[KnownAs]:
         number = itertools.count()

@@ -76,9 +76,8 @@ def summed_up(optimizer: Optimizer, seen: Mapping[Tensor, engine.Observed], clip
             optimizer._skipped_steps + optimizer._skipped_alone.get(member.param, 0),
         )
         groups.setdefault(member.group, []).append(sums)
-        names = optimizer.param_groups[member.group].get("param_names") or ()
-        if member.place < len(names):
-            numbers |= sums.named(names[member.place])
+        if (name := optimizer.param_groups[member.group].name_of(member.place)) is not None:
+            numbers |= sums.named(name)
     together = {number: _together(each) for number, each in groups.items()}
     for number, sums in together.items():
         numbers |= sums.named(f"group{number}")
