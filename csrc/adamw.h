@@ -25,7 +25,7 @@ inline V maximum(V a, V b) {
 // What a step came across, for those who observe it.
 template <class V>
 struct Used {
-  V g, root, update;
+  V root, update;
 };
 
 // One step of a vector of elements.
@@ -38,7 +38,7 @@ template <bool amsgrad, class V, class T>
   const V root = square_root(w);
   const V update = h.d * theta + (h.k * m) / (root * h.s + h.e);
   theta = theta - update;
-  return {g, root, update};
+  return {root, update};
 }
 
 }  // namespace

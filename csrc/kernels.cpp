@@ -43,7 +43,7 @@ template <class Param, class Gradient, bool amsgrad, class T, int N>
   } else {
     Used<Vector<T>> used[N];
     for (int n = 0; n < N; ++n) used[n] = adamw<amsgrad>(h, theta[n], g[n], m[n], v[n], w[n]);
-    observe(*static_cast<Observed<T>*>(s.observed), count, theta, m, used);
+    observe(*static_cast<Observed<T>*>(s.observed), count, theta, g, m, used);
   }
   if constexpr (amsgrad) store_vectors(static_cast<T*>(s.at[max_exp_avg_sq]) + i, count, w);
   Param::store(s, i, count, theta);

@@ -56,7 +56,7 @@ struct Scalars {
 };
 
 // What the elements of a slice were like. Sums of squares by lane of a vector (those that a SIMD level lacks stay
-// zero): of the gradient as it was used, the update, the parameter after it. `ratio`: the largest |m| / sqrt(w).
+// zero): of the gradient as it came, the update, the parameter after it. `ratio`: the largest |m| / sqrt(w).
 template <class T>
 struct Observed {
   T gradient[16] = {}, update[16] = {}, param[16] = {};

@@ -19,6 +19,10 @@ namespace {
 }
 
 template <class T>
+constexpr T largest_finite =
+    sizeof(T) == sizeof(float) ? static_cast<T>(0x1.fffffep127) : static_cast<T>(0x1.fffffffffffffp1023);
+
+template <class T>
 struct PlainNumbers {
   using Compute = T;
   [[gnu::always_inline]] static Vector<T> load(const void* from, int64_t i, int64_t count) {
@@ -57,7 +61,8 @@ void squares(const void* from, int64_t n, double (&lanes_of_chunk)[sum_lanes]) n
 // Adds what N vectors' step came across to what was seen of their slice; of one vector, `count` elements are there.
 template <int N, class T>
 [[gnu::always_inline]] inline void observe(Observed<T>& seen, int64_t count, const Vector<T> (&theta)[N],
-                                           const Vector<T> (&m)[N], Used<Vector<T>> (&used)[N]) {
+                                           const Vector<T> (&g)[N], const Vector<T> (&m)[N],
+                                           Used<Vector<T>> (&used)[N]) {
   using V = Vector<T>;
   V gradient = {}, update = {}, param = {};
   for (int n = 0; n < N; ++n) {
@@ -65,11 +70,12 @@ template <int N, class T>
     if (N == 1 && count < width<T>) {  // where there is no element, 0 / 0 may have been computed
       for (int64_t k = count; k < width<T>; ++k) used[n].update[k] = after[k] = 0;
     }
-    gradient += used[n].g * used[n].g;
+    gradient += g[n] * g[n];
     update += used[n].update * used[n].update;
     param += after * after;
-    // A division only where it makes a larger one. A NaN is looked at too, and wins.
-    if (any_not_within(absolute(m[n]), seen.ratio * used[n].root)) {
+    // A division only where it makes a larger one. A NaN is looked at too, and wins; infinity / infinity is one.
+    const V bound = seen.ratio * used[n].root;
+    if (any_not_within(absolute(m[n]), bound > largest_finite<T> ? V{} + largest_finite<T> : bound)) {
       for (int64_t k = 0; k < width<T>; ++k) {
         const T size = absolute(m[n])[k];
         const T ratio = size == 0 ? 0 : size / used[n].root[k];

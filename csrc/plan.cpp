@@ -583,6 +583,7 @@ void Plan::release() {
     Py_CLEAR(row.gradient);
     row.active = row.look = false;
   }
+  if (tensors_.size() > 2 * remembered_tensors_) compact();  // rows bound in steps that were not run
   ran_ = false;
 }
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lucid.optim as optim
 from bits import assert_same, on, peek, results
+from lucid import engine
 from twins import Chain, Net, adamw, grads, hooked, hooks, poison, reentrant, stepping, steps_of, train, twins
 
 
@@ -357,3 +358,45 @@ def test_statistics_tell_of_each_parameter_what_its_last_update_was_like():
     optimizer.step()
     said = {key.removesuffix("/step") for key in optimizer.statistics() if key.endswith("/step")}
     assert said == {"group0", "group1", *dict(net.named_parameters())} - {"unused", "frozen"}
+
+
+def test_the_message_in_backward_is_of_one_parameter():
+    first, second = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    optimizer = optim.AdamW([("first", first), ("second", second)], nonfinite="error")
+    optimizer.step_in_backward()
+    with pytest.raises(FloatingPointError, match="'first' has 3 NaN of 3 entries, so it was not updated"):
+        (first * second.detach() * math.nan).sum().backward()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_leaves_no_gradient_that_was_used(when, monkeypatch):
+    param = Parameter(torch.ones(3))
+    optimizer = optim.AdamW([param])
+    optimizer.step_in_backward()
+    run = engine.Plan.run
+
+    def interrupted(*arguments, **options):
+        if when == "after":
+            run(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Plan, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            param.sum().backward()
+    assert (param.grad is None) == (when == "after")
+    optimizer.step()
+    assert int(optimizer.state[param]["step"]) == 1
+
+
+def test_under_compiled_autograd():
+    from torch._dynamo import compiled_autograd
+
+    param = Parameter(torch.ones(3))
+    optimizer = optim.AdamW([param])
+    optimizer.step_in_backward()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        (param * 2).sum().backward()
+    assert param.grad is None
+    assert int(optimizer.state[param]["step"]) == 1

@@ -9,6 +9,7 @@ that was good must not be left out: the limits are tried from both sides, unscal
 import copy
 import datetime
 import faulthandler
+import gc
 import itertools
 import math
 import os
@@ -17,6 +18,7 @@ import time
 
 import pytest
 import torch
+from benchmarks.footprint import resident_bytes
 from torch.nn import Parameter
 
 import lucid.optim as optim
@@ -702,3 +704,29 @@ def test_replicas_leave_out_the_same_steps(tmp_path):
         for found, own_norm in (first[0], *second):
             assert_same(found, wanted, str(options))
             assert own_norm == norm
+
+
+def test_steps_that_are_never_taken_leave_nothing_behind():
+    """Rows are bound anew in each of them."""
+    params = [Parameter(torch.ones(3)) for _ in range(300)]
+    optimizer = optim.AdamW(params, nonfinite="skip")
+    sizes = []
+    for _ in range(6):
+        for param in params:
+            param.grad = torch.full((3,), math.nan)
+        for _ in range(40):
+            optimizer.step()
+        gc.collect()
+        sizes.append(resident_bytes())
+    assert optimizer.skipped_steps == 240
+    assert sizes[-1] - sizes[1] < 160 * 300 * 100  # a row that stays takes some 300 bytes
+
+
+def test_empty_parameters_of_two_types(engine_name):
+    params = [Parameter(torch.zeros(0, dtype=dtype)) for dtype in (torch.complex64, torch.float32, torch.float64)]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer = optim.AdamW(params, nonfinite="skip")
+    with on(engine_name):
+        optimizer.step()
+    assert [int(optimizer.state[param]["step"]) for param in params] == [1, 1, 1]

@@ -267,14 +267,61 @@ def test_without_an_observed_step_there_are_none(engine_name):
 def test_they_are_those_of_the_last_observed_step(engine_name):
     optimizer = single(torch.ones(3), torch.ones(3))
     ((param,),) = (group["params"] for group in optimizer.param_groups)
-    norms = []
     with on(engine_name):
         for number in range(1, 6):
             optimizer.observe(number in (1, 2, 5))
             param.grad = torch.tensor([float(number), 0.0, 0.0])
             optimizer.step()
-            norms.append(optimizer.statistics()["grad_norm"])
-    assert norms == pytest.approx([1.0, 2.0, 2.0, 2.0, 5.0])
+            if number in (1, 2, 5):
+                assert optimizer.statistics()["grad_norm"] == pytest.approx(number)
+            else:  # another step's would mislead
+                with pytest.raises(RuntimeError, match="no step has been observed"):
+                    optimizer.statistics()
+
+
+@pytest.mark.parametrize("infinite", [math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_infinity_over_infinity_shows_wherever_it_is(dtype, infinite):
+    for level in LEVELS:
+        with engine.cpu.forced_simd_level(level):
+            for position in (0, 4, 8, 12, 16, 31, 40, 63):
+                param = Parameter(torch.ones(64, dtype=dtype))
+                param.grad = torch.ones(64, dtype=dtype)
+                param.grad[position] = infinite
+                optimizer = optim.AdamW([param])
+                optimizer.observe()
+                optimizer.step()
+                assert math.isnan(optimizer.statistics()["group0/max_m_over_sqrt_v"]), (level, position)
+
+
+@pytest.mark.parametrize("bound", [1.0, 1e-25, 1e-170])
+def test_a_spike_that_is_clipped_hides_no_other_gradient(bound, engine_name):
+    small, spiky = Parameter(torch.ones(10)), Parameter(torch.ones(10))
+    optimizer = optim.AdamW([("small", small), ("spiky", spiky)], max_grad_norm=bound)
+    optimizer.observe()
+    small.grad, spiky.grad = torch.full((10,), 0.01), torch.ones(10)
+    spiky.grad[3] = 1e15
+    with on(engine_name):
+        optimizer.step()
+    assert optimizer.statistics()["small/grad_norm"] == pytest.approx(0.01 * 10**0.5, rel=1e-5)
+    assert optimizer.statistics()["grad_norm"] == pytest.approx(float(optimizer.grad_norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_on_is_true_or_false(value):
+    optimizer = single(torch.ones(3), torch.ones(3))
+    for switch in (optimizer.observe, optimizer.step_in_backward):
+        with pytest.raises(TypeError, match="on: expected True or False, got"):
+            switch(value)
+
+
+def test_state_that_was_emptied_counts_no_steps():
+    optimizer = single(torch.ones(3), torch.ones(3))
+    optimizer.observe()
+    optimizer.step()
+    for entry in optimizer.state.values():
+        entry.clear()
+    assert optimizer.statistics()["group0/step"] == 0
 
 
 @pytest.mark.parametrize("warm", [0, 1, SEALED])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Observed(NamedTuple):
-    """Sums of squares over the elements of a gradient as it was used, the update and the parameter after it.
+    """Sums of squares over the elements of a gradient as it came, the update and the parameter after it.
 
     All of values in the compute type, before they are rounded to what is stored. ``ratio`` is the largest |m|/√v of an
     element, with amsgrad |m|/√w. For looking at: engines agree to about 1e-6, where no square under- or overflows.

@@ -67,7 +67,7 @@ def compute(
     ] = {}  # of parameters on the same memory: the second moves on from the first
     for row, h in zip(rows, scalars, strict=True):
         param = row.param.detach()
-        place = (param.device, param.data_ptr(), param.shape, param.stride())
+        place = (param.device, param.data_ptr(), param.dtype, param.shape, param.stride())
         theta, m, v, w = _loaded(latest.get(place, param), row.slots)
         g = _gradient(row)
         new = adamw(h, theta, g, m, v, w)
@@ -93,7 +93,7 @@ def _gradient(row: Row) -> Tensor:
 def _observed(h: Scalars, before: Tensor, g: Tensor, theta: Tensor, m: Tensor, v: Tensor, w: Tensor | None) -> Observed:
     w = v if w is None else w
     ratio = torch.where(m == 0, 0.0, m.abs() / _square_root(w))
-    measured = (h.f * g, _update(h, before, m, w), theta)
+    measured = (g, _update(h, before, m, w), theta)
     gradient, update, param = (float(x.double().square().sum()) for x in measured)
     return Observed(gradient, update, param, float(ratio.max()) if ratio.numel() else 0.0)
 

@@ -12,7 +12,7 @@ from .formats import NAMES, StateFormatName
 from .gradients import NonFinite
 from .groups import ParamGroup, pair
 from .optimizer import Hyperparameters, Optimizer, Params
-from .values import number_in, shown
+from .values import checked_flag, number_in, shown
 
 
 class AdamW(Optimizer):
@@ -162,10 +162,10 @@ class AdamW(Optimizer):
                 beta2=_number("beta2", group["beta2"], below=1.0),
                 eps=_number("eps", group["eps"]),
                 weight_decay=_number("weight_decay", group["weight_decay"]),
-                amsgrad=_flag("amsgrad", group["amsgrad"]),
-                maximize=_flag("maximize", group["maximize"]),
+                amsgrad=checked_flag("amsgrad", group["amsgrad"]),
+                maximize=checked_flag("maximize", group["maximize"]),
                 state_format=_state_format(group["state_format"]),
-                master_weights=_flag("master_weights", group["master_weights"]),
+                master_weights=checked_flag("master_weights", group["master_weights"]),
                 seed=_seed(group["seed"]),
             )
         except KeyError as error:
@@ -182,12 +182,6 @@ def _number(name: str, value: Any, below: float = math.inf) -> float:
     if not 0.0 <= number < below:
         raise ValueError(f"{name}: expected a number in [0, {below:g}), got {shown(value)}")
     return number
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {shown(value)}")
-    return value
 
 
 def _state_format(value: Any) -> StateFormatName:

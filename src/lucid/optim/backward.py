@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from .part import Part
@@ -67,6 +68,7 @@ class StepInBackward:
                 param.grad = None
         self.follow(optimizer)
 
+    @_disable_dynamo
     def _ready(self, param: Tensor) -> None:
         """Update `param`, to whose gradient backward has added all that it adds."""
         optimizer = self._optimizer()
@@ -79,7 +81,11 @@ class StepInBackward:
         if part is None:
             return
         entry = optimizer._state_box[0].get(param)
-        outcome = optimizer._apart(part, [{} if entry is None else {param: entry}, True])
+        try:
+            outcome = optimizer._apart(part, [{} if entry is None else {param: entry}, True])
+        finally:
+            if part.updated:
+                param.grad = None  # used, whatever happened then
         if outcome.skipped:
             optimizer._skipped_in_backward += 1
             optimizer._skipped_alone[param] = optimizer._skipped_alone.get(param, 0) + 1

@@ -24,7 +24,7 @@ from .groups import ParamGroup, check_ordered, checked_params
 from .part import Outcome, Part
 from .state_dict import loaded, plain
 from .statistics import summed_up
-from .values import shown
+from .values import checked_flag, shown
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -93,7 +93,7 @@ class Optimizer(torch.optim.Optimizer):
         self._backward: StepInBackward | None = None
         self._accumulating = 0
         self._seen: dict[Tensor, engine.Observed] = {}
-        self._clip = 1.0
+        self._scale = 1.0
         self._skipped_in_backward = 0
         self._skipped_alone: dict[Tensor, int] = {}  # of these, by parameter
         self._grad_norm: float | None = None
@@ -218,12 +218,12 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         outcome = self._apart(self._whole, self._state_box)
         self._skipped_steps += outcome.skipped
-        self._grad_norm = outcome.norm
+        self._grad_norm = outcome.norm if self._backward is None else None
         if self._backward is not None:
             self._seen |= outcome.observed
             self._backward.after_step(self)
         elif outcome.observed:
-            self._seen, self._clip = outcome.observed, outcome.clip
+            self._seen, self._scale = outcome.observed, outcome.scale
         return loss
 
     def _apart(self, part: Part, state_box: list[Any]) -> Outcome:
@@ -337,11 +337,12 @@ class Optimizer(torch.optim.Optimizer):
         >>> model.weight.grad is None, int(optimizer.state[model.weight]["step"])
         (True, 1)
         """
+        checked_flag("on", on)
         if on and self._max_grad_norm is not None:
             raise ValueError(no_norm_in_backward(self._max_grad_norm))
         if on and self._backward is None:
             self._backward = StepInBackward(self)
-            self._seen, self._clip = {}, 1.0
+            self._seen, self._scale = {}, 1.0
         elif on and self._backward is not None:
             self._backward.follow(self)
         elif self._backward is not None:
@@ -364,7 +365,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def observe(self, on: bool = True) -> None:
         """Let steps measure what `statistics` tells, in the same pass over the parameters; or no longer."""
-        self._observing = bool(on)
+        self._observing = checked_flag("on", on)
+        if not on:
+            self._seen = {}
 
     def statistics(self) -> dict[str, float]:
         """Return what the last step was like, as plain numbers by name, ready for a logger.
@@ -384,7 +387,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         if not self._seen:
             raise RuntimeError("statistics: no step has been observed; call observe() before step()")
-        return summed_up(self, self._seen, self._clip)
+        return summed_up(self, self._seen, self._scale)
 
     def _known_as(self, seed: int, number: int, group: int, index: int) -> KnownAs:
         """What the draws of parameter number `index` of a group, `number` over all, are keyed with."""

@@ -37,11 +37,11 @@ def members_of(groups: list[ParamGroup]) -> list[Member]:
 
 
 class Outcome(NamedTuple):
-    """What an update did: the gradients' norm if it was measured, what they were clipped by, what was observed."""
+    """What an update did: the gradients' norm if it was measured, the scale they came with, what was observed."""
 
     skipped: bool
     norm: float | None
-    clip: float
+    scale: float
     observed: dict[Tensor, engine.Observed]
 
 
@@ -62,6 +62,7 @@ class Part:
 
     def __init__(self, only: tuple[int, int] | None = None) -> None:
         self.only = only
+        self.updated = False  # by the last update(), also if that was interrupted afterwards
         self._first_group = 0 if only is None else only[0]  # of the plan's groups
         self.plan: engine.Plan | None = None
         self._planned: list[tuple[bool, StateFormatName, bool]] = []  # of each group
@@ -95,14 +96,14 @@ class Part:
                     plan.bind(row)
             judged = self._judged(optimizer, plan, scale, found_inf)
             if judged.skip:
-                return Outcome(True, judged.norm, 1.0, {})
+                return Outcome(True, judged.norm, scale, {})
             scalars = [
                 _scalars(hyperparameters[group], step, judged.factor, group + self._first_group)
                 for group, step in plan.steps()
             ]
             if new and self.only is None and _is_initialising(state_box[0], new, hyperparameters):
                 _adopt(optimizer, state_box, new)
-                return Outcome(False, judged.norm, 1.0, {})
+                return Outcome(False, judged.norm, scale, {})
             had = [(item.param in state_box[0], dict(item.entry)) for item in new]
             try:
                 _adopt(optimizer, state_box, new)
@@ -112,9 +113,10 @@ class Part:
                     _abandon(optimizer, state_box, new, had)
                 raise
         finally:
+            self.updated = plan.ran
             plan.release()
         every = [param for group in params for param in group] if observed else []
-        return Outcome(False, judged.norm, judged.factor * scale, {every[row]: seen for row, seen in observed})
+        return Outcome(False, judged.norm, scale, {every[row]: seen for row, seen in observed})
 
     def _members(self, groups: list[ParamGroup]) -> list[Member]:
         """The part's parameters in the order of its plan's rows."""
@@ -170,11 +172,12 @@ class Part:
         if nonfinite == "skip":
             return Judged(norm, factor, True)
         what = "the norm of all gradients overflows float64"
+        untouched = "nothing was updated" if self.only is None else "it was not updated"
         if bad is not None:
             group, index = members[bad[0]].group, members[bad[0]].place
             what = f"the gradient of {optimizer._name(group, index)} has {bad[1]}"
         raise FloatingPointError(
-            f"{what}, so nothing was updated; look for the cause (torch.autograd.detect_anomaly), "
+            f"{what}, so {untouched}; look for the cause (torch.autograd.detect_anomaly), "
             'or construct with nonfinite="skip" to leave such steps out'
         )
 

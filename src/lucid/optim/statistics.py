@@ -20,19 +20,19 @@ class _Sums(NamedTuple):
     """Of one parameter or several."""
 
     elements: int
-    gradient: float  # sums of squares; the gradient's before clipping
+    gradient: float  # sums of squares
     update: float
     param: float
     ratio: float
     step: float
     skipped: int
 
-    def named(self, name: str) -> dict[str, float]:
+    def named(self, name: str, scale: float) -> dict[str, float]:
         update, param = (
             math.sqrt(square / self.elements) if self.elements else 0.0 for square in (self.update, self.param)
         )
         values = {
-            "grad_norm": math.sqrt(self.gradient),
+            "grad_norm": math.sqrt(self.gradient) / scale,
             "update_rms": update,
             "param_rms": param,
             "update_ratio": update / param if param else math.inf if update else 0.0,
@@ -57,8 +57,8 @@ def _together(each: Iterable[_Sums]) -> _Sums:
     )
 
 
-def summed_up(optimizer: Optimizer, seen: Mapping[Tensor, engine.Observed], clip: float) -> dict[str, float]:
-    """Return the statistics of what was `seen` of parameters; `clip` is what scaled their gradients down."""
+def summed_up(optimizer: Optimizer, seen: Mapping[Tensor, engine.Observed], scale: float) -> dict[str, float]:
+    """Return the statistics of what was `seen` of parameters, whose gradients came `scale` times too large."""
     state = optimizer._state_box[0]
     numbers: dict[str, float] = {}
     groups: dict[int, list[_Sums]] = {}
@@ -68,21 +68,21 @@ def summed_up(optimizer: Optimizer, seen: Mapping[Tensor, engine.Observed], clip
         observed = engine.Observed(*seen[member.param])
         sums = _Sums(
             member.param.numel(),
-            observed.gradient / clip**2 if clip else math.nan,
+            observed.gradient,
             observed.update,
             observed.param,
             observed.ratio,
-            float(state[member.param]["step"]) if member.param in state else 0.0,
+            float(state.get(member.param, {}).get("step", 0.0)),
             optimizer._skipped_steps + optimizer._skipped_alone.get(member.param, 0),
         )
         groups.setdefault(member.group, []).append(sums)
         if (name := optimizer.param_groups[member.group].name_of(member.place)) is not None:
-            numbers |= sums.named(name)
+            numbers |= sums.named(name, scale)
     together = {number: _together(each) for number, each in groups.items()}
     for number, sums in together.items():
-        numbers |= sums.named(f"group{number}")
+        numbers |= sums.named(f"group{number}", scale)
     whole = {
-        "grad_norm": math.sqrt(sum(sums.gradient for sums in together.values())),
+        "grad_norm": math.sqrt(sum(sums.gradient for sums in together.values())) / scale,
         "skipped_steps": optimizer.skipped_steps,
     }
     return whole | numbers

@@ -15,7 +15,8 @@ def shown(value: Any) -> str:
     if isinstance(value, Tensor) and (value.numel() > 8 or not _readable(value)):
         return f"a {type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
     try:
-        text = repr(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
+        single = isinstance(value, Tensor) and value.numel() == 1
+        text = f"tensor({value.item()!r})" if single else repr(value)
     except Exception:
         return f"a {type(value).__name__}"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
@@ -29,6 +30,13 @@ def number_in(tensor: Tensor) -> float | None:
         return float(tensor.detach().item())
     except (TypeError, ValueError, RuntimeError):
         return None
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """Return `value`; raise unless it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {shown(value)}")
+    return value
 
 
 def _readable(tensor: Tensor) -> bool:
