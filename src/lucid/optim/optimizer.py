@@ -523,7 +523,7 @@ class Optimizer(torch.optim.Optimizer):
         saved["state"] = {
             number: decoded(params[number], entry, f"parameter {number}") if entry else {}
             for number, entry in saved["state"].items()
-            if isinstance(number, int)
+            if isinstance(number, int) and 0 <= number < len(params)  # tools may keep more there
         }
         saved["param_groups"] = [
             {key: value for key, value in group.items() if key not in _NOT_TORCH} for group in saved["param_groups"]
