@@ -400,3 +400,17 @@ def test_under_compiled_autograd():
         (param * 2).sum().backward()
     assert param.grad is None
     assert int(optimizer.state[param]["step"]) == 1
+
+
+def test_what_is_refused_keeps_its_gradient_also_after_good_steps():
+    param = Parameter(torch.ones(3))
+    optimizer = optim.AdamW([param])
+    optimizer.step_in_backward()
+    param.sum().backward()
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr"):
+        param.sum().backward()
+    assert torch.equal(param.grad, torch.ones(3))
+    optimizer.param_groups[0]["lr"] = 1e-3
+    optimizer.step()
+    assert int(optimizer.state[param]["step"]) == 2

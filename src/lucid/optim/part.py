@@ -72,6 +72,7 @@ class Part:
 
         ``state_box``: as `engine.Plan.gather` takes it; of all state or of the one parameter's.
         """
+        self.updated = False
         groups = optimizer._checked_groups(None if self.only is None else self.only[0])
         hyperparameters = [optimizer._hyperparameters(group) for group in groups]
         kept = [hyper.kept for hyper in hyperparameters]
