@@ -120,18 +120,17 @@ def _formats(found: FormatResult) -> Table:
 
 
 def _clipping(results: Results) -> Table:
-    rows = []
-    for case in results.clipping.values():
-        for name in case.samples:
-            rows.append(
-                [
-                    case.case.removeprefix("clip-"),
-                    name,
-                    _digits(1e3 * case.seconds(name)),
-                    _spread(case.times(name, LUCID)),
-                    _spread(case.times(FUSED_CLIPPED, name)),
-                ]
-            )
+    rows = [
+        [
+            case.case.removeprefix("clip-"),
+            name,
+            _digits(1e3 * case.seconds(name)),
+            _spread(case.times(name, LUCID)),
+            _spread(case.times(FUSED_CLIPPED, name)),
+        ]
+        for case in results.clipping.values()
+        for name in case.samples
+    ]
     note = (
         "× lucid: its time over that of lucid's step alone. × clip + fused: how many times as long "
         f"{FUSED_CLIPPED} took; above 1, faster."
