@@ -50,6 +50,7 @@ class Plan:
     def __init__(self, groups: list[list[Tensor]]) -> None:
         self._native = cpu.Plan(groups) if name_for(torch.device("cpu")) == "cpu" else None
         self._only_reference = _only_reference
+        self._ids = [id(param) for group in groups for param in group]
         self._rows: list[Row] = []
         self._updates: list[reference.Update] = []
         self._writing = False
@@ -66,7 +67,7 @@ class Plan:
         if self._native is not None:
             return self._native.gather(groups, state_box)
         params = [param for group in groups for param in group]
-        if len({id(param) for param in params}) != len(params) or not all(isinstance(p, Tensor) for p in params):
+        if [id(param) for param in params] != self._ids:
             return None
         return [index for index, param in enumerate(params) if param.grad is not None]
 
