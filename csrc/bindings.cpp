@@ -29,7 +29,14 @@ NB_MODULE(_cpu, m) {
   nb::class_<lucid::Plan>(m, "Plan")
       .def(nb::init<nb::list>(), "groups"_a)
       .def("gather", &lucid::Plan::gather, "groups"_a, "state_box"_a)
-      .def("bind", &lucid::Plan::bind, "index"_a, "gradient"_a, "entry"_a, "slots"_a)
+      .def(
+          "bind",
+          [](lucid::Plan& plan, size_t index, nb::handle gradient, nb::dict entry, nb::dict slots,
+             std::tuple<int64_t, int64_t, int64_t> numbering) {
+            const auto [first, run, stride] = numbering;
+            return plan.bind(index, gradient, entry, slots, {first, run, stride});
+          },
+          "index"_a, "gradient"_a, "entry"_a, "slots"_a, "numbering"_a)
       .def("remember", &lucid::Plan::remember, "state"_a)
       .def("steps", &lucid::Plan::steps)
       .def("params", &lucid::Plan::params)
@@ -59,6 +66,7 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("sealed", &lucid::Plan::sealed);
 
   m.def("connect", &lucid::connect, "tensor_type"_a);
+  m.def("connect_sharded", &lucid::connect_sharded, "sharded_type"_a);
   m.def("simd_levels", &lucid::simd_levels);
   m.def("simd_level", &lucid::simd_level);
   m.def("set_simd_level", &lucid::set_simd_level, "name"_a);

@@ -121,21 +121,20 @@ int64_t cut(const Work& work, int64_t index) {
   return index - in_row + std::min(work.row, (in_row + block - 1) / block * block);
 }
 
-// Elements [begin, end) of a row, which is cut nowhere but where blocks begin.
+// Elements [begin, end) of a row and a run, which is cut nowhere but where blocks begin.
 template <class T>
 void update_slices(const Work& work, const Scalars<T>& scalars, int64_t begin, int64_t end, Observed<T>* observed) {
-  Slice slice{{}, begin, end - begin, work.row, work.key, observed};
+  Slice slice{{}, begin, end - begin, work.row, work.key, work.numbering.of(begin), observed};
   slice.at[exp_avg_scale] = work.address[exp_avg_scale];
   slice.at[exp_avg_sq_scale] = work.address[exp_avg_sq_scale];
   if (work.layout == nullptr) {
-    if (begin == end) return;
     for (int o = 0; o < shaped_operands; ++o) {
       if (work.address[o] != nullptr) slice.at[o] = element(work, o, begin);
     }
     run_kernel(work, scalars, slice, work.own_gradient);
     return;
   }
-  for (; slice.first < end; slice.first += slice.n) {
+  for (; slice.first < end; slice.first += slice.n, slice.number += slice.n) {
     const int64_t full = slice.first + staged;  // from a cut on, no more than this to the next cut but one block less
     slice.n =
         std::min(end, work.moment_format == MomentFormat::eight_bit ? cut(work, full - block + 1) : full) - slice.first;
@@ -148,12 +147,13 @@ template <class T>
 void update_part(const Work& work, const Scalars<T>& scalars, int64_t begin, int64_t end, RowObserved* observed) {
   begin = cut(work, begin);
   end = cut(work, end);
-  if (observed == nullptr) {
-    update_slices<T>(work, scalars, begin, end, nullptr);
-    return;
-  }
   for (int64_t next; begin < end; begin = next) {
-    next = std::min(end, cut(work, begin + observed_at_once));
+    next = std::min(end, work.numbering.end_of_run(begin));
+    if (observed == nullptr) {
+      update_slices<T>(work, scalars, begin, next, nullptr);
+      continue;
+    }
+    next = std::min(next, cut(work, begin + observed_at_once));
     Observed<T> seen;
     update_slices(work, scalars, begin, next, &seen);
     observed->add(seen);

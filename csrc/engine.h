@@ -37,13 +37,25 @@ struct RowObserved {
   }
 };
 
+// Which numbers the elements that are here have in the whole parameter, of which other processes may hold the rest:
+// runs of consecutive ones, the first from `first` on, each next one `stride` further.
+struct Numbering {
+  int64_t first, run, stride;
+
+  int64_t of(int64_t element) const {
+    return element < run ? first + element : first + element / run * stride + element % run;
+  }
+  int64_t end_of_run(int64_t element) const { return element < run ? run : (element / run + 1) * run; }
+};
+
 // What is updated together: one parameter, its gradient and its state, as addresses.
 struct Work {
   void* address[max_operands];
   int8_t size[shaped_operands];  // bytes of an element
   const Layout* layout;          // null where every operand is contiguous, the gradient in a type that the kernels read
   int64_t elements;
-  int64_t row;             // elements of one index of the first dimension
+  int64_t row;  // elements of one index of the first dimension
+  Numbering numbering;
   Type compute, gradient;  // compute is float32 or float64
   ParamFormat param_format;
   MomentFormat moment_format;

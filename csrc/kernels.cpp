@@ -55,8 +55,8 @@ void update(const Scalars<typename Param::Compute>& scalars, const Slice& slice)
   const Scalars<T> h = scalars;
   const Slice s = slice;
   for (int64_t begin = 0; begin < s.n;) {
-    const int64_t end = Moments::draws ? least(s.n, begin + Draws::reach(s.first + begin)) : s.n;
-    Draws draws(s.key, s.first + begin);
+    const int64_t end = Moments::draws ? least(s.n, begin + Draws::reach(s.number + begin)) : s.n;
+    Draws draws(s.key, s.number + begin);
     const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
       constexpr int N = decltype(vectors)::number;
       Vector<T> m[N], v[N];
@@ -141,8 +141,8 @@ void update_eight_bit(const Scalars<float>& scalars, const Slice& slice) noexcep
     m_scales[number] = of_m.scale;
     v_scales[number] = of_v.scale;
     for (int64_t i = begin; i < end;) {
-      const int64_t n = least(end - i, Draws::reach(s.first + i));
-      const Draws draws(s.key, s.first + i);
+      const int64_t n = least(end - i, Draws::reach(s.number + i));
+      const Draws draws(s.key, s.number + i);
       encode(ms + i - begin, vs + i - begin, of_m.inverse, of_v.inverse, draws, m_codes + i, v_codes + i, n);
       i += n;
     }

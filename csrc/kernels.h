@@ -64,12 +64,14 @@ struct Observed {
 };
 constexpr int64_t observed_at_once = 4096;  // elements whose squares are summed in T: the error stays below 1e-5
 
-// Elements [first, first + n) of a parameter in row-major order (in any order where nothing is drawn or encoded).
+// Elements [first, first + n) of what is here of a parameter, in row-major order (in any order where nothing is drawn
+// or encoded).
 struct Slice {
-  void* at[max_operands];  // of element `first`; scales: of the parameter's first block
+  void* at[max_operands];  // of element `first`; scales: of the first block
   int64_t first, n;
   int64_t row;     // elements of a row; 8-bit slices begin and end at ends of blocks
   uint64_t key;    // of the draws of this parameter and step
+  int64_t number;  // of element `first` in the whole parameter, by which it draws
   void* observed;  // Observed<T>, or null where nobody observes
 };
 

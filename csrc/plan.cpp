@@ -55,7 +55,10 @@ Plan::Plan(nb::list groups) {
   layouts_.resize(rows_.size());
 }
 
-Plan::~Plan() { release(); }
+Plan::~Plan() {
+  release();
+  for (Row& row : rows_) Py_CLEAR(row.spec);
+}
 
 bool Plan::same_groups(nb::list groups) const {
   size_t row = 0;
@@ -110,6 +113,18 @@ Plan::Tensor Plan::known(const DLTensor& tensor, PyObject* object, int16_t role)
           role};
 }
 
+// Whether the parameter is spread as when it was bound, and its gradient like it.
+bool Plan::same_spread(const Row& row) const {
+  if (row.spec == nullptr) return !is_sharded(row.param) && !is_sharded(row.gradient);
+  if (!is_sharded(row.gradient)) return false;
+  PyObject* param = spec_of(row.param);
+  PyObject* gradient = spec_of(row.gradient);
+  const bool same = param == row.spec && gradient != nullptr && spread_alike(param, gradient);
+  Py_XDECREF(param);
+  Py_XDECREF(gradient);
+  return same;
+}
+
 // The row's gradient of this step; `look` where it is not such as it was bound with.
 void Plan::gather_gradient(Row& row) {
   PyObject* gradient = gradient_of(row.param);
@@ -122,7 +137,10 @@ void Plan::gather_gradient(Row& row) {
   row.gradient = gradient;
   Py_INCREF(row.param);
   DLTensor tensor;
-  row.look = !row.bound || !is_plain_tensor(gradient) || !read(gradient, &tensor) ||
+  const bool same_spread = this->same_spread(row);
+  PyObject* const param = local_of(row.param);
+  gradient = local_of(gradient);
+  row.look = !row.bound || !same_spread || !is_plain_tensor(gradient) || !read(gradient, &tensor) ||
              !same_tensor(tensors_[row.first + 1], tensor) || !aligned(tensor) ||
              (tensor.data == nullptr && row.work.elements > 0) || overlaps(row, tensor.data);
   // A lazily negated real gradient is the imaginary part of a conjugate, so that no stride of it is 1 but where it
@@ -133,8 +151,8 @@ void Plan::gather_gradient(Row& row) {
   if (row.look) return;
   row.work.address[grad] = tensor.data;
   row.near_gradient = reinterpret_cast<uintptr_t>(tensor.shape);
-  row.look = !read(row.param, &tensor) || !same_tensor(tensors_[row.first], tensor) ||
-             (row.is_complex && is_lazy_view(row.param));
+  row.look =
+      !read(param, &tensor) || !same_tensor(tensors_[row.first], tensor) || (row.is_complex && is_lazy_view(param));
   row.near_param = reinterpret_cast<uintptr_t>(tensor.shape);
 }
 
@@ -171,6 +189,7 @@ bool Plan::gather_state(PyObject* state) {
       if (name != seen_slot.key || value != seen_slot.value) return false;
       if (!row.bound || seen_slot.tensor < 0) continue;
       DLTensor tensor;
+      value = local_of(value);
       if (!read(value, &tensor)) {
         same = false;
         continue;
@@ -204,7 +223,9 @@ bool Plan::unreachable(PyObject* state) const {
     for (const SeenSlot* end = slot + seen.slots; slot != end; ++slot) {
       if (slot->tensor < 0) continue;
       if (Py_REFCNT(slot->value) != own || has_weak_references(slot->value)) return false;
-      if (storage_references(slot->value) != fresh) return false;
+      PyObject* const local = local_of(slot->value);
+      if (local != slot->value && (Py_REFCNT(local) != 1 || has_weak_references(local))) return false;
+      if (storage_references(local) != fresh) return false;
     }
   }
   return true;
@@ -255,7 +276,7 @@ nb::object Plan::gather(nb::list groups, nb::list state_box) try {
   throw;
 }
 
-nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dict slots) {
+nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dict slots, Numbering numbering) {
   Row& row = rows_.at(index);
   drop_slots(row);
   row.bound = false;
@@ -280,7 +301,7 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
   std::vector<DLTensor> read_tensors(found.size());
   for (size_t k = 0; k < found.size(); ++k) {
     DLTensor& tensor = read_tensors[k];
-    if (!read(found[k].object, &tensor) || !on_cpu(tensor) || tensor.byte_offset != 0) {
+    if (!read(local_of(found[k].object), &tensor) || !on_cpu(tensor) || tensor.byte_offset != 0) {
       return nb::str("its memory cannot be read as a plain CPU tensor's");
     }
     if (tensor.data == nullptr && elements(tensor) > 0) return nb::str("it, its gradient or its state has no memory");
@@ -297,6 +318,7 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
   work.own_gradient = work.gradient == type;
   const int ndim = parameter.ndim + row.is_complex;  // a complex number is two reals, one after the other
   work.elements = elements(parameter) * (row.is_complex ? 2 : 1);
+  work.numbering = numbering;
   work.row = parameter.ndim == 0 || parameter.shape[0] == 0 ? work.elements : work.elements / parameter.shape[0];
 
   std::vector<int64_t> shape(static_cast<size_t>(ndim));
@@ -366,6 +388,8 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
     if (found[k].role == stream_role) row.stream = static_cast<const int64_t*>(read_tensors[k].data);
   }
   row.step = static_cast<float*>(read_tensors[2].data);
+  PyObject* const spec = is_sharded(row.param) ? spec_of(row.param) : nullptr;
+  Py_XSETREF(row.spec, spec);
   Py_INCREF(gradient.ptr());
   Py_XSETREF(row.gradient, gradient.ptr());
   hold_slots(row);

@@ -25,9 +25,9 @@ class Plan {
   // last step, which is set to False.
   nb::object gather(nb::list groups, nb::list state_box);
   // Row `index` takes part in this step with this gradient and state. slots: its tensors by key, which tells the
-  // format, "step" among them; `entry`, the dict that they lie in (or will, when this step is run). Returns what is
-  // wrong with them, or nothing.
-  nb::object bind(size_t index, nb::handle gradient, nb::dict entry, nb::dict slots);
+  // format, "step" among them; `entry`, the dict that they lie in (or will, when this step is run). Of a parameter that
+  // is spread over processes the gradient is what is here. Returns what is wrong with them, or nothing.
+  nb::object bind(size_t index, nb::handle gradient, nb::dict entry, nb::dict slots, Numbering numbering);
   // Takes over from `state` in which order its entries stand, once all rows are bound.
   void remember(nb::dict state);
   // (group, step count after this step) for every set of scalars that run() will want, in that order.
@@ -62,6 +62,7 @@ class Plan {
     PyTypeObject* param_type;
     PyObject* entry = nullptr;
     PyObject* gradient = nullptr;
+    PyObject* spec = nullptr;  // how the parameter is spread over processes; owned
     float* step = nullptr;
     const int64_t* stream = nullptr;
     Work work = {};
@@ -92,6 +93,7 @@ class Plan {
   };
 
   bool same_groups(nb::list groups) const;
+  bool same_spread(const Row& row) const;
   void gather_gradient(Row& row);
   bool gather_state(PyObject* state);
   void hold_slots(Row& row);  // until release()

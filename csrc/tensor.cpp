@@ -8,6 +8,9 @@ PyTypeObject* tensor_type = nullptr;
 PyObject* grad_descriptor = nullptr;  // of torch.Tensor: its getter without the look-up
 PyObject* is_neg_name = nullptr;
 PyObject* is_conj_name = nullptr;
+PyTypeObject* sharded_type = nullptr;
+PyObject* local_name = nullptr;
+PyObject* spec_name = nullptr;
 
 int64_t element_size(DLDataType type) { return type.bits / 8; }
 
@@ -37,6 +40,46 @@ bool connect(nb::handle tensor) {
   if (grad_descriptor == nullptr || Py_TYPE(grad_descriptor)->tp_descr_get == nullptr) return false;
   is_neg_name = PyUnicode_InternFromString("is_neg");
   is_conj_name = PyUnicode_InternFromString("is_conj");
+  return true;
+}
+
+void connect_sharded(nb::handle type) {
+  if (sharded_type != nullptr) return;
+  local_name = PyUnicode_InternFromString("_local_tensor");
+  spec_name = PyUnicode_InternFromString("_spec");
+  sharded_type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
+}
+
+bool is_sharded(PyObject* object) { return Py_TYPE(object) == sharded_type; }
+
+PyObject* local_of(PyObject* object) {
+  if (!is_sharded(object)) return object;
+  PyObject* local = PyObject_GetAttr(object, local_name);
+  if (local == nullptr) {
+    PyErr_Clear();
+    return object;
+  }
+  Py_DECREF(local);  // the sharded tensor holds it
+  return local;
+}
+
+PyObject* spec_of(PyObject* sharded) {
+  PyObject* spec = PyObject_GetAttr(sharded, spec_name);
+  if (spec == nullptr) PyErr_Clear();
+  return spec;
+}
+
+bool spread_alike(PyObject* spec, PyObject* other) {
+  if (spec == other) return true;
+  for (const char* what : {"placements", "mesh", "shape"}) {
+    PyObject* one = PyObject_GetAttrString(spec, what);
+    PyObject* another = one == nullptr ? nullptr : PyObject_GetAttrString(other, what);
+    const int equal = another == nullptr ? -1 : PyObject_RichCompareBool(one, another, Py_EQ);
+    PyErr_Clear();
+    Py_XDECREF(one);
+    Py_XDECREF(another);
+    if (equal != 1) return false;
+  }
   return true;
 }
 

@@ -13,6 +13,17 @@ namespace nb = nanobind;
 // Given torch.Tensor once, before anything else here is called. False where torch has no DLPack exchange API.
 bool connect(nb::handle tensor_type);
 
+// Given the class of tensors that are spread over processes, once any may be met.
+void connect_sharded(nb::handle sharded_type);
+
+bool is_sharded(PyObject* object);
+// What this process holds of a sharded tensor, any other object itself: a borrowed reference.
+PyObject* local_of(PyObject* object);
+// How a sharded tensor is spread: a new reference, or null.
+PyObject* spec_of(PyObject* sharded);
+// Whether two such specs spread a tensor of one shape alike.
+bool spread_alike(PyObject* spec, PyObject* other);
+
 // False where the object is no tensor with memory of its own.
 bool read(PyObject* object, DLTensor* out);
 // torch.Tensor itself, no subclass.

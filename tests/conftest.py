@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from ranks import ranks  # noqa: F401
+
 
 @pytest.fixture(autouse=True)
 def torch_settings():

@@ -21,6 +21,7 @@ import lucid.optim as optim
 from bits import canonical, on, same
 from lucid import engine
 from lucid.engine import codecs
+from lucid.engine.shards import WHOLE
 
 LEVELS = engine.cpu.simd_levels()
 ENGINES = [*LEVELS, "reference"]
@@ -666,7 +667,7 @@ def test_every_code_is_loaded_and_stored(name):
 def encoded(state_format, wide, stream, step):
     """What the codecs make of float32 moments."""
     m, v = wide["exp_avg"], wide["exp_avg_sq"]
-    drawn = codecs.draws(stream, step, m.shape, m.device)
+    drawn = codecs.draws(stream, step, WHOLE.numbers(m.shape, m.device))
     if state_format == "bf16":
         rounded = codecs.rounded_to_bfloat16
         return {"exp_avg": rounded(m, drawn), "exp_avg_sq": rounded(v, drawn, positive=True)}
@@ -783,7 +784,7 @@ GOLDEN = {
 
 
 def some_draws(stream, step, *shape):
-    return codecs.draws(stream, step, torch.Size(shape), torch.device("cpu"))
+    return codecs.draws(stream, step, WHOLE.numbers(torch.Size(shape), torch.device("cpu")))
 
 
 @pytest.mark.parametrize(("stream", "step"), GOLDEN)

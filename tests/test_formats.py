@@ -23,6 +23,7 @@ import lucid.optim as optim
 from bits import assert_same, draw, on, peek, results, snapshot
 from lucid import engine
 from lucid.engine import codecs
+from lucid.engine.shards import WHOLE
 
 HALVES = (torch.bfloat16, torch.float16)
 FORMATS = ["fp32", "bf16", "8bit"]
@@ -896,8 +897,8 @@ def test_the_engine_itself_refuses_codes_that_it_would_misread(key, broken, said
     entry = optimizer.state[param]
     plan = engine.cpu.Plan([[param]])
     plan.gather([[param]], [optimizer.state, True])
-    assert plan.bind(0, param.grad, entry, dict(entry)) is None
-    assert said in plan.bind(0, param.grad, entry, entry | {key: broken(entry[key])})
+    assert plan.bind(0, param.grad, entry, dict(entry), WHOLE) is None
+    assert said in plan.bind(0, param.grad, entry, entry | {key: broken(entry[key])}, WHOLE)
     plan.release()
 
 

@@ -4,7 +4,7 @@
 engine equals bit for bit. A row's engine is chosen by its parameter's device.
 """
 
-from . import cpu
+from . import cpu, shards
 from .observed import Observed
 from .plan import Plan, name_for, only_reference
 from .row import Row, check_memory, check_param, checked_gradient
@@ -21,4 +21,5 @@ __all__ = [
     "cpu",
     "name_for",
     "only_reference",
+    "shards",
 ]

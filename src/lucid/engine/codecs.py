@@ -38,24 +38,24 @@ def _mixed(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def draws(stream: int, step: int, shape: torch.Size, device: torch.device) -> Tensor:
-    """Return 16 random bits for each element of a parameter of `shape`, int32, the same wherever it is computed.
+def draws(stream: int, step: int, numbers: Tensor) -> Tensor:
+    """Return 16 random bits for each element of a parameter, int32, the same wherever it is computed.
 
     ``stream`` (64 bits) tells parameters apart, ``step`` is the step count after this step; an element is known by
-    its number in row-major order. A number times an odd key plus another key, both fresh at each step: the draws of an
-    element at different steps are independent, and so over the steps are those of any two elements whose numbers do
-    not differ by a large power of two (M. Dietzfelbinger et al., "A Reliable Randomized Algorithm for the Closest-Pair
-    Problem", 1997, section 2).
+    its number in row-major order, int64. A number times an odd key plus another key, both fresh at each step: the
+    draws of an element at different steps are independent, and so over the steps are those of any two elements whose
+    numbers do not differ by a large power of two (M. Dietzfelbinger et al., "A Reliable Randomized Algorithm for the
+    Closest-Pair Problem", 1997, section 2).
     """
     key = _mixed((_mixed(stream % 2**64) + step) % 2**64)
-    number = torch.arange(math.prod(shape), dtype=torch.int64, device=device)
-    bits = torch.empty_like(number, dtype=torch.int32)
-    for high in range(math.prod(shape) - 1 >> 32, -1, -1):
-        first, last = high << 32, min(high + 1 << 32, math.prod(shape))
+    bits = torch.zeros_like(numbers, dtype=torch.int32)
+    highs = numbers >> 32
+    for high in range(int(highs.min()), int(highs.max()) + 1) if numbers.numel() else ():
         keys = _mixed((key + high) % 2**64)
         factor, offset = keys & _LOW32 | 1, keys >> 32
-        bits[first:last] = ((number[first:last] & _LOW32) * factor + offset & _LOW32) >> 16
-    return bits.view(shape)
+        drawn = ((numbers & _LOW32) * factor + offset & _LOW32) >> 16
+        bits = torch.where(highs == high, drawn.int(), bits)
+    return bits
 
 
 # Sixteen bits
@@ -121,9 +121,9 @@ def blocks(shape: torch.Size) -> int:
 
 def _blocked(x: Tensor) -> Tensor:
     """As (rows, blocks, BLOCK), the end of each row filled up with zeros."""
-    rows = x.reshape(x.shape[0], -1)
+    rows = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK))
-    return rows.view(x.shape[0], -1, BLOCK)
+    return rows.view(x.shape[0], rows.shape[1] // BLOCK, BLOCK)
 
 
 def _flat(x: Tensor, shape: torch.Size) -> Tensor:

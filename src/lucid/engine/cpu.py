@@ -20,6 +20,12 @@ else:
     )
 
 
+def connect_sharded(kind: type) -> None:
+    """Make known the class of tensors that are spread over processes."""
+    if missing is None:
+        _cpu.connect_sharded(kind)
+
+
 def simd_levels() -> list[str]:
     """Return the SIMD levels that this build has and this CPU can run, the widest last."""
     return _cpu.simd_levels()

@@ -75,7 +75,7 @@ class Plan:
         """Let a checked row take part in this step."""
         engine = name_for(row.param.device)
         if engine == "cpu" and self._native is not None:
-            fault = self._native.bind(row.index, row.gradient, row.entry, {"step": row.step} | row.slots)
+            fault = self._native.bind(row.index, row.gradient, row.entry, {"step": row.step} | row.slots, row.numbering)
             if fault is not None:
                 raise ValueError(f"{row.name} cannot be updated: {fault}")
             return

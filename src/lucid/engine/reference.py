@@ -17,6 +17,7 @@ from . import codecs
 from .observed import Observed
 from .row import Row
 from .scalars import Scalars
+from .shards import local
 
 Update = tuple[Tensor, Tensor]
 
@@ -66,20 +67,22 @@ def compute(
         tuple[object, ...], Tensor
     ] = {}  # of parameters on the same memory: the second moves on from the first
     for row, h in zip(rows, scalars, strict=True):
-        param = row.param.detach()
+        param = local(row.param).detach()
+        slots = {key: local(slot) for key, slot in row.slots.items()}
         place = (param.device, param.data_ptr(), param.dtype, param.shape, param.stride())
-        theta, m, v, w = _loaded(latest.get(place, param), row.slots)
+        theta, m, v, w = _loaded(latest.get(place, param), slots)
         g = _gradient(row)
         new = adamw(h, theta, g, m, v, w)
         if observe:
             observed.append((row.index, _observed(h, theta, g, *new)))
         drawn = None
-        if "stream" in row.slots:
-            drawn = codecs.draws(int(row.slots["stream"]), int(row.step) + 1, param.shape, param.device)
-        values = _stored(param.dtype, row.slots, *new, drawn)
+        if "stream" in slots:
+            numbers = row.numbering.numbers(param.shape, param.device)
+            drawn = codecs.draws(int(slots["stream"]), int(row.step) + 1, numbers)
+        values = _stored(param.dtype, slots, *new, drawn)
         latest[place] = values["param"]
         updates.append((param, values.pop("param")))
-        updates += [(_raw(row.slots[key]), _raw(value)) for key, value in values.items()]
+        updates += [(_raw(slots[key]), _raw(value)) for key, value in values.items()]
         updates.append((row.step, row.step + 1))
     return updates, observed
 
@@ -106,7 +109,8 @@ def squares(row: Row) -> float:
     """The sum of the squares of the row's gradient, in float64 and in this order."""
     g = _gradient(row)
     if "stream" not in row.slots:  # in the order in which the parameter lies in memory
-        strides = [*row.param.stride(), 0] if row.param.is_complex() else row.param.stride()
+        param = local(row.param)
+        strides = [*param.stride(), 0] if param.is_complex() else param.stride()
         g = g.permute(sorted(range(g.dim()), key=lambda dim: -strides[dim]))
     return ordered_sum(g.reshape(-1).double().square())
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .shards import Numbering, alike, check_placements, is_sharded, local
+
 REAL_GRADIENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX_GRADIENTS = (torch.complex64, torch.complex128)
 
@@ -19,7 +21,8 @@ class Row:
     """One parameter with its gradient and state.
 
     ``step``: its step count, 0-dim float32 on the CPU. ``slots``: the rest of its state by key, which tells the
-    engines the format. ``entry``: the dict of the optimizer's state that holds them all.
+    engines the format. ``entry``: the dict of the optimizer's state that holds them all. Parameter and slots may be
+    spread over processes, ``gradient`` is what this one holds; ``numbering`` tells where that lies in the whole.
     """
 
     index: int
@@ -30,19 +33,22 @@ class Row:
     entry: dict[str, Any]
     step: Tensor
     slots: dict[str, Tensor]
+    numbering: Numbering
 
 
 def check_plain(tensor: Tensor, what: str) -> None:
-    """Raise if only operations of its own class reach the tensor's values (DTensor, FakeTensor, quantized tensors)."""
+    """Raise if only operations of its own class reach the tensor's values (FakeTensor, quantized tensors)."""
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
-            f"{what} is a {type(tensor).__name__}, expected a plain tensor with memory of its own; this version does "
-            "not update sharded, fake or wrapped tensors"
+            f"{what} is a {type(tensor).__name__}, expected a plain tensor or a DTensor; lucid.optim does not update "
+            "fake or wrapped tensors"
         )
 
 
 def check_param(param: Tensor, name: str) -> None:
-    """Raise unless `param` is one that can be updated in place."""
+    """Raise unless `param`, or what this process holds of it, is one that can be updated in place."""
+    check_placements(param, name)
+    param = local(param)
     check_plain(param, name)
     if param.layout is not torch.strided:
         raise TypeError(
@@ -67,9 +73,20 @@ def check_param(param: Tensor, name: str) -> None:
 
 
 def checked_gradient(param: Tensor, name: str) -> Tensor:
-    """Return the gradient of `param` as a plain tensor, or raise."""
+    """Return the gradient of `param`, or what this process holds of it, as a plain tensor, or raise.
+
+    One that is spread in another way than its parameter is exchanged between the processes.
+    """
     gradient = param.grad
     assert gradient is not None
+    if is_sharded(param):
+        if not is_sharded(gradient) or gradient.device_mesh != param.device_mesh or gradient.shape != param.shape:
+            raise ValueError(
+                f"the gradient of {name} is {_described(gradient)}, expected {_described(param)} like the parameter; "
+                "was the model wrapped between backward and step? zero_grad() first"
+            )
+        gradient = local(gradient if alike(gradient, param) else gradient.redistribute(placements=param.placements))
+        param = local(param)
     check_plain(gradient, f"the gradient of {name}")
     if gradient.layout is not torch.strided:
         raise TypeError(
@@ -99,8 +116,8 @@ def checked_gradient(param: Tensor, name: str) -> Tensor:
 
 def check_memory(row: Row) -> None:
     """Raise unless every tensor of the row has memory, and memory that no other of them writes."""
-    tensors = {"the parameter": row.param, "its gradient": row.gradient, "its state 'step'": row.step}
-    tensors |= {f"its state {key!r}": slot for key, slot in row.slots.items()}
+    tensors = {"the parameter": local(row.param), "its gradient": row.gradient, "its state 'step'": row.step}
+    tensors |= {f"its state {key!r}": local(slot) for key, slot in row.slots.items()}
     spans: list[tuple[int, int, str]] = []
     for what, tensor in tensors.items():
         check_plain(tensor, f"{row.name}: {what}")
@@ -125,6 +142,11 @@ def check_memory(row: Row) -> None:
     for (_, end, one), (begin, _, other) in pairwise(spans):
         if begin < end:
             raise ValueError(f"{row.name}: {one} and {other} lie in the same memory; clone() one of them")
+
+
+def _described(tensor: Tensor) -> str:
+    over = f" spread over {tensor.device_mesh}" if is_sharded(tensor) else ""
+    return f"a {type(tensor).__name__} of shape {tuple(tensor.shape)}{over}"
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

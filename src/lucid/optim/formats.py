@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lucid.engine import codecs
+from lucid.engine import codecs, shards
 
 from .values import number_in, shown
 
@@ -63,17 +63,17 @@ class Slot:
 
     def new(self, param: Tensor, *, contiguous: bool) -> Tensor:
         """Return zeros on the parameter's device, in its order of dimensions in memory unless `contiguous`."""
-        with torch.inference_mode(False):  # tensors made in that mode could not be updated outside of it
+        part = shards.local(param)
+        with torch.inference_mode(False), torch.no_grad():  # what is made in that mode could not be updated outside
             if self.shape == "param" and not contiguous:
-                slot = torch.empty_like(param, dtype=self.dtype, requires_grad=False)
+                slot = torch.empty_like(part, dtype=self.dtype, requires_grad=False)
             else:
-                slot = torch.empty(self.shape_for(param), dtype=self.dtype, device=param.device)
-        if (
-            type(slot) is Tensor and slot.device.type == "cpu"
-        ):  # torch's own zeroing is parallel, which hangs a forked child
-            ctypes.memset(slot.data_ptr(), 0, slot.nbytes)
-            return slot
-        return slot.zero_()
+                slot = torch.empty(self.shape_for(part), dtype=self.dtype, device=part.device)
+            if slot.device.type == "cpu":  # torch's own zeroing is parallel, which hangs a forked child
+                ctypes.memset(slot.data_ptr(), 0, slot.nbytes)
+            else:
+                slot.zero_()
+            return shards.spread_like(param, slot, self.shape_for(param))
 
     def check(self, value: Any, param: Tensor, key: str, name: str) -> Tensor:
         """Return `value`, or raise unless it is a dense tensor of this slot's shape and kind of number."""
@@ -97,6 +97,10 @@ class Slot:
                 f"state {key!r} of {name} is {value.dtype} with layout {value.layout}, expected dense {wanted}"
             )
         return value
+
+    def part_of(self, value: Any, param: Tensor, key: str, name: str) -> Tensor:
+        """Return what this process is to hold of a checked `value`."""
+        return shards.part_of(self.check(value, param, key, name).detach(), param, f"state {key!r} of {name}")
 
     def _is_alike(self, value: Tensor) -> bool:
         if self.dtype.is_complex:
@@ -168,7 +172,12 @@ class StateFormat:
                     f"state {key!r} of {name} is {tensor.dtype} on {tensor.device}, expected "
                     f"{slot.dtype} on {param.device}; load it with load_state_dict, which converts"
                 )
-            if key in _CODES and not tensor.is_contiguous():
+            if key != STREAM and not shards.alike(tensor, param):
+                raise ValueError(
+                    f"state {key!r} of {name} is not spread over processes as the parameter is; load it with "
+                    "load_state_dict, or anew after the model was wrapped"
+                )
+            if key in _CODES and not shards.local(tensor).is_contiguous():
                 raise ValueError(
                     f"state {key!r} of {name} has strides {tensor.stride()}, expected contiguous codes and scales; "
                     "load it with load_state_dict, which puts them in order"
@@ -181,43 +190,44 @@ class StateFormat:
         saved = dict(entry)
         for key, slot in self.slots_with(_AMSGRAD in entry).items():
             own[key] = self._new(key, slot, param, known_as)
+        parts = {key: shards.local(tensor) for key, tensor in own.items()}
         if self.moments == "8bit" and "exp_avg_code" in saved:
             for key, slot in _CODES.items():
-                own[key].copy_(slot.check(saved.get(key), param, key, name).detach())
+                parts[key].copy_(slot.part_of(saved.get(key), param, key, name))
         else:
             m, v = _decoded(param, saved, name)
             if self.moments == "8bit":
-                own["exp_avg_code"], own["exp_avg_scale"] = codecs.encode_signed(m.to(param.device).float())
-                v = v.to(param.device).float() + 0.0  # so that -0 is none
-                own["exp_avg_sq_code"], own["exp_avg_sq_scale"] = codecs.encode_unsigned(v)
+                m, v = m.to(param.device).float(), v.to(param.device).float() + 0.0  # so that -0 is none
+                for key, value in zip(_CODES, (*codecs.encode_signed(m), *codecs.encode_unsigned(v)), strict=True):
+                    parts[key].copy_(value)
             elif self.moments == "bf16":
-                own["exp_avg"].copy_(codecs.rounded_to_bfloat16(m.to(param.device).float()))
-                own["exp_avg_sq"].copy_(codecs.rounded_to_bfloat16(v.to(param.device).float(), positive=True))
+                parts["exp_avg"].copy_(codecs.rounded_to_bfloat16(m.to(param.device).float()))
+                parts["exp_avg_sq"].copy_(codecs.rounded_to_bfloat16(v.to(param.device).float(), positive=True))
             else:
-                own["exp_avg"].copy_(m)
-                own["exp_avg_sq"].copy_(v)
+                parts["exp_avg"].copy_(m)
+                parts["exp_avg_sq"].copy_(v)
         if _AMSGRAD in saved:
-            own[_AMSGRAD].copy_(self.amsgrad_slot.check(saved[_AMSGRAD], param, _AMSGRAD, name).detach())
+            parts[_AMSGRAD].copy_(self.amsgrad_slot.part_of(saved[_AMSGRAD], param, _AMSGRAD, name))
         if STREAM in own and STREAM in saved:
             own[STREAM].copy_(self.slots[STREAM].check(saved[STREAM], param, STREAM, name))
-        self._convert_master(own, saved, param, name)
+        self._convert_master(parts, saved, param, name)
         return own | {key: copied(value) for key, value in saved.items() if key not in _KEYS}
 
-    def _convert_master(self, own: dict[str, Tensor], saved: Mapping[str, Any], param: Tensor, name: str) -> None:
+    def _convert_master(self, parts: dict[str, Tensor], saved: Mapping[str, Any], param: Tensor, name: str) -> None:
         """What the parameter's own bits lack of its master value; without a source the parameter counts alone."""
         residual, master = saved.get("residual"), saved.get("master")
-        if "residual" in own and residual is not None:
-            value = Slot(torch.bfloat16).check(residual, param, "residual", name)
+        if "residual" in parts and residual is not None:
+            value = Slot(torch.bfloat16).part_of(residual, param, "residual", name)
             if value.dtype != torch.bfloat16:
                 raise ValueError(f"state 'residual' of {name} is {value.dtype}, expected torch.bfloat16: it holds bits")
-            own["residual"].view(torch.int16).copy_(value.detach().view(torch.int16))
-        elif "residual" in own and master is not None:
-            values = Slot(torch.float32).check(master, param, "master", name).detach().to(param.device).float()
+            parts["residual"].view(torch.int16).copy_(value.view(torch.int16))
+        elif "residual" in parts and master is not None:
+            values = Slot(torch.float32).part_of(master, param, "master", name).to(param.device).float()
             upper, lower = codecs.split(values)
-            same = upper.view(torch.int16) == param.detach().contiguous().view(torch.int16)
-            own["residual"].view(torch.int16).copy_(torch.where(same, lower.view(torch.int16), 0))
-        elif "master" in own and master is not None:
-            own["master"].copy_(Slot(torch.float32).check(master, param, "master", name).detach())
+            same = upper.view(torch.int16) == shards.local(param).detach().contiguous().view(torch.int16)
+            parts["residual"].view(torch.int16).copy_(torch.where(same, lower.view(torch.int16), 0))
+        elif "master" in parts and master is not None:
+            parts["master"].copy_(Slot(torch.float32).part_of(master, param, "master", name))
 
     def _new(self, key: str, slot: Slot, param: Tensor, known_as: KnownAs) -> Tensor:
         if key == STREAM:
@@ -229,14 +239,12 @@ class StateFormat:
 def _decoded(param: Tensor, entry: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
     """Both moments of a saved entry as numbers."""
     if "exp_avg_code" in entry and not param.is_complex() and param.dim() > 0:
-        values = {key: slot.check(entry.get(key), param, key, name).detach() for key, slot in _CODES.items()}
+        values = {key: slot.part_of(entry.get(key), param, key, name) for key, slot in _CODES.items()}
         return (
             codecs.decode_signed(values["exp_avg_code"], values["exp_avg_scale"].float()),
             codecs.decode_unsigned(values["exp_avg_sq_code"], values["exp_avg_sq_scale"].float()),
         )
-    m, v = (
-        slot.check(entry.get(key), param, key, name).detach() for key, slot in _moments(_COMPUTE[param.dtype]).items()
-    )
+    m, v = (slot.part_of(entry.get(key), param, key, name) for key, slot in _moments(_COMPUTE[param.dtype]).items())
     return m, v
 
 
@@ -263,7 +271,12 @@ def format_for(param: Tensor, state_format: StateFormatName, master_weights: boo
         raise TypeError(f"{name} has dtype {param.dtype}, expected one of {known}")
     if state_format == "8bit" and not _is_quantized(param.shape):
         state_format = "fp32"
-    return _format(param.dtype, state_format, master_weights)
+    kept = _format(param.dtype, state_format, master_weights)
+    if kept.moments == "8bit":
+        shards.check_blocks(param, name)
+    if STREAM in kept.slots:
+        shards.numbering(param, name)
+    return kept
 
 
 def _is_quantized(shape: torch.Size) -> bool:

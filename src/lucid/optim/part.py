@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lucid import engine
 
-from .formats import MAX_STEP, STEP, StateFormatName
+from .formats import MAX_STEP, STEP, STREAM, StateFormatName
 from .gradients import Judged, clip_factor, first_bad
 from .groups import ParamGroup, checked_params
 
@@ -145,7 +145,10 @@ class Part:
                 new.append(_NewState(param, gradient, entry, missing))
             whole: dict[str, Any] = entry | missing
             slots = {key: whole[key] for key in kept.slots_with(hyper.amsgrad)}
-            row = engine.Row(look, group - self._first_group, name, param, gradient, entry, whole[STEP], slots)
+            numbering = engine.shards.numbering(param, name) if STREAM in slots else engine.shards.WHOLE
+            row = engine.Row(
+                look, group - self._first_group, name, param, gradient, entry, whole[STEP], slots, numbering
+            )
             engine.check_memory(row)
             yield row
 

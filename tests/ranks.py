@@ -1,0 +1,119 @@
+"""Processes to test with: started once, each test's function run in as many of them as it wants."""
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+MOST = 4
+LIMIT = 120  # seconds that one function may take
+
+
+def _serve(rank, connection, log):
+    """Run what comes, until nothing does."""
+    sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
+    faulthandler.enable(sys.stderr)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of views, which nobody here writes to
+    while True:
+        task = connection.recv()
+        if task is None:
+            return
+        function, arguments, world, store = task
+        faulthandler.dump_traceback_later(LIMIT, exit=True, file=sys.stderr)
+        try:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=LIMIT // 2),
+            )
+            try:
+                answer = (True, function(*arguments))
+            finally:
+                dist.destroy_process_group()
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        faulthandler.cancel_dump_traceback_later()
+        connection.send(answer)
+
+
+class Ranks:
+    """Processes of a group, to run functions of test modules in."""
+
+    def __init__(self, folder):
+        self._folder = folder
+        self._tasks = 0
+        self._context = multiprocessing.get_context("spawn")
+        self._processes = {}
+
+    def _start(self, rank):
+        ours, theirs = self._context.Pipe()
+        log = self._folder / f"rank{rank}.log"
+        process = self._context.Process(target=_serve, args=(rank, theirs, log), daemon=True)
+        process.start()
+        theirs.close()
+        self._processes[rank] = (process, ours, log)
+
+    def run(self, world, function, *arguments):
+        """Return what `function(*arguments)` returns on each of `world` ranks; raise where one raises or hangs."""
+        for rank in range(world):
+            if rank not in self._processes:
+                self._start(rank)
+        self._tasks += 1
+        store = self._folder / f"store{self._tasks}"
+        for rank in range(world):
+            self._processes[rank][1].send((function, arguments, world, store))
+        answers, failures = [], []
+        until = time.monotonic() + 1.5 * LIMIT
+        for rank in range(world):
+            _, connection, log = self._processes[rank]
+            try:
+                if not connection.poll(max(0.0, until - time.monotonic())):
+                    raise EOFError
+                done, answer = connection.recv()
+            except (EOFError, ConnectionError):
+                failures.append(f"rank {rank} ended or hangs:\n{Path(log).read_text()[-6000:]}")
+                continue
+            answers.append(answer)
+            if not done:
+                failures.append(f"rank {rank}:\n{answer}")
+        if failures:
+            self.stop()
+            raise AssertionError("\n".join(failures))
+        return answers
+
+    def stop(self):
+        """End all processes."""
+        for process, connection, _ in self._processes.values():
+            with contextlib.suppress(OSError):
+                connection.send(None)
+            process.join(0.1 if process.exitcode is None else 0)
+            if process.exitcode is None:
+                process.terminate()
+                process.join()
+        self._processes = {}
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """The processes of this session."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with tempfile.TemporaryDirectory() as folder:
+        all_ranks = Ranks(Path(folder))
+        yield all_ranks
+        all_ranks.stop()

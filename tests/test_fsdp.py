@@ -1,0 +1,249 @@
+"""Guards that parameters spread over processes (FSDP2, tensor parallelism) get the bits of one process.
+
+Every case runs on one to four ranks that each also step the whole parameters by themselves, with the same gradients.
+"""
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import lucid.optim as optim
+from bits import SEALED, canonical, draw, is_sealed, on, peek, same
+
+FORMATS = ["fp32", "bf16", "8bit"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Rows that no number of ranks divides, fewer rows than ranks, rows that end within a block, more dimensions, vectors.
+SHAPES = [(33, 200), (3, 2000), (1, 5000), (6, 8, 100), (5, 4, 3, 300), (130, 7), (11,), (2,)]
+
+
+def whole(tensor):
+    """All of a tensor that is spread, or of one that is not; a residual's bits as numbers."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().clone()
+
+
+def bits_of(key, tensor):
+    return tensor.view(torch.int16) if key == "residual" else canonical(tensor)
+
+
+def assert_whole(spread, plain, what=""):
+    """Compare an optimizer of spread parameters with one of whole ones, state included."""
+    params = [[p for group in o.param_groups for p in group["params"]] for o in (spread, plain)]
+    for number, (ours, theirs) in enumerate(zip(*params, strict=True)):
+        where = f"{what}: parameter {number} {tuple(theirs.shape)}"
+        assert same(whole(ours), theirs.detach()), where
+        left, right = peek(spread).get(ours, {}), peek(plain).get(theirs, {})
+        assert left.keys() == right.keys(), where
+        for key, value in left.items():
+            assert isinstance(value, DTensor) == (key not in ("step", "stream")), (where, key)
+            if isinstance(value, DTensor):
+                assert value.placements == ours.placements, (where, key)
+            assert torch.equal(bits_of(key, whole(value)), bits_of(key, right[key])), (where, key)
+
+
+def spread_over(mesh, placements, shapes, dtype=torch.float32):
+    """Parameters spread in that way, and the same ones whole."""
+    plain = [torch.nn.Parameter(draw(i, shape).to(dtype)) for i, shape in enumerate(shapes)]
+    spread = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placements)) for p in plain]
+    return spread, plain
+
+
+def give_gradients(spread, plain, step, dtype=None):
+    for number, (ours, theirs) in enumerate(zip(spread, plain, strict=True)):
+        gradient = draw(1000 * step + number, theirs.shape).to(dtype or theirs.dtype)
+        theirs.grad = gradient
+        ours.grad = distribute_tensor(gradient, ours.device_mesh, ours.placements)
+
+
+def steps_alike(engine_name, dtype, state_format, amsgrad):
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    spread, plain = spread_over(mesh, [Shard(0)], SHAPES, dtype)
+    options = {"lr": 1e-2, "weight_decay": 0.1, "state_format": state_format, "amsgrad": amsgrad, "seed": 3}
+    ours, theirs = optim.AdamW(spread, **options), optim.AdamW(plain, **options)
+    steps = 4 if engine_name == "reference" else SEALED + 4
+    for step in range(steps):
+        give_gradients(spread, plain, step)
+        with on(engine_name):
+            ours.step()
+        theirs.step()
+    assert is_sealed(ours) == (engine_name == "cpu")
+    assert_whole(ours, theirs, f"{dtype} {state_format}")
+
+
+@pytest.mark.parametrize("engine_name", ["cpu", "reference"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_shards_get_the_bits_of_the_whole(ranks, world, engine_name):
+    ranks.run(world, all_formats_alike, engine_name)
+
+
+def all_formats_alike(engine_name):
+    for dtype in DTYPES:
+        for state_format in FORMATS:
+            steps_alike(engine_name, dtype, state_format, amsgrad=dtype == torch.float32)
+
+
+# fully_shard itself
+
+
+class Net(torch.nn.Module):
+    """Layers that are wrapped one by one, an embedding tied to the output, a frozen bias, a part that joins later."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(50, 96)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(96, 96) for _ in range(2))
+        self.norm = torch.nn.LayerNorm(96)
+        self.head = torch.nn.Linear(96, 50, bias=False)
+        self.head.weight = self.embedding.weight
+        self.later = torch.nn.Linear(96, 5)
+        self.layers[0].bias.requires_grad_(False)
+        self.to(dtype)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        return self.head(self.norm(x)).float().square().mean() + self.later(x).float().square().mean()
+
+
+def trains_alike(per_layer, state_format, options, dtype=torch.float32):
+    """Train under fully_shard; give its gradients, gathered, to one that is whole."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    net, twin = Net(dtype), Net(dtype)
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in net.layers if per_layer else ():
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(net, mesh=mesh, **options)
+
+    def groups(model):
+        later = {id(p) for p in model.later.parameters()}
+        return [p for p in model.parameters() if id(p) not in later], list(model.later.parameters())
+
+    arguments = {"lr": 1e-2, "state_format": state_format}
+    ours, theirs = optim.AdamW(groups(net)[0], **arguments), optim.AdamW(groups(twin)[0], **arguments)
+    for step in range(6):
+        if step == 3:
+            for optimizer, model in ((ours, net), (theirs, twin)):
+                optimizer.add_param_group({"params": groups(model)[1], "lr": 3e-3})
+        tokens = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(10 * step + rank))
+        net(tokens).backward()
+        for ours_param, param in zip(net.parameters(), twin.parameters(), strict=True):
+            param.grad = None if ours_param.grad is None else whole(ours_param.grad)
+        assert sum(param.grad is not None for param in twin.parameters()) == 8  # of 9
+        ours.step()
+        theirs.step()
+        for optimizer in (ours, theirs):
+            optimizer.zero_grad()
+    assert_whole(ours, theirs, f"{per_layer} {state_format} {options}")
+
+
+def all_ways_of_sharding():
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    trains_alike(True, "fp32", {})
+    trains_alike(True, "8bit", {"reshard_after_forward": False})
+    trains_alike(False, "8bit", {"mp_policy": policy})
+    trains_alike(True, "bf16", {"mp_policy": policy, "reshard_after_forward": False})
+    trains_alike(True, "bf16", {}, torch.bfloat16)
+    trains_alike(False, "8bit", {}, torch.bfloat16)
+    trains_alike(True, "fp32", {"shard_placement_fn": lambda param: Shard(param.dim() - 1)})
+    trains_alike(True, "bf16", {"shard_placement_fn": lambda param: Shard(param.dim() - 1)})
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_fully_shard(ranks, world):
+    ranks.run(world, all_ways_of_sharding)
+
+
+# Other placements
+
+
+def spread_in_many_ways(engine_name):
+    flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    cases = [
+        (flat, [Shard(1)], [(5, 1024), (6, 10), (4, 512, 3), (7, 3, 2, 2)], FORMATS),
+        (flat, [Shard(1)], [(130, 200), (3, 5)], ["fp32", "bf16"]),
+        (flat, [Shard(2)], [(6, 5, 70), (3, 4, 2, 5)], ["fp32", "bf16"]),
+        (flat, [Replicate()], [(33, 200), (5,), ()], FORMATS),
+        (square, [Replicate(), Shard(0)], SHAPES, FORMATS),
+        (square, [Shard(0), Shard(0)], SHAPES, FORMATS),
+        (square, [_StridedShard(0, split_factor=2), Shard(0)], [(48, 200), (8,)], FORMATS),
+        (square, [Shard(0), Shard(1)], [(33, 512), (5, 3, 100), (2, 9)], FORMATS),
+        (square, [Shard(1), Shard(0)], [(33, 512), (5, 2)], FORMATS),
+        (square, [Shard(0), Shard(2)], [(9, 4, 50), (5, 3, 1)], ["fp32", "bf16"]),
+        (square, [Shard(1), Shard(2)], [(9, 4, 50), (5, 3, 1)], ["fp32"]),
+    ]
+    for mesh, placements, shapes, formats in cases:
+        for state_format in formats:
+            for dtype in (torch.float32, torch.bfloat16):
+                spread, plain = spread_over(mesh, placements, shapes, dtype)
+                ours, theirs = (optim.AdamW(p, lr=1e-2, state_format=state_format) for p in (spread, plain))
+                for step in range(3):
+                    give_gradients(spread, plain, step)
+                    with on(engine_name):
+                        ours.step()
+                    theirs.step()
+                assert_whole(ours, theirs, f"{placements} {state_format} {dtype}")
+
+
+@pytest.mark.parametrize("engine_name", ["cpu", "reference"])
+def test_tensor_parallel_and_hybrid_placements(ranks, engine_name):
+    ranks.run(4, spread_in_many_ways, engine_name)
+
+
+def refused_placements():
+    flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    for mesh, placements, shape, state_format, said in [
+        (flat, [Shard(1)], (130, 200), "8bit", "cuts the blocks"),
+        (flat, [Shard(1)], (100, 640), "8bit", "cuts the blocks"),
+        (flat, [Shard(2)], (9, 4, 512), "8bit", "cuts the blocks"),
+        (square, [Shard(1), Shard(1)], (100, 512), "8bit", "cuts the blocks"),
+        (square, [Shard(1), Shard(2)], (9, 4, 50), "bf16", "no numbering"),
+    ]:
+        (param,), (plain,) = spread_over(mesh, placements, [shape])
+        optimizer = optim.AdamW([param], state_format=state_format)
+        give_gradients([param], [plain], 0)
+        for act in (optimizer.step, optimizer.init_state):
+            with pytest.raises(ValueError, match=said):
+                act()
+        assert torch.equal(whole(param), plain.detach())
+        assert not optimizer.state
+    (param,), (plain,) = spread_over(flat, [Shard(0)], [(8, 3)])
+    optimizer = optim.AdamW([param])
+    local = param.detach().to_local()
+    param.grad = DTensor.from_local(torch.ones(4, 3), square, [Shard(0), Replicate()])
+    with pytest.raises(ValueError, match="spread over"):
+        optimizer.step()
+    partial = torch.nn.Parameter(DTensor.from_local(local.clone(), flat, [Partial()]))
+    partial.grad = distribute_tensor(torch.ones(partial.shape), flat, [Replicate()])
+    with pytest.raises(ValueError, match="partial sum"):
+        optim.AdamW([partial]).step()
+
+
+def test_what_cannot_be_right_is_refused(ranks):
+    ranks.run(4, refused_placements)
+
+
+def gradients_spread_otherwise():
+    """As tensor parallelism makes them: sums still to be taken, or another placement."""
+    mesh = init_device_mesh("cpu", (2,))
+    spread, plain = spread_over(mesh, [Shard(0)], [(64, 70), (9,)])
+    same_everywhere, plain_too = spread_over(mesh, [Replicate()], [(64, 70), (9,)])
+    ours = optim.AdamW(spread + same_everywhere, state_format="8bit", max_grad_norm=1e3)
+    theirs = optim.AdamW(plain + plain_too, state_format="8bit")
+    for step in range(SEALED + 2):
+        give_gradients(spread + same_everywhere, plain + plain_too, step)
+        for param in spread:
+            param.grad = param.grad.redistribute(placements=[Replicate()])
+        for param in same_everywhere:
+            param.grad = DTensor.from_local(param.grad.to_local() / 2, mesh, [Partial()])
+        ours.step()
+        theirs.step()
+    assert_whole(ours, theirs)
+
+
+def test_gradients_that_are_spread_otherwise(ranks):
+    ranks.run(2, gradients_spread_otherwise)
