@@ -40,8 +40,9 @@ NB_MODULE(_cpu, m) {
       .def("remember", &lucid::Plan::remember, "state"_a)
       .def("steps", &lucid::Plan::steps)
       .def("params", &lucid::Plan::params)
-      .def("square_sum", &lucid::Plan::square_sum, "threads"_a)
-      .def("squares", &lucid::Plan::squares, "threads"_a)
+      .def("measure", &lucid::Plan::measure, "threads"_a)
+      .def("square_sum", &lucid::Plan::square_sum)
+      .def("squares", &lucid::Plan::squares)
       .def(
           "run",
           [](lucid::Plan& plan, const std::vector<ScalarsTuple>& scalars, int threads, bool observe,

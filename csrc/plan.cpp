@@ -57,7 +57,10 @@ Plan::Plan(nb::list groups) {
 
 Plan::~Plan() {
   release();
-  for (Row& row : rows_) Py_CLEAR(row.spec);
+  for (Row& row : rows_) {
+    Py_CLEAR(row.spec);
+    Py_CLEAR(row.gradient_spec);
+  }
 }
 
 bool Plan::same_groups(nb::list groups) const {
@@ -114,12 +117,16 @@ Plan::Tensor Plan::known(const DLTensor& tensor, PyObject* object, int16_t role)
 }
 
 // Whether the parameter is spread as when it was bound, and its gradient like it.
-bool Plan::same_spread(const Row& row) const {
+bool Plan::same_spread(Row& row) {
   if (row.spec == nullptr) return !is_sharded(row.param) && !is_sharded(row.gradient);
   if (!is_sharded(row.gradient)) return false;
-  PyObject* param = spec_of(row.param);
-  PyObject* gradient = spec_of(row.gradient);
-  const bool same = param == row.spec && gradient != nullptr && spread_alike(param, gradient);
+  PyObject* const param = spec_of(row.param);
+  PyObject* const gradient = spec_of(row.gradient);
+  bool same = param == row.spec && gradient != nullptr;
+  if (same && gradient != row.spec && gradient != row.gradient_spec) {
+    same = spread_alike(param, gradient);
+    if (same) Py_XSETREF(row.gradient_spec, Py_NewRef(gradient));
+  }
   Py_XDECREF(param);
   Py_XDECREF(gradient);
   return same;
@@ -536,21 +543,23 @@ int64_t Plan::collect() {
   return total;
 }
 
-std::vector<double> Plan::squares_of_works(int threads) {
-  if (collect() < worth_unlocking) return lucid::squares(works_, threads);
-  const nb::gil_scoped_release unlocked;
-  return lucid::squares(works_, threads);
+void Plan::measure(int threads) {
+  if (collect() < worth_unlocking) {
+    squares_ = lucid::squares(works_, threads);
+  } else {
+    const nb::gil_scoped_release unlocked;
+    squares_ = lucid::squares(works_, threads);
+  }
 }
 
-double Plan::square_sum(int threads) {
-  std::vector<double> sums = squares_of_works(threads);
+double Plan::square_sum() const {
+  std::vector<double> sums = squares_;
   return ordered_sum(sums.data(), sums.size());
 }
 
-std::vector<std::pair<int, double>> Plan::squares(int threads) {
-  const std::vector<double> sums = squares_of_works(threads);
+std::vector<std::pair<int, double>> Plan::squares() const {
   std::vector<std::pair<int, double>> found;
-  for (size_t k = 0; k < sums.size(); ++k) found.emplace_back(active_[k], sums[k]);
+  for (size_t k = 0; k < squares_.size(); ++k) found.emplace_back(active_[k], squares_[k]);
   return found;
 }
 

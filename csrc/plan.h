@@ -33,9 +33,10 @@ class Plan {
   // (group, step count after this step) for every set of scalars that run() will want, in that order.
   std::vector<std::pair<int, double>> steps();
   nb::list params() const;
-  // The sum of the squares of this step's gradients; of those of each (row, sum).
-  double square_sum(int threads);
-  std::vector<std::pair<int, double>> squares(int threads);
+  // Sums up the squares of this step's gradients; what they are together; what they are in each row, (row, sum).
+  void measure(int threads);
+  double square_sum() const;
+  std::vector<std::pair<int, double>> squares() const;
   void run(const std::vector<HostScalars>& scalars, int threads, bool observe, nb::list state_box);
   // (row, what its step was like) of the last run() that was to observe.
   std::vector<std::pair<int, RowObserved>> observed() const;
@@ -62,7 +63,8 @@ class Plan {
     PyTypeObject* param_type;
     PyObject* entry = nullptr;
     PyObject* gradient = nullptr;
-    PyObject* spec = nullptr;  // how the parameter is spread over processes; owned
+    PyObject* spec = nullptr;           // how the parameter is spread over processes; owned
+    PyObject* gradient_spec = nullptr;  // one that says the same of its gradient; owned
     float* step = nullptr;
     const int64_t* stream = nullptr;
     Work work = {};
@@ -93,7 +95,7 @@ class Plan {
   };
 
   bool same_groups(nb::list groups) const;
-  bool same_spread(const Row& row) const;
+  bool same_spread(Row& row);
   void gather_gradient(Row& row);
   bool gather_state(PyObject* state);
   void hold_slots(Row& row);  // until release()
@@ -105,7 +107,6 @@ class Plan {
   void compact();
   // The rows of this step into works_ and active_; how many elements they have.
   int64_t collect();
-  std::vector<double> squares_of_works(int threads);
   // A tensor as it was read, with its shape and strides appended to dims_.
   Tensor known(const DLTensor& tensor, PyObject* object, int16_t role);
 
@@ -117,7 +118,8 @@ class Plan {
   std::vector<SeenEntry> seen_entries_;
   std::vector<SeenSlot> seen_slots_;
   std::vector<const Work*> works_;
-  std::vector<int> active_;  // the rows of works_
+  std::vector<int> active_;      // the rows of works_
+  std::vector<double> squares_;  // by active row, since measure()
   std::vector<RowObserved> observed_;
   bool changed_ = false;   // since the last remember()
   bool sealed_ = false;    // unreachable() since the state was last read, so that it need not be read

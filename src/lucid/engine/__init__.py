@@ -7,10 +7,12 @@ engine equals bit for bit. A row's engine is chosen by its parameter's device.
 from . import cpu, shards
 from .observed import Observed
 from .plan import Plan, name_for, only_reference
-from .row import Row, check_memory, check_param, checked_gradient
+from .reference import ordered_sum
+from .row import COMPUTE, Row, check_memory, check_param, checked_gradient
 from .scalars import Scalars
 
 __all__ = [
+    "COMPUTE",
     "Observed",
     "Plan",
     "Row",
@@ -21,5 +23,6 @@ __all__ = [
     "cpu",
     "name_for",
     "only_reference",
+    "ordered_sum",
     "shards",
 ]

@@ -1,7 +1,7 @@
 """The plan: which rows a step updates, on which engines, as one unit.
 
-A step is `gather`, `bind` for every row that needs a look, `square_sum` if the gradients are to be measured, `steps`,
-`run`, `release`. Nothing that the user sees is written before `run`, and `run` leaves nothing half done.
+A step is `gather`, `bind` for every row that needs a look, `measure` if anyone wants to know the gradients' norm,
+`steps`, `run`, `release`. Nothing that the user sees is written before `run`, and `run` leaves nothing half done.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Plan:
         self._ids = [id(param) for group in groups for param in group]
         self._rows: list[Row] = []
         self._updates: list[reference.Update] = []
+        self._squares: list[tuple[int, float]] = []
         self._writing = False
 
     def gather(self, groups: list[list[Tensor]], state_box: list[Any]) -> list[int] | None:
@@ -88,16 +89,22 @@ class Plan:
         native = [] if self._native is None else self._native.steps()
         return native + [(row.group, row.step.item() + 1) for row in self._rows]
 
+    def measure(self) -> None:
+        """Sum up the squares of each gradient of this step."""
+        if self._native is not None:
+            self._native.measure(torch.get_num_threads())
+        self._squares = [(row.index, reference.squares(row)) for row in self._rows]
+
     def square_sum(self) -> float:
-        """Return the sum of the squares of this step's gradients, which does not depend on threads or SIMD levels."""
+        """Return the sum of what was measured, which does not depend on threads or SIMD levels."""
         if self._native is not None and not self._rows:
-            return self._native.square_sum(torch.get_num_threads())
-        return reference.ordered_sum(torch.tensor([sum_ for _, sum_ in self.squares()], dtype=torch.float64))
+            return self._native.square_sum()
+        return reference.ordered_sum([square for _, square in self.squares()])
 
     def squares(self) -> list[tuple[int, float]]:
         """Return (row number, sum of the squares of its gradient) for the rows of this step, in order."""
-        native = [] if self._native is None else self._native.squares(torch.get_num_threads())
-        return sorted(native + [(row.index, reference.squares(row)) for row in self._rows])
+        native = [] if self._native is None else self._native.squares()
+        return sorted(native + self._squares)
 
     def run(self, scalars: Sequence[Scalars], state_box: list[Any], *, observe: bool) -> list[tuple[int, Observed]]:
         """Update every row, or none if an exception comes before the first write.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import codecs
 from .observed import Observed
-from .row import Row
+from .row import COMPUTE, Row
 from .scalars import Scalars
 from .shards import local
 
@@ -89,8 +89,7 @@ def compute(
 
 def _gradient(row: Row) -> Tensor:
     """The gradient in the compute type."""
-    double = row.param.dtype in (torch.float64, torch.complex128)
-    return _real(row.gradient.to(row.param.dtype) if double or row.param.is_complex() else row.gradient.float())
+    return _real(row.gradient.to(COMPUTE[row.param.dtype]))
 
 
 def _observed(h: Scalars, before: Tensor, g: Tensor, theta: Tensor, m: Tensor, v: Tensor, w: Tensor | None) -> Observed:
@@ -115,13 +114,14 @@ def squares(row: Row) -> float:
     return ordered_sum(g.reshape(-1).double().square())
 
 
-def ordered_sum(x: Tensor) -> float:
+def ordered_sum(numbers: Tensor | Sequence[float]) -> float:
     """The sum of a vector: chunks of it into lanes, lanes by halves, and the sums of chunks again."""
+    x = torch.as_tensor(numbers, dtype=torch.float64)
     while len(x) > 1:
         chunks = -(-len(x) // CHUNK)
-        numbers = torch.zeros(chunks * CHUNK, dtype=x.dtype, device=x.device)
-        numbers[: len(x)] = x
-        rounds = numbers.view(chunks, CHUNK // LANES, LANES)
+        filled = torch.zeros(chunks * CHUNK, dtype=x.dtype, device=x.device)
+        filled[: len(x)] = x
+        rounds = filled.view(chunks, CHUNK // LANES, LANES)
         lanes = torch.zeros(chunks, LANES, dtype=x.dtype, device=x.device)
         for number in range(min(CHUNK, -(-len(x) // LANES * LANES)) // LANES):
             lanes = lanes + rounds[:, number]

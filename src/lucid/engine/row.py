@@ -12,6 +12,16 @@ from torch import Tensor
 
 from .shards import Numbering, alike, check_placements, is_sharded, local
 
+# The dtype that a parameter is computed in, and in which its state is kept where it is not encoded.
+COMPUTE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.complex64: torch.complex64,
+    torch.complex128: torch.complex128,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+
 REAL_GRADIENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX_GRADIENTS = (torch.complex64, torch.complex128)
 
@@ -40,8 +50,8 @@ def check_plain(tensor: Tensor, what: str) -> None:
     """Raise if only operations of its own class reach the tensor's values (FakeTensor, quantized tensors)."""
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
-            f"{what} is a {type(tensor).__name__}, expected a plain tensor or a DTensor; lucid.optim does not update "
-            "fake or wrapped tensors"
+            f"{what} is a {type(tensor).__name__}, expected a plain tensor with memory of its own, or a DTensor; "
+            "lucid.optim does not update fake or otherwise wrapped tensors"
         )
 
 

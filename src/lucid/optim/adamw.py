@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from .gradients import NonFinite
 from .groups import ParamGroup, pair
 from .optimizer import Hyperparameters, Optimizer, Params
 from .values import checked_flag, number_in, shown
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class AdamW(Optimizer):
@@ -67,6 +70,10 @@ class AdamW(Optimizer):
     seed : int, default 0
         Of the random rounding that ``"bf16"`` and ``"8bit"`` need, from 0 to 2⁶³ − 1. It counts when a parameter's
         state is created; no global generator is read or changed.
+    shard_group : torch.distributed.ProcessGroup, optional
+        Processes that hold different parameters, or different parts of plain ones, as under
+        ``ZeroRedundancyOptimizer``, the first FSDP, or pipeline stages: the gradient norm is then of all their
+        gradients, and they leave out the same steps. DTensors (FSDP2, tensor parallelism) need none.
 
     Attributes
     ----------
@@ -132,6 +139,7 @@ class AdamW(Optimizer):
         max_grad_norm: float | None = None,
         nonfinite: NonFinite = "propagate",
         seed: int = 0,
+        shard_group: ProcessGroup | None = None,
     ) -> None:
         beta1, beta2 = pair(betas)
         defaults = ParamGroup(
@@ -149,7 +157,7 @@ class AdamW(Optimizer):
             }
         )
         self._hyperparameters(defaults)
-        super().__init__(params, defaults, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
+        super().__init__(params, defaults, max_grad_norm=max_grad_norm, nonfinite=nonfinite, shard_group=shard_group)
 
     def _hyperparameters(self, group: ParamGroup) -> Hyperparameters:
         try:

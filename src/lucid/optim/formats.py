@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lucid import engine
 from lucid.engine import codecs, shards
 
 from .values import number_in, shown
@@ -33,15 +34,6 @@ KnownAs = tuple[int, str | int]
 _LEAST_ELEMENTS = 4096
 _LEAST_ROW = 64
 
-# The dtype that a parameter is computed in, and in which it keeps what is not encoded.
-_COMPUTE = {
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-    torch.complex64: torch.complex64,
-    torch.complex128: torch.complex128,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-}
 _MASTER = {torch.bfloat16: ("residual", torch.bfloat16), torch.float16: ("master", torch.float32)}
 _AMSGRAD = "max_exp_avg_sq"
 
@@ -244,7 +236,9 @@ def _decoded(param: Tensor, entry: Mapping[str, Any], name: str) -> tuple[Tensor
             codecs.decode_signed(values["exp_avg_code"], values["exp_avg_scale"].float()),
             codecs.decode_unsigned(values["exp_avg_sq_code"], values["exp_avg_sq_scale"].float()),
         )
-    m, v = (slot.part_of(entry.get(key), param, key, name) for key, slot in _moments(_COMPUTE[param.dtype]).items())
+    m, v = (
+        slot.part_of(entry.get(key), param, key, name) for key, slot in _moments(engine.COMPUTE[param.dtype]).items()
+    )
     return m, v
 
 
@@ -266,8 +260,8 @@ def _stream_of(seed: int, called: str | int) -> int:
 
 def format_for(param: Tensor, state_format: StateFormatName, master_weights: bool, name: str) -> StateFormat:
     """Return what is kept for `param`; raise where its dtype is none that is known."""
-    if param.dtype not in _COMPUTE:
-        known = ", ".join(str(dtype) for dtype in _COMPUTE)
+    if param.dtype not in engine.COMPUTE:
+        known = ", ".join(str(dtype) for dtype in engine.COMPUTE)
         raise TypeError(f"{name} has dtype {param.dtype}, expected one of {known}")
     if state_format == "8bit" and not _is_quantized(param.shape):
         state_format = "fp32"
@@ -285,7 +279,7 @@ def _is_quantized(shape: torch.Size) -> bool:
 
 @functools.cache
 def _format(dtype: torch.dtype, state_format: StateFormatName, master_weights: bool) -> StateFormat:
-    compute = _COMPUTE[dtype]
+    compute = engine.COMPUTE[dtype]
     if compute is not torch.float32:
         state_format = "fp32"  # who trains in float64 or complex numbers wants them
     slots = {"fp32": _moments(compute), "bf16": _moments(torch.bfloat16) | _STREAM, "8bit": _CODES | _STREAM}[

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lucid import engine
 
 from .values import number_in, shown
 
@@ -87,28 +88,22 @@ def clip_factor(norm: float, max_norm: float | None) -> float:
     return max_norm / (norm + 1e-6)
 
 
-def first_bad(
-    squares: Iterable[tuple[int, float]], factor: float, of: Callable[[int], tuple[Tensor, torch.dtype]]
-) -> tuple[int, str] | None:
-    """Return the number of the first row whose gradient no step can use, and what is wrong with it.
+def fault(gradient: Tensor, square: float, factor: float, dtype: torch.dtype) -> str | None:
+    """Return what is wrong with a gradient that no step can use.
 
-    ``squares``: (row number, sum of the squares of its gradient). ``of(number)``: its gradient, and the type that its
-    step computes in. Most rows are known to be right by their sum alone.
+    ``square``: the sum of its squares, by which most are known to be right. ``dtype``: its parameter's.
     """
-    for number, square in squares:
-        gradient, compute = of(number)
-        limit = LIMITS[compute]
-        if square * factor * factor < limit * limit / 2:
-            continue
-        reals = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-        nan = infinite = large = 0
-        for part in torch.split(reals.reshape(-1), 2**20):
-            entries = part.to(compute)
-            nan += int(entries.isnan().sum())
-            infinite += int(entries.isinf().sum())
-            large += int(((entries * factor).abs() >= limit).logical_and(entries.isfinite()).sum())
-        found = {"NaN": nan, "infinite": infinite, "too large to be squared": large}
-        if any(found.values()):
-            which = ", ".join(f"{count} {what}" for what, count in found.items() if count)
-            return number, f"{which} of {reals.numel()} entries"
-    return None
+    compute = engine.COMPUTE[dtype].to_real()
+    limit = LIMITS[compute]
+    if square * factor * factor < limit * limit / 2:
+        return None
+    reals = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+    nan = infinite = large = 0
+    for part in torch.split(reals.reshape(-1), 2**20):
+        entries = part.to(compute)
+        nan += int(entries.isnan().sum())
+        infinite += int(entries.isinf().sum())
+        large += int(((entries * factor).abs() >= limit).logical_and(entries.isfinite()).sum())
+    found = {"NaN": nan, "infinite": infinite, "too large to be squared": large}
+    which = ", ".join(f"{count} {what}" for what, count in found.items() if count)
+    return f"{which} of {reals.numel()} entries" if which else None

@@ -9,7 +9,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch._compile import _disable_dynamo
 
 from lucid import engine
 
+from .agreement import checked_group
 from .backward import StepInBackward, no_norm_in_backward
 from .formats import KnownAs, StateFormat, StateFormatName, decoded, format_for
 from .gradients import NonFinite, checked_max_norm, checked_non_finite, found_inf_in, scale_of
@@ -25,6 +26,9 @@ from .part import Outcome, Part
 from .state_dict import loaded, plain
 from .statistics import summed_up
 from .values import checked_flag, shown
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -60,8 +64,8 @@ class Optimizer(torch.optim.Optimizer):
         Parameters, (name, Parameter) pairs, or group dicts with ``"params"`` and any hyperparameter.
     defaults : ParamGroup
         The hyperparameters of a group that does not give its own.
-    max_grad_norm, nonfinite
-        What a step makes of its gradients, see `AdamW`.
+    max_grad_norm, nonfinite, shard_group
+        What a step makes of its gradients, and with whom, see `AdamW`.
     """
 
     _max_grad_norm: float | None = None
@@ -69,6 +73,7 @@ class Optimizer(torch.optim.Optimizer):
     _observing = False
     _skipped_steps = 0
     _amp_scaling: bool | None = None
+    _shard_group: ProcessGroup | None = None
 
     param_groups: list[ParamGroup]  # type: ignore[assignment]
     defaults: ParamGroup
@@ -80,8 +85,10 @@ class Optimizer(torch.optim.Optimizer):
         *,
         max_grad_norm: float | None = None,
         nonfinite: NonFinite = "propagate",
+        shard_group: ProcessGroup | None = None,
     ) -> None:
         self._begin()
+        self._shard_group = checked_group(shard_group)
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
         check_ordered(params)
@@ -550,6 +557,7 @@ class Optimizer(torch.optim.Optimizer):
         memo[id(self)] = twin
         with torch.inference_mode(False):
             twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin._shard_group = self._shard_group
         for hooks in _HOOKS:
             getattr(twin, hooks).update(getattr(self, hooks))
         return twin

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lucid import engine
 
+from .agreement import Agreement, Finding
 from .formats import MAX_STEP, STEP, STREAM, StateFormatName
-from .gradients import Judged, clip_factor, first_bad
+from .gradients import Judged, clip_factor, fault
 from .groups import ParamGroup, checked_params
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class Part:
         self.updated = False  # by the last update(), also if that was interrupted afterwards
         self._first_group = 0 if only is None else only[0]  # of the plan's groups
         self.plan: engine.Plan | None = None
+        self._agreement: Agreement
+        self._looked_at: dict[int, Tensor] = {}  # gradients of rows that were looked at in this step
         self._planned: list[tuple[bool, StateFormatName, bool]] = []  # of each group
 
     def update(self, optimizer: Optimizer, state_box: list[Any], scale: float, found_inf: bool) -> Outcome:
@@ -86,15 +88,20 @@ class Part:
         if looks is None:
             checked_params([param for group in params for param in group])
             self.plan, self._planned = engine.Plan(params), kept
+            self._agreement = Agreement([param for group in params for param in group], optimizer._shard_group)
             looks = self.plan.gather(params, state_box)
         plan = self.plan
         assert plan is not None
         assert looks is not None
         new: list[_NewState] = []
         try:
-            if looks:
-                for row in self._rows(optimizer, looks, hyperparameters, new):
+            try:
+                for row in self._rows(optimizer, looks, hyperparameters, new) if looks else ():
                     plan.bind(row)
+            except Exception:
+                if _is_judging(optimizer):  # the others wait to hear of it
+                    self._agreement.worst(Finding.FAILED)
+                raise
             judged = self._judged(optimizer, plan, scale, found_inf)
             if judged.skip:
                 return Outcome(True, judged.norm, scale, {})
@@ -102,7 +109,7 @@ class Part:
                 _scalars(hyperparameters[group], step, judged.factor, group + self._first_group)
                 for group, step in plan.steps()
             ]
-            if new and self.only is None and _is_initialising(state_box[0], new, hyperparameters):
+            if new and self.only is None and self._is_initialising(state_box[0], new, hyperparameters):
                 _adopt(optimizer, state_box, new)
                 return Outcome(False, judged.norm, scale, {})
             had = [(item.param in state_box[0], dict(item.entry)) for item in new]
@@ -116,6 +123,8 @@ class Part:
         finally:
             self.updated = plan.ran
             plan.release()
+            self._looked_at.clear()
+        observed = self._agreement.observed(observed)
         every = [param for group in params for param in group] if observed else []
         return Outcome(False, judged.norm, scale, {every[row]: seen for row, seen in observed})
 
@@ -137,7 +146,7 @@ class Part:
             hyper = hyperparameters[group - self._first_group]
             name = optimizer._name(group, index)
             kept = optimizer._format(param, hyper, name)
-            gradient = engine.checked_gradient(param, name)
+            gradient = self._looked_at[look] = engine.checked_gradient(param, name)
             entry = optimizer._entry(param, name)
             known_as = optimizer._known_as(hyper.seed, number, group, index)
             missing = kept.complete(param, entry, hyper.amsgrad, name, known_as)
@@ -155,47 +164,60 @@ class Part:
     def _judged(self, optimizer: Optimizer, plan: engine.Plan, scale: float, found_inf: bool) -> Judged:
         """Measure the gradients if anyone wants to know; decide what becomes of this step."""
         max_norm, nonfinite = optimizer.max_grad_norm, optimizer.nonfinite
-        if max_norm is None and (nonfinite == "propagate" or found_inf):
+        if not _is_judging(optimizer) or (max_norm is None and found_inf and not self._agreement):
             return Judged(None, 1.0 / scale, found_inf)
-        square = plan.square_sum()
+        plan.measure()
+        square, finding = self._agreement.square_sum(plan, Finding.BAD if found_inf else Finding.NOTHING)
+        if finding is Finding.FAILED:
+            raise RuntimeError("another process could not step and has said why, so nothing was updated here either")
+        found_inf = finding is Finding.BAD
         norm = math.sqrt(square) / scale
         factor = clip_factor(norm, max_norm) / scale
         if found_inf or nonfinite == "propagate" or square * factor * factor < 2.0**127:
             return Judged(norm, factor, found_inf)
-        members = self._members(optimizer.param_groups)
-
-        def of(row: int) -> tuple[Tensor, torch.dtype]:
-            member = members[row]
-            double = member.param.dtype in (torch.float64, torch.complex128)
-            gradient = engine.checked_gradient(member.param, optimizer._name(member.group, member.place))
-            return gradient, torch.float64 if double else torch.float32
-
-        bad = first_bad(plan.squares(), factor, of)
-        if bad is None and math.isfinite(norm):
+        what = self._first_fault(optimizer, plan, factor)
+        finding = self._agreement.worst(Finding.BAD if what else Finding.NOTHING)
+        if finding is Finding.NOTHING and math.isfinite(norm):
             return Judged(norm, factor, False)
         if nonfinite == "skip":
             return Judged(norm, factor, True)
-        what = "the norm of all gradients overflows float64"
+        if what is None and finding is Finding.NOTHING:
+            what = "the norm of all gradients overflows float64"
         untouched = "nothing was updated" if self.only is None else "it was not updated"
-        if bad is not None:
-            group, index = members[bad[0]].group, members[bad[0]].place
-            what = f"the gradient of {optimizer._name(group, index)} has {bad[1]}"
         raise FloatingPointError(
-            f"{what}, so {untouched}; look for the cause (torch.autograd.detect_anomaly), "
-            'or construct with nonfinite="skip" to leave such steps out'
+            f"{what or 'a gradient on another process is not finite'}, so {untouched}; look for the cause "
+            '(torch.autograd.detect_anomaly), or construct with nonfinite="skip" to leave such steps out'
         )
 
+    def _first_fault(self, optimizer: Optimizer, plan: engine.Plan, factor: float) -> str | None:
+        """What is wrong with the first gradient here that no step can use."""
+        members = self._members(optimizer.param_groups)
+        for row, square in plan.squares():
+            param, name = members[row].param, optimizer._name(members[row].group, members[row].place)
+            gradient = self._looked_at.get(row)
+            if gradient is None:
+                gradient = engine.checked_gradient(param, name)
+            found = fault(gradient, square, factor, param.dtype)
+            if found is not None:
+                return f"the gradient of {name} has {found}"
+        return None
 
-def _is_initialising(state: dict[Any, Any], new: list[_NewState], hyperparameters: list[Hyperparameters]) -> bool:
-    """Whether this is how torch's checkpoint tools make an optimizer create its state.
+    def _is_initialising(
+        self, state: dict[Any, Any], new: list[_NewState], hyperparameters: list[Hyperparameters]
+    ) -> bool:
+        """Whether this is how torch's checkpoint tools make an optimizer create its state.
 
-    They step a fresh optimizer with lr 0 and zero gradients, which must not count as a step.
-    """
-    return (
-        all(hyper.lr == 0 for hyper in hyperparameters)
-        and not any(state.values())
-        and not any(bool(item.gradient.any()) for item in new)
-    )
+        They step a fresh optimizer with lr 0 and zero gradients, which must not count as a step.
+        """
+        if any(state.values()) or not all(hyper.lr == 0 for hyper in hyperparameters):
+            return False
+        nonzero = any(bool(item.gradient.any()) for item in new)
+        return self._agreement.worst(Finding.BAD if nonzero else Finding.NOTHING, of_parts=True) is Finding.NOTHING
+
+
+def _is_judging(optimizer: Optimizer) -> bool:
+    """Whether what a step does depends on its gradients."""
+    return optimizer.max_grad_norm is not None or optimizer.nonfinite != "propagate"
 
 
 def _adopt(optimizer: Optimizer, state_box: list[Any], new: list[_NewState]) -> None:

@@ -1,0 +1,323 @@
+"""Guards that processes which hold parts of a model find one norm, skip the same steps, and wait for nobody."""
+
+import math
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import Replicate, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+import lucid.optim as optim
+from bits import SEALED, draw, on, peek, same
+from test_fsdp import SHAPES, assert_whole, give_gradients, spread_over, whole
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, in torch's own import
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+NAN, INF = math.nan, math.inf
+
+
+def everyone_has(value):
+    """Whether all ranks hold the same value, to the bit."""
+    every = [None] * distributed.get_world_size()
+    distributed.all_gather_object(every, value)
+    return all(each == every[0] for each in every)
+
+
+def pairs(mesh, placements, shapes=SHAPES, **options):
+    """An optimizer of spread parameters, and one of whole ones."""
+    spread, plain = spread_over(mesh, placements, shapes)
+    return optim.AdamW(spread, lr=1e-2, **options), optim.AdamW(plain, lr=1e-2, **options), spread, plain
+
+
+def one_norm(engine_name):
+    world = distributed.get_world_size()
+    meshes = [(init_device_mesh("cpu", (world,)), [Shard(0)])]
+    if world == 4:
+        square = init_device_mesh("cpu", (2, 2))
+        meshes += [(square, [Replicate(), Shard(0)]), (square, [Shard(0), Shard(1)]), (square, [Replicate()] * 2)]
+    for mesh, placements in meshes:
+        shapes = [shape for shape in SHAPES if len(shape) > 1 or len(placements) == 1]
+        for bound in (1.0, 1e6, INF):
+            ours, theirs, spread, plain = pairs(mesh, placements, shapes, max_grad_norm=bound)
+            for step in range(3):
+                give_gradients(spread, plain, step)
+                with on(engine_name):
+                    ours.step()
+                theirs.step()
+                assert everyone_has(ours.grad_norm.item())
+                torch.testing.assert_close(ours.grad_norm, theirs.grad_norm, rtol=1e-13, atol=0)
+                torchs = torch.nn.utils.get_total_norm([param.grad for param in spread])
+                assert ours.grad_norm.item() == pytest.approx(whole(torchs).item(), rel=1e-5)
+            if bound > 1:  # else the factor may be another in its last bit
+                assert_whole(ours, theirs, f"{placements}")
+            for left, right in zip(spread, plain, strict=True):
+                torch.testing.assert_close(whole(left), right.detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("engine_name", ["cpu", "reference"])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_norm_is_of_all_gradients(ranks, world, engine_name):
+    ranks.run(world, one_norm, engine_name)
+
+
+def several_kinds():
+    """Some parameters sharded, some only in one dimension of two, some the same everywhere, some plain."""
+    square = init_device_mesh("cpu", (2, 2))
+    spread, plain = [], []
+    for placements in ([Shard(0), Shard(0)], [Replicate(), Shard(0)], [Shard(1), Replicate()], [Replicate()] * 2):
+        ours, theirs = spread_over(square, placements, [(33, 20), (4, 6)])
+        spread += ours
+        plain += theirs
+    extra = [torch.nn.Parameter(draw(9, (5, 3))) for _ in range(2)]
+    ours = optim.AdamW([*spread, extra[0]], max_grad_norm=2.0, nonfinite="skip")
+    theirs = optim.AdamW([*plain, extra[1]], max_grad_norm=2.0)
+    for step in range(SEALED):
+        give_gradients(spread, plain, step)
+        for param in extra:
+            param.grad = draw(step, param.shape)
+        ours.step()
+        theirs.step()
+        assert everyone_has(ours.grad_norm.item())
+        torch.testing.assert_close(ours.grad_norm, theirs.grad_norm, rtol=1e-13, atol=0)
+
+
+def test_parameters_spread_in_different_ways_make_one_norm(ranks):
+    ranks.run(4, several_kinds)
+
+
+def all_skip_together(engine_name, bad):
+    """Rank by rank, one has a gradient that nobody can use."""
+    world, own = distributed.get_world_size(), distributed.get_rank()
+    mesh = init_device_mesh("cpu", (world,))
+    for max_norm in (None, INF):
+        ours, _, spread, plain = pairs(mesh, [Shard(0)], nonfinite="skip", max_grad_norm=max_norm)
+        give_gradients(spread, plain, 0)
+        with on(engine_name):
+            ours.step()
+        for turn in range(world):
+            before = [whole(param) for param in spread], [float(peek(ours)[param]["step"]) for param in spread]
+            give_gradients(spread, plain, 1 + turn)
+            if turn == own:
+                spread[0].grad.to_local()[0, 3] = bad  # rank 3 has no row of most others
+            with on(engine_name):
+                ours.step()
+                assert ours.skipped_steps == 1 + turn
+                ours.nonfinite = "error"
+                name = "parameter 0 of group 0" if turn == own else "another process"
+                with pytest.raises(FloatingPointError, match=name):
+                    ours.step()
+            ours.nonfinite = "skip"
+            after = [whole(param) for param in spread], [float(peek(ours)[param]["step"]) for param in spread]
+            assert all(map(same, before[0], after[0]))
+            assert before[1] == after[1]
+        give_gradients(spread, plain, 9)
+        with on(engine_name):
+            ours.step()
+        assert ours.skipped_steps == world
+        assert all(float(peek(ours)[param]["step"]) == 2 for param in spread)
+
+
+@pytest.mark.parametrize("engine_name", ["cpu", "reference"])
+@pytest.mark.parametrize("bad", [NAN, INF, 1e20])
+def test_a_bad_gradient_on_one_rank_is_skipped_or_told_by_all(ranks, bad, engine_name):
+    ranks.run(3, all_skip_together, engine_name, bad)
+
+
+def large_but_right():
+    """Sums of squares that make every rank look closer, at gradients that are right."""
+    mesh = init_device_mesh("cpu", (2,))
+    ours, theirs, spread, plain = pairs(mesh, [Shard(0)], nonfinite="skip")
+    give_gradients(spread, plain, 0)
+    for param in (spread[0].grad.to_local(), plain[0].grad):
+        param[0, 0] = 1.5e19
+    plain[0].grad = whole(spread[0].grad)
+    ours.step()
+    theirs.step()
+    assert ours.skipped_steps == 0
+    assert_whole(ours, theirs)
+
+
+def test_a_large_gradient_is_no_bad_one(ranks):
+    ranks.run(2, large_but_right)
+
+
+def found_inf_on_one_rank():
+    mesh = init_device_mesh("cpu", (2,))
+    for options in ({"nonfinite": "skip"}, {"max_grad_norm": 1.0}):
+        ours, _, spread, plain = pairs(mesh, [Shard(0)], **options)
+        ours._step_supports_amp_scaling = True
+        give_gradients(spread, plain, 0)
+        ours.grad_scale, ours.found_inf = torch.tensor(8.0), torch.tensor(float(distributed.get_rank()))
+        ours.step()
+        assert ours.skipped_steps == 1
+        del ours.grad_scale, ours.found_inf
+        ours.step()
+        assert ours.skipped_steps == 1
+
+
+def test_an_overflow_that_gradscaler_found_on_one_rank_skips_on_all(ranks):
+    ranks.run(2, found_inf_on_one_rank)
+
+
+def one_cannot_step():
+    """One rank's state has been spoilt: it says what is wrong, the others that someone does."""
+    own = distributed.get_rank()
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    ours, theirs, spread, plain = pairs(mesh, [Shard(0)], max_grad_norm=INF)
+    for optimizer in (ours, theirs):
+        give_gradients(spread, plain, 0)
+        optimizer.step()
+    give_gradients(spread, plain, 1)
+    entry = ours.state[spread[0]]
+    right = entry["exp_avg"]
+    if own == 1:
+        entry["exp_avg"] = right.to(torch.float64)
+    kind, said = (ValueError, "exp_avg") if own == 1 else (RuntimeError, "another process")
+    with pytest.raises(kind, match=said):
+        ours.step()
+    entry["exp_avg"] = right
+    ours.step()
+    theirs.step()
+    assert_whole(ours, theirs)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_nobody_waits_for_one_that_cannot_step(ranks, world):
+    ranks.run(world, one_cannot_step)
+
+
+def first_step_with_lr_zero():
+    """Zero gradients on one rank only: whether the step counts is one decision."""
+    world, own = distributed.get_world_size(), distributed.get_rank()
+    mesh = init_device_mesh("cpu", (world,))
+    for zero_on in ({0}, {world - 1}, set(range(world))):
+        ours, _, spread, plain = pairs(mesh, [Shard(0)])
+        ours.param_groups[0]["lr"] = 0.0
+        give_gradients(spread, plain, 0)
+        if own in zero_on:
+            for param in spread:
+                param.grad.to_local().zero_()
+        ours.step()
+        counts = {float(entry["step"]) for entry in ours.state.values()}
+        assert counts == ({0.0} if len(zero_on) == world else {1.0})
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_all_count_a_first_step_or_none_does(ranks, world):
+    ranks.run(world, first_step_with_lr_zero)
+
+
+def statistics_alike(engine_name):
+    for world_mesh, placements in [
+        (init_device_mesh("cpu", (4,)), [Shard(0)]),
+        (init_device_mesh("cpu", (2, 2)), [Replicate(), Shard(0)]),
+    ]:
+        spread, plain = spread_over(world_mesh, placements, SHAPES)
+        ours, theirs = (
+            optim.AdamW([(str(i), param) for i, param in enumerate(params)], lr=1e-2) for params in (spread, plain)
+        )
+        for optimizer in (ours, theirs):
+            optimizer.observe()
+        for step in range(2):
+            give_gradients(spread, plain, step)
+            with on(engine_name):
+                ours.step()
+                theirs.step()
+        found = ours.statistics()
+        assert everyone_has(found)
+        assert found == pytest.approx(theirs.statistics(), rel=1e-6)
+
+
+@pytest.mark.parametrize("engine_name", ["cpu", "reference"])
+def test_statistics_are_of_whole_parameters(ranks, engine_name):
+    ranks.run(4, statistics_alike, engine_name)
+
+
+# Plain parameters, of which each process has its own
+
+
+def make_net():
+    torch.manual_seed(1)
+    sizes = [40, 70, 90, 3]
+    return torch.nn.Sequential(*(torch.nn.Linear(*size) for size in pairwise(sizes)))
+
+
+def batch(step, rank):
+    return draw(100 * step + rank, (8, 40))
+
+
+def zero_redundancy(layers):
+    own, world = distributed.get_rank(), distributed.get_world_size()
+    net, twin = make_net()[:layers], make_net()[:layers]
+    replica = DistributedDataParallel(net)
+    options = {"lr": 1e-2, "max_grad_norm": 0.1, "nonfinite": "skip"}
+    sharded = ZeroRedundancyOptimizer(net.parameters(), optim.AdamW, shard_group=distributed.group.WORLD, **options)
+    plain = optim.AdamW(twin.parameters(), **options)
+    for step in range(5):
+        sharded.zero_grad()
+        replica(batch(step, own)).square().mean().backward()
+        if step == 2:
+            net[0].weight.grad[0, 0] = NAN
+        for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+            theirs.grad = ours.grad.clone()
+        sharded.step()
+        plain.step()
+        norm = sharded.optim.grad_norm.item()
+        assert math.isnan(norm) if step == 2 else norm == pytest.approx(plain.grad_norm.item(), rel=1e-12)
+        assert sharded.optim.skipped_steps == plain.skipped_steps
+        for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+        assert everyone_has([param.detach().numpy().tobytes() for param in net.parameters()])
+    assert plain.skipped_steps == 1
+    held = sum(bool(entry) for entry in sharded.optim.state.values())
+    every = [None] * world
+    distributed.all_gather_object(every, held)
+    assert sum(every) == len(list(net.parameters()))
+
+
+@pytest.mark.parametrize("layers", [3, 1])
+@pytest.mark.parametrize("world", [2, 3])
+def test_zero_redundancy_optimizer(ranks, world, layers):
+    ranks.run(world, zero_redundancy, layers)  # one layer on three ranks: one of them has no parameter
+
+
+def first_fsdp(state_format):
+    own = distributed.get_rank()
+    net = make_net()
+    wrapped = FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = optim.AdamW(
+        wrapped.parameters(),
+        lr=1e-2,
+        max_grad_norm=0.1,
+        nonfinite="skip",
+        shard_group=distributed.group.WORLD,
+        state_format=state_format,
+    )
+    for step in range(4):
+        optimizer.zero_grad()
+        wrapped(batch(step, own)).square().mean().backward()
+        torchs = wrapped.clip_grad_norm_(INF).item()
+        if step == 2 and own == 0:
+            next(p for p in wrapped.parameters() if p.grad is not None and p.grad.numel()).grad.view(-1)[0] = NAN
+        optimizer.step()
+        norm = optimizer.grad_norm.item()
+        assert math.isnan(norm) if step == 2 else norm == pytest.approx(torchs, rel=1e-5)
+        assert optimizer.skipped_steps == (step >= 2)
+
+
+@pytest.mark.parametrize("state_format", ["fp32", "bf16"])
+def test_the_first_fsdp(ranks, state_format):
+    ranks.run(2, first_fsdp, state_format)
+
+
+def test_what_is_no_group_is_refused():
+    for value in ("world", -100, object()):
+        with pytest.raises(TypeError, match="shard_group: expected None or a"):
+            optim.AdamW([torch.nn.Parameter(torch.ones(2))], shard_group=value)
