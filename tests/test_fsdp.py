@@ -3,15 +3,19 @@
 Every case runs on one to four ranks that each also step the whole parameters by themselves, with the same gradients.
 """
 
+import copy
+import warnings
+
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import lucid.optim as optim
-from bits import SEALED, canonical, draw, is_sealed, on, peek, same
+from bits import SEALED, canonical, draw, is_sealed, on, peek, same, through_a_file
 
 FORMATS = ["fp32", "bf16", "8bit"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -247,3 +251,109 @@ def gradients_spread_otherwise():
 
 def test_gradients_that_are_spread_otherwise(ranks):
     ranks.run(2, gradients_spread_otherwise)
+
+
+# Around the step
+
+
+def in_backward_is_left_to_the_step():
+    mesh = init_device_mesh("cpu", (2,))
+    runs = []
+    for in_backward in (False, True):
+        net = fully_shard(Net(), mesh=mesh)
+        optimizer = optim.AdamW(net.parameters(), lr=1e-2, state_format="8bit")
+        if in_backward:
+            optimizer.step_in_backward()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", RuntimeWarning)
+            for step in range(3):
+                net(torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(step))).backward()
+                optimizer.step()
+                assert in_backward == all(param.grad is None for param in net.parameters())
+                optimizer.zero_grad()
+        assert sum("does nothing while a process group" in str(each.message) for each in said) == in_backward
+        runs.append([whole(param) for param in net.parameters()])
+    assert all(map(same, *runs))
+
+
+def test_step_in_backward(ranks):
+    ranks.run(2, in_backward_is_left_to_the_step)
+
+
+def state_goes_round():
+    """By state_dict, copy and pickle, whole state into shards, and state made before the first gradient."""
+    mesh = init_device_mesh("cpu", (3,))
+    for state_format in FORMATS:
+        options = {"lr": 1e-2, "state_format": state_format}
+        spread, plain = spread_over(mesh, [Shard(0)], SHAPES)
+        ours, theirs = optim.AdamW(spread, **options), optim.AdamW(plain, **options)
+        ours.init_state()
+        assert all(
+            isinstance(entry.get("exp_avg", entry.get("exp_avg_code")), DTensor) for entry in ours.state.values()
+        )
+        for step in range(2):
+            give_gradients(spread, plain, step)
+            ours.step()
+            theirs.step()
+        twins = []
+        for saved in (ours.state_dict(), theirs.state_dict(), through_a_file(theirs.state_dict())):
+            params = [torch.nn.Parameter(param.detach().clone()) for param in spread]
+            twins.append(optim.AdamW(params, **options))
+            twins[-1].load_state_dict(saved)
+        twins.append(copy.deepcopy(ours))
+        for twin in twins:
+            assert_whole(twin, theirs, "copied")
+        with pytest.raises(ValueError, match="full_tensor"):
+            optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in plain]).load_state_dict(ours.state_dict())
+        give_gradients(spread, plain, 2)
+        theirs.step()
+        for twin in twins:
+            for param, given in zip(twin.param_groups[0]["params"], spread, strict=True):
+                param.grad = given.grad
+            twin.step()
+            assert_whole(twin, theirs, "after a copy")
+
+
+def test_state_is_saved_copied_and_loaded(ranks):
+    ranks.run(3, state_goes_round)
+
+
+def torchs_dummy_step():
+    mesh = init_device_mesh("cpu", (3,))
+    for state_format in FORMATS:
+        for max_norm in (None, 1e9):
+            net, twin = fully_shard(Net(), mesh=mesh), Net()
+            options = {"lr": 1e-2, "state_format": state_format}
+            ours = optim.AdamW(net.parameters(), max_grad_norm=max_norm, nonfinite="skip", **options)
+            theirs = optim.AdamW(twin.parameters(), **options)
+            get_optimizer_state_dict(net, ours)
+            assert {float(entry["step"]) for entry in ours.state.values()} == {0.0}
+            params = [p for p in net.parameters() if p.requires_grad]
+            for step in range(2):
+                give_gradients(params, [p for p in twin.parameters() if p.requires_grad], step)
+                ours.step()
+                theirs.step()
+            assert_whole(ours, theirs, state_format)
+
+
+def test_torchs_dummy_step_counts_nothing(ranks):
+    ranks.run(3, torchs_dummy_step)
+
+
+def offloaded():
+    mesh = init_device_mesh("cpu", (2,))
+    net, twin = Net(), Net()
+    fully_shard(net, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    ours, theirs = (optim.AdamW(model.parameters(), lr=1e-2, state_format="8bit") for model in (net, twin))
+    for step in range(3):
+        net(torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(step))).backward()
+        for left, right in zip(net.parameters(), twin.parameters(), strict=True):
+            right.grad = None if left.grad is None else whole(left.grad)
+        ours.step()
+        theirs.step()
+        ours.zero_grad()
+    assert_whole(ours, theirs)
+
+
+def test_cpu_offload(ranks):
+    ranks.run(2, offloaded)

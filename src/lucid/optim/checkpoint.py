@@ -1,0 +1,194 @@
+"""Optimizer state in distributed checkpoints (``torch.distributed.checkpoint``) of another optimizer or state format.
+
+What this optimizer has saved, in the format that it keeps, torch's own ``get_optimizer_state_dict`` and
+``set_optimizer_state_dict`` load on any number of processes. They read what the live optimizer has a place for, so
+that a checkpoint of ``torch.optim.AdamW``, or one in another format, needs the two functions here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import _get_fqns
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.storage import StorageReader
+
+from lucid import engine
+
+from .optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_STATE, _GROUPS, _PARAMS = "state", "param_groups", "params"
+
+
+def load_optimizer(
+    model: nn.Module,
+    optimizer: Optimizer,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    *,
+    storage_reader: StorageReader | None = None,
+    prefix: str = "optimizer",
+    process_group: ProcessGroup | None = None,
+) -> None:
+    """Load the optimizer's state from a distributed checkpoint, whoever saved it in whichever format.
+
+    Reads what the checkpoint says that it holds, state of ``torch.optim.AdamW`` or of this class, flattened or not,
+    then loads and converts as `Optimizer.load_state_dict` does. Every process of the group has to call it.
+
+    Parameters
+    ----------
+    model : Module
+        Whose parameters the optimizer updates, sharded or not; by its names the state is found.
+    optimizer : Optimizer
+        One of ``lucid.optim``.
+    checkpoint_id : path, optional
+        The checkpoint's folder.
+    storage_reader : StorageReader, optional
+        What reads it, by default files.
+    prefix : str, default "optimizer"
+        The key under which the optimizer's state dict was saved; keys within dicts are joined by dots.
+    process_group : ProcessGroup, optional
+        The processes that load, by default all.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where the checkpoint does not fit the optimizer: a parameter that it does not know, a shape, a value out of
+        range. Nothing is changed then.
+    """
+    if storage_reader is None:
+        if checkpoint_id is None:
+            raise TypeError("load_optimizer: expected a checkpoint_id or a storage_reader, got neither")
+        storage_reader = FileSystemReader(checkpoint_id)
+    elif checkpoint_id is not None:
+        storage_reader.reset(checkpoint_id)
+    names = _names(model, optimizer)
+    params = [param for group in optimizer.param_groups for param in group[_PARAMS]]
+    param_of = dict(zip((name for group in names for name in group), params, strict=True))
+    metadata = storage_reader.read_metadata().state_dict_metadata
+    places = {key: _Place.of(key.removeprefix(f"{prefix}.")) for key in metadata if key.startswith(f"{prefix}.")}
+    if not places:
+        known = ", ".join(sorted({key.split(".")[0] for key in metadata}))
+        raise ValueError(f"prefix: expected one of the checkpoint's keys ({known}), got {prefix!r}")
+    values: dict[str, Any] = {}
+    for key, place in places.items():
+        if place.part == _STATE and place.name in param_of:
+            values[key] = _room(param_of[place.name], metadata[key], f"state {place.key!r} of {place.name!r}")
+        elif place.part == _GROUPS:
+            values[key] = _room(None, metadata[key], key)
+    load(values, storage_reader=storage_reader, process_group=process_group)
+    optimizer.load_state_dict(_assembled(names, [(places[key], value) for key, value in values.items()]))
+
+
+def torch_optimizer_state_dict(model: nn.Module, optimizer: Optimizer, *, flatten: bool = False) -> dict[str, Any]:
+    """Return what ``get_optimizer_state_dict`` would, were the optimizer ``torch.optim.AdamW``.
+
+    To be saved for training to go on with that: moments as float32, none of what torch has no place for.
+
+    Parameters
+    ----------
+    model : Module
+        Whose parameters the optimizer updates, sharded or not.
+    optimizer : Optimizer
+        One of ``lucid.optim``, in any state format.
+    flatten : bool, default False
+        As ``StateDictOptions(flatten_optimizer_state_dict=...)`` when it will be loaded.
+
+    Returns
+    -------
+    dict
+        By parameter name, with tensors spread over processes as the parameters are.
+    """
+    names = [name for group in _names(model, optimizer) for name in group]
+    saved = optimizer.torch_state_dict()
+    state = {names[number]: entry for number, entry in saved[_STATE].items() if entry}
+    own = torch.optim.AdamW([torch.empty(0)]).defaults  # torch looks for these in what it loads
+    groups = [own | group | {_PARAMS: [names[number] for number in group[_PARAMS]]} for group in saved[_GROUPS]]
+    if not flatten:
+        return {_STATE: state, _GROUPS: groups}
+    flat = {f"{_STATE}.{name}.{key}": value for name, entry in state.items() for key, value in entry.items()}
+    for group in groups:
+        for name in group[_PARAMS]:
+            flat |= {f"{_GROUPS}.{name}.{key}": value for key, value in group.items() if key != _PARAMS}
+    return flat
+
+
+class _Place(NamedTuple):
+    """Where a value of a checkpoint belongs: to the state or the group of a parameter, or to a group by its number."""
+
+    part: str
+    name: str
+    key: str
+
+    @classmethod
+    def of(cls, path: str) -> _Place:
+        part, _, rest = path.partition(".")
+        name, _, key = rest.rpartition(".")
+        return cls(part, name, key)
+
+
+def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """The names of the parameters of each group, as torch's checkpoints call them."""
+    name_of = {param: next(iter(_get_fqns(model, name))) for name, param in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for param in group[_PARAMS]:
+            if param not in name_of:
+                raise ValueError(
+                    f"model: expected the one whose parameters the optimizer updates, but it has no parameter of shape "
+                    f"{tuple(param.shape)} that is in a group; was it wrapped after the optimizer was made?"
+                )
+    return [[name_of[param] for param in group[_PARAMS]] for group in optimizer.param_groups]
+
+
+def _room(param: Tensor | None, saved: Any, what: str) -> Tensor | None:
+    """A tensor to read what was `saved` into, spread as the parameter is; None for what is no tensor."""
+    if not isinstance(saved, TensorStorageMetadata):
+        return None
+    dtype = saved.properties.dtype
+    if param is None or not saved.size:
+        return torch.empty(saved.size, dtype=dtype)
+    if len(saved.size) not in (param.dim(), 2) or saved.size[:1] != param.shape[:1]:
+        raise ValueError(f"{what} has shape {tuple(saved.size)} in the checkpoint, the parameter {tuple(param.shape)}")
+    if not engine.shards.is_sharded(param):
+        return torch.empty(saved.size, dtype=dtype, device=param.device)
+    from torch.distributed import tensor
+
+    return tensor.empty(saved.size, dtype=dtype, device_mesh=param.device_mesh, placements=param.placements)
+
+
+def _assembled(names: list[list[str]], values: list[tuple[_Place, Any]]) -> dict[str, Any]:
+    """A state dict of the optimizer whose groups have parameters of these `names`."""
+    state: dict[str, dict[str, Any]] = {}
+    saved_groups: dict[str, dict[str, Any]] = {}  # by parameter or, where not flattened, by number
+    for place, value in values:
+        into = state if place.part == _STATE else saved_groups
+        into.setdefault(place.name, {})[place.key] = value
+    for group in [group for group in saved_groups.values() if _PARAMS in group]:
+        saved_groups |= {name: {key: group[key] for key in group if key != _PARAMS} for name in group[_PARAMS]}
+    number = itertools.count()
+    assembled: dict[str, Any] = {_STATE: {}, _GROUPS: []}
+    for group_names in names:
+        unknown = [name for name in group_names if name not in saved_groups]
+        if unknown:
+            raise ValueError(f"the checkpoint has no parameter {unknown[0]!r} ({len(unknown)} of them are missing)")
+        options = [{k: v for k, v in saved_groups[name].items() if k != "param_names"} for name in group_names]
+        for name, other in zip(group_names, options, strict=True):
+            if other != options[0]:
+                differing = sorted(key for key in other if other[key] != options[0].get(key))
+                raise ValueError(
+                    f"parameters {group_names[0]!r} and {name!r} are in one group here and were saved with different "
+                    f"{', '.join(differing)}; put them into groups as they were"
+                )
+        numbers = [next(number) for _ in group_names]
+        assembled[_GROUPS].append((options[0] if options else {}) | {_PARAMS: numbers})
+        found = {i: state[name] for i, name in zip(numbers, group_names, strict=True) if name in state}
+        assembled[_STATE] |= found
+    return assembled

@@ -1,0 +1,305 @@
+"""Guards that what N processes save, M load, and that training goes on to the bits of a run that was not interrupted.
+
+By torch's own ways: distributed checkpoints of sharded state, and whole state in one file, flattened and not.
+"""
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import distributed
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
+
+import lucid.optim as optim
+from bits import assert_same, draw, results
+from lucid.optim.checkpoint import load_optimizer, torch_optimizer_state_dict
+from test_fsdp import assert_whole
+
+FORMATS = {
+    "fp32": (torch.float32, {"amsgrad": True}),
+    "bf16": (torch.float32, {"state_format": "bf16"}),
+    "8bit": (torch.float32, {"state_format": "8bit"}),
+    "8bit of bfloat16": (torch.bfloat16, {"state_format": "8bit"}),
+    "fp32 of float16": (torch.float16, {}),
+}
+
+
+class Net(torch.nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(130, 67)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(67, 67) for _ in range(2))
+        self.last = torch.nn.Linear(67, 3)
+        self.to(dtype)
+
+
+def sharded(dtype=torch.float32):
+    net, mesh = Net(dtype), init_device_mesh("cpu", (distributed.get_world_size(),))
+    for layer in net.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def make(net, options, kind=optim.AdamW):
+    """Two groups, the second with a learning rate of its own."""
+    groups = [{"params": list(net.layers.parameters())}]
+    groups += [{"params": [*net.first.parameters(), *net.last.parameters()], "lr": 3e-3, "weight_decay": 0.0}]
+    return kind(groups, lr=1e-2, **options)
+
+
+def train(net, optimizer, steps):
+    """With gradients that only the step and the parameter's place decide."""
+    for step in steps:
+        for number, param in enumerate(net.parameters()):
+            gradient = draw(100 * step + number, param.shape).to(param.dtype)
+            if hasattr(param, "device_mesh"):
+                gradient = distribute_tensor(gradient, param.device_mesh, param.placements, src_data_rank=None)
+            param.grad = gradient
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def uninterrupted(name, steps):
+    dtype, options = FORMATS[name]
+    net = Net(dtype)
+    optimizer = make(net, options)
+    train(net, optimizer, range(steps))
+    return optimizer
+
+
+WAYS = {
+    "sharded": (False, False),
+    "sharded, flattened": (False, True),
+    "whole": (True, False),  # flattened as well, torch 2.13 does not load the state of its own AdamW
+}
+
+
+def save(folder):
+    world = distributed.get_world_size()
+    for name, (dtype, options) in FORMATS.items():
+        net = sharded(dtype)
+        optimizer = make(net, options)
+        train(net, optimizer, range(3))
+        for way, (full, flat) in WAYS.items():
+            chosen = StateDictOptions(full_state_dict=full, flatten_optimizer_state_dict=flat, cpu_offload=full)
+            model_state, optimizer_state = get_state_dict(net, optimizer, options=chosen)
+            path = folder / f"{world} {name} {way}"
+            if full and distributed.get_rank() == 0:
+                torch.save({"model": model_state, "optimizer": optimizer_state}, path)
+            elif not full:
+                dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+        assert_whole(optimizer, uninterrupted(name, 3), f"after saving {name}")
+    distributed.barrier()
+
+
+def load_and_go_on(folder, saved_by):
+    for name, (dtype, options) in FORMATS.items():
+        whole = uninterrupted(name, 5)
+        for way, (full, flat) in WAYS.items():
+            for from_rank0 in (False, True) if full else (False,):
+                net = sharded(dtype)
+                optimizer = make(net, options)
+                chosen = StateDictOptions(
+                    full_state_dict=full, flatten_optimizer_state_dict=flat, broadcast_from_rank0=from_rank0
+                )
+                path = folder / f"{saved_by} {name} {way}"
+                if full:
+                    both = {"model": {}, "optimizer": {}}
+                    if not from_rank0 or distributed.get_rank() == 0:
+                        both = torch.load(path, weights_only=True)
+                else:
+                    model_state, optimizer_state = get_state_dict(net, optimizer, options=chosen)
+                    both = {"model": model_state, "optimizer": optimizer_state}
+                    dcp.load(both, checkpoint_id=path)
+                set_model_state_dict(net, both["model"], options=chosen)
+                set_optimizer_state_dict(net, optimizer, both["optimizer"], options=chosen)
+                train(net, optimizer, range(3, 5))
+                assert_whole(optimizer, whole, f"{way} {name}, saved by {saved_by}, from rank 0: {from_rank0}")
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for world in (1, 2, 3, 4):
+        ranks.run(world, save, folder)
+    return folder
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("saved_by", [1, 2, 3, 4])
+def test_what_some_processes_save_others_load(ranks, saved, saved_by, world):
+    ranks.run(world, load_and_go_on, saved, saved_by)
+
+
+# Another optimizer's, or in another format
+
+
+def whole_state(net, optimizer, folder, name):
+    """Save all that there is on rank 0, to be loaded without any process group."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model_state, optimizer_state = get_state_dict(net, optimizer, options=options)
+    if distributed.get_rank() == 0:
+        torch.save({"model": model_state, "optimizer": optimizer_state}, folder / f"{name} whole")
+
+
+def save_others(folder):
+    kinds = {"torch": (torch.float32, {}, torch.optim.AdamW)}
+    kinds |= {name: (dtype, options, optim.AdamW) for name, (dtype, options) in FORMATS.items()}
+    for name, (dtype, options, kind) in kinds.items():
+        net = sharded(dtype)
+        optimizer = make(net, options, kind)
+        train(net, optimizer, range(3))
+        optimizer.param_groups[0]["betas"] = (0.85, 0.995)
+        for flat in (False, True):
+            chosen = StateDictOptions(flatten_optimizer_state_dict=flat)
+            model_state, optimizer_state = get_state_dict(net, optimizer, options=chosen)
+            dcp.save({"model": model_state, "app": {"adamw": optimizer_state}}, checkpoint_id=folder / f"{name} {flat}")
+            if kind is optim.AdamW:
+                for_torch = torch_optimizer_state_dict(net, optimizer, flatten=flat)
+                dcp.save({"model": model_state, "optimizer": for_torch}, checkpoint_id=folder / f"{name} {flat} torch")
+        whole_state(net, optimizer, folder, name)
+
+
+def in_order(net, optimizer_state):
+    """A whole state dict by the parameters' names as one by their numbers, for an optimizer of `make`."""
+    names = {
+        name: number
+        for number, name in enumerate(name for g in optimizer_state["param_groups"] for name in g["params"])
+    }
+    groups = [g | {"params": [names[name] for name in g["params"]]} for g in optimizer_state["param_groups"]]
+    return {"state": {names[name]: entry for name, entry in optimizer_state["state"].items()}, "param_groups": groups}
+
+
+def load_others(folder):
+    for source in ("torch", "fp32", "bf16", "8bit"):
+        for target in ("fp32", "bf16", "8bit"):
+            _, options = FORMATS[target]
+            options = options | {"amsgrad": False}
+            saved = torch.load(folder / f"{source} whole", weights_only=True)
+            plain = Net()
+            plain.load_state_dict(saved["model"])
+            theirs = make(plain, options)
+            theirs.load_state_dict(in_order(plain, saved["optimizer"]))
+            train(plain, theirs, range(3, 5))
+            for flat in (False, True):
+                net = sharded()
+                model_state = get_model_state_dict(net)
+                dcp.load({"model": model_state}, checkpoint_id=folder / f"{source} {flat}")
+                ours = make(net, options)
+                load_optimizer(net, ours, folder / f"{source} {flat}", prefix="app.adamw")
+                assert ours.param_groups[0]["betas"] == (0.85, 0.995)
+                assert ours.param_groups[1]["lr"] == 3e-3
+                train(net, ours, range(3, 5))
+                assert_whole(ours, theirs, f"{source} to {target}, flattened: {flat}")
+
+
+def torch_loads_ours(folder):
+    for source, (dtype, _) in FORMATS.items():
+        saved = torch.load(folder / f"{source} whole", weights_only=True)
+        plain = Net(dtype)
+        plain.load_state_dict(saved["model"])
+        whole = make(plain, FORMATS[source][1])
+        whole.load_state_dict(in_order(plain, saved["optimizer"]))
+        expected = whole.torch_state_dict()
+        for flat in (False, True):
+            net = sharded(dtype)
+            theirs = make(net, {"amsgrad": source == "fp32"}, torch.optim.AdamW)
+            chosen = StateDictOptions(flatten_optimizer_state_dict=flat)
+            model_state, optimizer_state = get_state_dict(net, theirs, options=chosen)
+            dcp.load(
+                {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / f"{source} {flat} torch"
+            )
+            set_optimizer_state_dict(net, theirs, optimizer_state, options=chosen)
+            assert theirs.param_groups[0]["betas"] == (0.85, 0.995)
+            params = [param for group in theirs.param_groups for param in group["params"]]
+            for number, param in enumerate(params):
+                for key, value in expected["state"][number].items():
+                    found = theirs.state[param][key]
+                    found = found.full_tensor() if hasattr(found, "full_tensor") else found
+                    assert torch.equal(found, value.to(found.dtype)), (source, flat, number, key)
+            train(net, theirs, range(3, 5))
+
+
+@pytest.fixture(scope="module")
+def others(ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("others")
+    ranks.run(3, save_others, folder)
+    return folder
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_format_loads_every_format_and_torchs(ranks, others, world):
+    ranks.run(world, load_others, others)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_torch_loads_every_format(ranks, others, world):
+    ranks.run(world, torch_loads_ours, others)
+
+
+# What does not fit
+
+
+def snapshot_of(optimizer):
+    return [
+        {key: value.full_tensor() if hasattr(value, "full_tensor") else value.clone() for key, value in entry.items()}
+        for entry in optimizer.state.values()
+    ] + [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def refused(folder):
+    source = folder / "8bit True"
+
+    def case(said, change=lambda net: net, groups=None, **arguments):
+        net = change(sharded())
+        optimizer = make(net, {}) if groups is None else optim.AdamW(groups(net))
+        before = snapshot_of(optimizer)
+        with pytest.raises((TypeError, ValueError), match=said):
+            load_optimizer(net, optimizer, **({"checkpoint_id": source, "prefix": "app.adamw"} | arguments))
+        assert repr(snapshot_of(optimizer)) == repr(before)
+
+    case("expected a checkpoint_id or a storage_reader", checkpoint_id=None)
+    case(r"prefix: expected one of the checkpoint's keys \(app, model\), got 'optimizer'", prefix="optimizer")
+    case("saved with different beta1, beta2, betas, lr, weight_decay", groups=lambda net: net.parameters())
+    case("no parameter of shape", groups=lambda net: [torch.nn.Parameter(torch.ones(3))])
+
+    def with_another(net):
+        net.more = torch.nn.Linear(3, 2)
+        return net
+
+    case("has no parameter 'more.weight'", with_another, lambda net: net.more.parameters())
+
+    def with_other_shape(net):
+        net.last = fully_shard(torch.nn.Linear(67, 4), mesh=init_device_mesh("cpu", (distributed.get_world_size(),)))
+        return net
+
+    case(r"shape \(3, 67\) in the checkpoint, the parameter \(4, 67\)", with_other_shape)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_checkpoint_that_does_not_fit_changes_nothing(ranks, others, world):
+    ranks.run(world, refused, others)
+
+
+def test_without_processes(others):
+    """What three processes saved, one loads that knows of no process group."""
+    saved = torch.load(others / "bf16 whole", weights_only=True)
+    nets, optimizers = [Net(), Net()], []
+    for net in nets:
+        net.load_state_dict(saved["model"])
+        optimizers.append(make(net, {"state_format": "bf16"}))
+    optimizers[0].load_state_dict(in_order(nets[0], saved["optimizer"]))
+    with pytest.warns(UserWarning, match="assuming the intent is to load in a single process"):  # torch says so
+        load_optimizer(nets[1], optimizers[1], others / "bf16 False", prefix="app.adamw")
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer, range(3, 5))
+    assert_same(*map(results, optimizers))
