@@ -6,6 +6,7 @@ import copy
 import itertools
 import os
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,6 +97,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _begin(self) -> None:
         """Set what is never saved."""
+        self._itself = weakref.ref(self)
         self._whole = Part()
         self._backward: StepInBackward | None = None
         self._accumulating = 0
@@ -106,6 +108,11 @@ class Optimizer(torch.optim.Optimizer):
         self._grad_norm: float | None = None
         self._state_box: list[Any] = [defaultdict(dict), True]
         self._unlock()
+
+    @property
+    def _bare(self) -> Optimizer:
+        """Return this optimizer; asked of a wrapper that takes our class for its own, as Lightning's, the one in it."""
+        return self._itself() or self
 
     def _unlock(self) -> None:
         self._lock = threading.RLock()
@@ -256,23 +263,23 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def max_grad_norm(self) -> float | None:
         """The bound of the global gradient norm, above which steps scale the gradients down; None for no bound."""
-        return self._max_grad_norm
+        return self._bare._max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
         bound = checked_max_norm(value)
         if bound is not None and self._backward is not None:
             raise ValueError(no_norm_in_backward(bound))
-        self._max_grad_norm = bound
+        self._bare._max_grad_norm = bound
 
     @property
     def nonfinite(self) -> NonFinite:
         """What a step does with gradients that are not finite: ``"propagate"``, ``"skip"`` or ``"error"``."""
-        return self._nonfinite
+        return self._bare._nonfinite
 
     @nonfinite.setter
     def nonfinite(self, value: NonFinite) -> None:
-        self._nonfinite = checked_non_finite(value)
+        self._bare._nonfinite = checked_non_finite(value)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -286,7 +293,7 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were not taken since gradients were not finite; in backward each parameter's counts."""
-        return self._skipped_steps + self._skipped_in_backward
+        return self._bare._skipped_steps + self._skipped_in_backward
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -297,8 +304,8 @@ class Optimizer(torch.optim.Optimizer):
         """
         if self._backward is not None:  # which has used the gradients before GradScaler could look: it says so then
             return False
-        if self._amp_scaling is not None:
-            return self._amp_scaling
+        if self._bare._amp_scaling is not None:
+            return self._bare._amp_scaling
         params = [param for group in self.param_groups for param in group["params"]]
         return bool(params) and all(param.device.type not in ("cpu", "meta") for param in params)
 
@@ -306,7 +313,7 @@ class Optimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self, value: bool | None) -> None:
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"_step_supports_amp_scaling: expected True, False or None, got {shown(value)}")
-        self._amp_scaling = value
+        self._bare._amp_scaling = value
 
     # Step in backward
 
@@ -345,16 +352,17 @@ class Optimizer(torch.optim.Optimizer):
         (True, 1)
         """
         checked_flag("on", on)
-        if on and self._max_grad_norm is not None:
-            raise ValueError(no_norm_in_backward(self._max_grad_norm))
-        if on and self._backward is None:
-            self._backward = StepInBackward(self)
-            self._seen, self._scale = {}, 1.0
-        elif on and self._backward is not None:
-            self._backward.follow(self)
-        elif self._backward is not None:
-            self._backward.remove()
-            self._backward = None
+        bare = self._bare
+        if on and bare._max_grad_norm is not None:
+            raise ValueError(no_norm_in_backward(bare._max_grad_norm))
+        if on and bare._backward is None:
+            bare._backward = StepInBackward(bare)
+            bare._seen, bare._scale = {}, 1.0
+        elif on and bare._backward is not None:
+            bare._backward.follow(bare)
+        elif bare._backward is not None:
+            bare._backward.remove()
+            bare._backward = None
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -362,19 +370,21 @@ class Optimizer(torch.optim.Optimizer):
 
         Without `step_in_backward` that is what backward does anyway, and this does nothing.
         """
-        self._accumulating += 1
+        bare = self._bare
+        bare._accumulating += 1
         try:
             yield
         finally:
-            self._accumulating -= 1
+            bare._accumulating -= 1
 
     # Statistics
 
     def observe(self, on: bool = True) -> None:
         """Let steps measure what `statistics` tells, in the same pass over the parameters; or no longer."""
-        self._observing = checked_flag("on", on)
+        bare = self._bare
+        bare._observing = checked_flag("on", on)
         if not on:
-            self._seen = {}
+            bare._seen = {}
 
     def statistics(self) -> dict[str, float]:
         """Return what the last step was like, as plain numbers by name, ready for a logger.
@@ -394,7 +404,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         if not self._seen:
             raise RuntimeError("statistics: no step has been observed; call observe() before step()")
-        return summed_up(self, self._seen, self._scale)
+        return summed_up(self._bare, self._seen, self._scale)
 
     def _known_as(self, seed: int, number: int, group: int, index: int) -> KnownAs:
         """What the draws of parameter number `index` of a group, `number` over all, are keyed with."""
