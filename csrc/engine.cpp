@@ -78,16 +78,18 @@ void convert(Type type, const void* from, double* to, int64_t n) {
   kernels().to_f64[static_cast<int>(type)](from, to, n);
 }
 
+// Elements [begin, begin + n) of an operand: where they lie or, where that is not one after the other, in `buffer`.
+void* contiguous(const Work& work, int operand, int64_t begin, int64_t n, char* buffer) {
+  if (work.layout->contiguous[operand]) return element(work, operand, begin);
+  gather_of(work.size[operand])(*work.layout, operand, work.address[operand], begin, n, buffer);
+  return buffer;
+}
+
 // Elements [begin, begin + n) of a gradient that is not as the kernels read it, in `buffer`, in the compute type or its
 // own.
 template <class T>
 const void* staged_gradient(const Work& work, int64_t begin, int64_t n, char* buffer, T* converted) {
-  const Layout& layout = *work.layout;
-  const void* from = element(work, grad, begin);
-  if (!layout.contiguous[grad]) {
-    gather_of(work.size[grad])(layout, grad, work.address[grad], begin, n, buffer);
-    from = buffer;
-  }
+  const void* from = contiguous(work, grad, begin, n, buffer);
   if (work.gradient == work.compute) return from;
   convert(work.gradient, from, converted, n);
   return converted;
@@ -101,10 +103,7 @@ void update_staged(const Work& work, const Scalars<T>& scalars, Slice slice) {
   alignas(64) T gradient[staged];
   for (int o = 0; o < shaped_operands; ++o) {
     if (work.address[o] == nullptr || o == grad) continue;
-    slice.at[o] = layout.contiguous[o] ? element(work, o, slice.first) : buffer[o];
-    if (!layout.contiguous[o]) {
-      gather_of(work.size[o])(layout, o, work.address[o], slice.first, slice.n, buffer[o]);
-    }
+    slice.at[o] = contiguous(work, o, slice.first, slice.n, buffer[o]);
   }
   slice.at[grad] = const_cast<void*>(staged_gradient(work, slice.first, slice.n, buffer[grad], gradient));
   run_kernel(work, scalars, slice, false);

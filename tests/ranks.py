@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 MOST = 4
-LIMIT = 120  # seconds that one function may take
+LIMIT = 90  # seconds that one function may take
 
 
 def _serve(rank, connection, log):
@@ -40,7 +40,7 @@ def _serve(rank, connection, log):
                 init_method=f"file://{store}",
                 rank=rank,
                 world_size=world,
-                timeout=timedelta(seconds=LIMIT // 2),
+                timeout=timedelta(seconds=LIMIT // 3),
             )
             try:
                 answer = (True, function(*arguments))

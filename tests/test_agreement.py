@@ -166,31 +166,40 @@ def test_an_overflow_that_gradscaler_found_on_one_rank_skips_on_all(ranks):
     ranks.run(2, found_inf_on_one_rank)
 
 
-def one_cannot_step():
-    """One rank's state has been spoilt: it says what is wrong, the others that someone does."""
+def one_cannot_step(before):
+    """On one rank something has been spoilt: it says what is wrong, the others that someone does."""
     own = distributed.get_rank()
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    ours, theirs, spread, plain = pairs(mesh, [Shard(0)], max_grad_norm=INF)
-    for optimizer in (ours, theirs):
-        give_gradients(spread, plain, 0)
-        optimizer.step()
-    give_gradients(spread, plain, 1)
-    entry = ours.state[spread[0]]
-    right = entry["exp_avg"]
-    if own == 1:
-        entry["exp_avg"] = right.to(torch.float64)
-    kind, said = (ValueError, "exp_avg") if own == 1 else (RuntimeError, "another process")
-    with pytest.raises(kind, match=said):
+    for spoil, kind, said in [
+        (lambda optimizer, entry: entry.update(exp_avg=entry["exp_avg"].double()), ValueError, "exp_avg"),
+        (lambda optimizer, entry: optimizer.param_groups[0].update(lr=-1.0), ValueError, "lr: expected"),
+        (lambda optimizer, entry: optimizer.param_groups.append(3), TypeError, r"param_groups\[1\]"),
+    ]:
+        ours, theirs, spread, plain = pairs(mesh, [Shard(0)], max_grad_norm=INF)
+        for step in range(before):
+            give_gradients(spread, plain, step)
+            ours.step()
+            theirs.step()
+        give_gradients(spread, plain, before)
+        ours.init_state()
+        saved = [dict(entry) for entry in ours.state.values()], list(ours.param_groups), dict(ours.param_groups[0])
+        if own == 1:
+            spoil(ours, ours.state[spread[0]])
+        with pytest.raises(kind, match=said) if own == 1 else pytest.raises(RuntimeError, match="another process"):
+            ours.step()
+        for entry, right in zip(ours.state.values(), saved[0], strict=True):
+            entry.update(right)
+        ours.param_groups[:] = saved[1]
+        ours.param_groups[0].update(saved[2])
         ours.step()
-    entry["exp_avg"] = right
-    ours.step()
-    theirs.step()
-    assert_whole(ours, theirs)
+        theirs.step()
+        assert_whole(ours, theirs)
 
 
+@pytest.mark.parametrize("before", [0, 1, SEALED])
 @pytest.mark.parametrize("world", [2, 4])
-def test_nobody_waits_for_one_that_cannot_step(ranks, world):
-    ranks.run(world, one_cannot_step)
+def test_nobody_waits_for_one_that_cannot_step(ranks, world, before):
+    ranks.run(world, one_cannot_step, before)
 
 
 def first_step_with_lr_zero():

@@ -687,6 +687,7 @@ BAD = {
     "0": (0, ValueError),
     "0.0": (0.0, ValueError),
     "negative": (-1.0, ValueError),
+    "below all floats": (-(10**400), ValueError),
     "negative infinity": (-math.inf, ValueError),
     "NaN": (math.nan, ValueError),
     "bool": (True, TypeError),

@@ -8,7 +8,7 @@ from . import cpu, shards
 from .observed import Observed
 from .plan import Plan, name_for, only_reference
 from .reference import ordered_sum
-from .row import COMPUTE, Row, check_memory, check_param, checked_gradient
+from .row import COMPUTE, Row, check_memory, check_param, checked_gradient, has_memory, is_plain
 from .scalars import Scalars
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "check_param",
     "checked_gradient",
     "cpu",
+    "has_memory",
+    "is_plain",
     "name_for",
     "only_reference",
     "ordered_sum",

@@ -46,9 +46,30 @@ class Row:
     numbering: Numbering
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether more than operations of its own class reach its values (unlike FakeTensor, quantized tensors)."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def span(tensor: Tensor) -> int:
+    """Return how many bytes a strided tensor takes from its first element to behind its last."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the storage of a strided tensor is as large as its elements need."""
+    if tensor._is_zerotensor():
+        return False
+    begin = tensor.storage_offset() * tensor.element_size()
+    return not tensor.numel() or tensor.untyped_storage().nbytes() >= begin + span(tensor)
+
+
 def check_plain(tensor: Tensor, what: str) -> None:
-    """Raise if only operations of its own class reach the tensor's values (FakeTensor, quantized tensors)."""
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    """Raise where a tensor is none of torch's own class."""
+    if not is_plain(tensor):
         raise TypeError(
             f"{what} is a {type(tensor).__name__}, expected a plain tensor with memory of its own, or a DTensor; "
             "lucid.optim does not update fake or otherwise wrapped tensors"
@@ -142,12 +163,9 @@ def check_memory(row: Row) -> None:
             continue
         if what != "its gradient" and overlaps_itself(tensor):
             raise ValueError(f"{row.name}: {what} has several elements at one place in memory; clone() it")
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        end = (tensor.storage_offset() + last + 1) * tensor.element_size()
-        if tensor._is_zerotensor() or tensor.untyped_storage().nbytes() < end:
+        if not has_memory(tensor):
             raise ValueError(f"{row.name}: {what} has no memory, or less than its shape needs; was its storage freed?")
-        begin = tensor.data_ptr()
-        spans.append((begin, begin + (last + 1) * tensor.element_size(), what))
+        spans.append((tensor.data_ptr(), tensor.data_ptr() + span(tensor), what))
     spans.sort()
     for (_, end, one), (begin, _, other) in pairwise(spans):
         if begin < end:

@@ -12,7 +12,7 @@ from .formats import NAMES, StateFormatName
 from .gradients import NonFinite
 from .groups import ParamGroup, pair
 from .optimizer import Hyperparameters, Optimizer, Params
-from .values import checked_flag, number_in, shown
+from .values import as_float, checked_flag, number_in, one_of, shown
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -172,7 +172,7 @@ class AdamW(Optimizer):
                 weight_decay=_number("weight_decay", group["weight_decay"]),
                 amsgrad=checked_flag("amsgrad", group["amsgrad"]),
                 maximize=checked_flag("maximize", group["maximize"]),
-                state_format=_state_format(group["state_format"]),
+                state_format=one_of("state_format", group["state_format"], NAMES),
                 master_weights=checked_flag("master_weights", group["master_weights"]),
                 seed=_seed(group["seed"]),
             )
@@ -183,19 +183,10 @@ class AdamW(Optimizer):
 def _number(name: str, value: Any, below: float = math.inf) -> float:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name}: expected a number{' or a 0-dim Tensor' * (name == 'lr')}, got {shown(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
+    number = as_float(value)
     if not 0.0 <= number < below:
         raise ValueError(f"{name}: expected a number in [0, {below:g}), got {shown(value)}")
     return number
-
-
-def _state_format(value: Any) -> StateFormatName:
-    if not isinstance(value, str) or value not in NAMES:
-        raise ValueError(f"state_format: expected one of {', '.join(map(repr, NAMES))}, got {shown(value)}")
-    return value
 
 
 def _seed(value: Any) -> int:

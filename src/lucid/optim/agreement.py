@@ -78,7 +78,7 @@ class Agreement:
     def _levels(self) -> Iterator[tuple[ProcessGroup, list[bool]]]:
         """The groups of processes along each dimension of each mesh, and whether each kind is spread over it."""
         for mesh in self._meshes:
-            for dim in range(mesh.ndim):
+            for dim in range(mesh.ndim) if mesh.get_coordinate() is not None else ():
                 yield mesh.get_group(dim), [own == mesh and spread[dim] for own, spread in self._kinds]
 
     def _together(self, sums: list[float], finding: Finding, *, of_parts: bool = False) -> tuple[float, Finding]:

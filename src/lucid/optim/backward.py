@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
-from .part import Part
+from .part import Part, members_of
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
@@ -83,14 +83,15 @@ class StepInBackward:
         entry = optimizer._state_box[0].get(param)
         try:
             outcome = optimizer._apart(part, [{} if entry is None else {param: entry}, True])
-        finally:
+        except BaseException:
             if part.updated:
                 param.grad = None  # used, whatever happened then
+            raise
+        param.grad = None
         if outcome.skipped:
             optimizer._skipped_in_backward += 1
             optimizer._skipped_alone[param] = optimizer._skipped_alone.get(param, 0) + 1
         optimizer._seen |= outcome.observed
-        param.grad = None
 
     def _leave_to_step(self) -> None:
         """Which process averages what, and when, cannot be seen from here: DDP does it after the hooks."""
@@ -111,9 +112,7 @@ class StepInBackward:
             group, place = part.only
             if group < len(groups) and place < len(groups[group]["params"]) and groups[group]["params"][place] is param:
                 return part
-        places = {
-            other: (group, place) for group, items in enumerate(groups) for place, other in enumerate(items["params"])
-        }
+        places = {member.param: (member.group, member.place) for member in members_of(groups)}
         if param not in places:
             return None
         self._parts |= {other: Part(where) for other, where in places.items()}  # all at once: each look-up reads all

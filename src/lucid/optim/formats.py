@@ -17,7 +17,7 @@ from torch import Tensor
 from lucid import engine
 from lucid.engine import codecs, shards
 
-from .values import number_in, shown
+from .values import as_float, number_in, shown
 
 STEP = "step"
 STREAM = "stream"
@@ -302,10 +302,7 @@ def checked_step(value: Any, name: str) -> Tensor:
     number = number_in(value) if isinstance(value, Tensor) else value
     if not isinstance(number, int | float):
         raise ValueError(f"state 'step' of {name}: expected one number, got {shown(value)}")
-    try:
-        count = float(number)
-    except OverflowError:
-        count = math.inf
+    count = as_float(number)
     if not (0 <= count < MAX_STEP and count.is_integer()):
         raise ValueError(
             f"state 'step' of {name}: expected a whole number from 0 to {MAX_STEP - 1} (float32 counts no "

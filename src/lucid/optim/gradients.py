@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lucid import engine
 
-from .values import number_in, shown
+from .values import as_float, number_in, shown
 
 NonFinite = Literal["propagate", "skip", "error"]
 NON_FINITE: tuple[NonFinite, ...] = ("propagate", "skip", "error")
@@ -34,22 +34,12 @@ def checked_max_norm(value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"max_grad_norm: expected None or a number, got {shown(value)}")
-    try:
-        bound = float(value)
-    except OverflowError:
-        bound = math.inf
+    bound = as_float(value)
     if not bound > 0:
         raise ValueError(
             f"max_grad_norm: expected None, a number above 0, or infinity to measure the norm only, got {shown(value)}"
         )
     return bound
-
-
-def checked_non_finite(value: Any) -> NonFinite:
-    """Return `value`; raise unless it names a way to treat gradients that are not finite."""
-    if not isinstance(value, str) or value not in NON_FINITE:
-        raise ValueError(f"nonfinite: expected one of {', '.join(map(repr, NON_FINITE))}, got {shown(value)}")
-    return value
 
 
 def scale_of(value: Any) -> float:
@@ -71,10 +61,7 @@ def _single(name: str, value: Any) -> float:
     if isinstance(value, Tensor) and (number := number_in(value)) is not None:
         return number
     if isinstance(value, numbers.Real):
-        try:
-            return float(value)
-        except OverflowError:
-            return math.inf
+        return as_float(value)
     raise TypeError(f"{name}: expected None or one number, as torch.amp.GradScaler sets it, got {shown(value)}")
 
 

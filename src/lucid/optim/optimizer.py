@@ -21,12 +21,12 @@ from lucid import engine
 from .agreement import checked_group
 from .backward import StepInBackward, no_norm_in_backward
 from .formats import KnownAs, StateFormat, StateFormatName, decoded, format_for
-from .gradients import NonFinite, checked_max_norm, checked_non_finite, found_inf_in, scale_of
+from .gradients import NON_FINITE, NonFinite, checked_max_norm, found_inf_in, scale_of
 from .groups import ParamGroup, check_ordered, checked_params
 from .part import Outcome, Part
 from .state_dict import loaded, plain
 from .statistics import summed_up
-from .values import checked_flag, shown
+from .values import checked_flag, one_of, shown
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -279,7 +279,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @nonfinite.setter
     def nonfinite(self, value: NonFinite) -> None:
-        self._bare._nonfinite = checked_non_finite(value)
+        self._bare._nonfinite = one_of("nonfinite", value, NON_FINITE)
 
     @property
     def grad_norm(self) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -75,32 +76,12 @@ class Part:
         ``state_box``: as `engine.Plan.gather` takes it; of all state or of the one parameter's.
         """
         self.updated = False
-        groups = optimizer._checked_groups(None if self.only is None else self.only[0])
-        hyperparameters = [optimizer._hyperparameters(group) for group in groups]
-        kept = [hyper.kept for hyper in hyperparameters]
-        params = [group["params"] for group in groups]
-        if self.only is not None:
-            place = self.only[1]
-            params = [params[0][place : place + 1]]
-        looks = None
-        if self.plan is not None and self._planned == kept:
-            looks = self.plan.gather(params, state_box)
-        if looks is None:
-            checked_params([param for group in params for param in group])
-            self.plan, self._planned = engine.Plan(params), kept
-            self._agreement = Agreement([param for group in params for param in group], optimizer._shard_group)
-            looks = self.plan.gather(params, state_box)
-        plan = self.plan
-        assert plan is not None
-        assert looks is not None
         new: list[_NewState] = []
         try:
             try:
-                for row in self._rows(optimizer, looks, hyperparameters, new) if looks else ():
-                    plan.bind(row)
+                plan, params, hyperparameters = self._prepared(optimizer, state_box, new)
             except Exception:
-                if _is_judging(optimizer):  # the others wait to hear of it
-                    self._agreement.worst(Finding.FAILED)
+                _tell_others(optimizer)
                 raise
             judged = self._judged(optimizer, plan, scale, found_inf)
             if judged.skip:
@@ -121,12 +102,36 @@ class Part:
                     _abandon(optimizer, state_box, new, had)
                 raise
         finally:
-            self.updated = plan.ran
-            plan.release()
+            if self.plan is not None:
+                self.updated = self.plan.ran
+                self.plan.release()
             self._looked_at.clear()
         observed = self._agreement.observed(observed)
-        every = [param for group in params for param in group] if observed else []
-        return Outcome(False, judged.norm, scale, {every[row]: seen for row, seen in observed})
+        return Outcome(False, judged.norm, scale, {params[row]: seen for row, seen in observed})
+
+    def _prepared(
+        self, optimizer: Optimizer, state_box: list[Any], new: list[_NewState]
+    ) -> tuple[engine.Plan, list[Tensor], list[Hyperparameters]]:
+        """Return the plan with all rows of this step bound to it, its parameters, and each group's hyperparameters."""
+        groups = optimizer._checked_groups(None if self.only is None else self.only[0])
+        hyperparameters = [optimizer._hyperparameters(group) for group in groups]
+        kept = [hyper.kept for hyper in hyperparameters]
+        params = [group["params"] for group in groups]
+        if self.only is not None:
+            place = self.only[1]
+            params = [params[0][place : place + 1]]
+        every = [param for group in params for param in group]
+        looks = None
+        if self.plan is not None and self._planned == kept:
+            looks = self.plan.gather(params, state_box)
+        if self.plan is None or looks is None:
+            checked_params(every)
+            self.plan, self._planned = engine.Plan(params), kept
+            self._agreement = Agreement(every, optimizer._shard_group)
+            looks = self.plan.gather(params, state_box)
+        for row in self._rows(optimizer, looks, hyperparameters, new) if looks else ():
+            self.plan.bind(row)
+        return self.plan, every, hyperparameters
 
     def _members(self, groups: list[ParamGroup]) -> list[Member]:
         """The part's parameters in the order of its plan's rows."""
@@ -218,6 +223,15 @@ class Part:
 def _is_judging(optimizer: Optimizer) -> bool:
     """Whether what a step does depends on its gradients."""
     return optimizer.max_grad_norm is not None or optimizer.nonfinite != "propagate"
+
+
+def _tell_others(optimizer: Optimizer) -> None:
+    """Let processes that wait for this one's gradients know that it cannot step."""
+    if _is_judging(optimizer):
+        with suppress(Exception):  # what made it fail is what is to be raised
+            groups = [group for group in optimizer.param_groups if isinstance(group, dict)]
+            params = [param for group in groups for param in group["params"]]
+            Agreement(params, optimizer._shard_group).worst(Finding.FAILED)
 
 
 def _adopt(optimizer: Optimizer, state_box: list[Any], new: list[_NewState]) -> None:

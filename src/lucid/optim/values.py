@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from lucid import engine
+
+Name = TypeVar("Name", bound=str)
 
 LONGEST = 500  # characters of a value in a message
 
@@ -32,6 +38,22 @@ def number_in(tensor: Tensor) -> float | None:
         return None
 
 
+def as_float(number: Any) -> float:
+    """Return a real number as a float, as an infinity where it is beyond them."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Name]) -> Name:
+    """Return `value`; raise unless it is one of the names that are allowed."""
+    for each in allowed:
+        if isinstance(value, str) and value == each:
+            return each
+    raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {shown(value)}")
+
+
 def checked_flag(name: str, value: Any) -> bool:
     """Return `value`; raise unless it is True or False."""
     if not isinstance(value, bool):
@@ -41,11 +63,6 @@ def checked_flag(name: str, value: Any) -> bool:
 
 def _readable(tensor: Tensor) -> bool:
     """Whether it has numbers, in memory of its own: to read where there is none may end the process."""
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.is_meta:
+    if not engine.is_plain(tensor) or tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
         return False
-    if tensor.layout is not torch.strided or tensor.is_quantized:
-        return False
-    if tensor._is_zerotensor() or not tensor.numel():
-        return True
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return tensor._is_zerotensor() or engine.has_memory(tensor)
