@@ -465,7 +465,7 @@ PLACES = {
     "write": (engine.Plan, "_write"),
     "scalars": (engine.Scalars, "of"),
     "adopt": (part, "_adopt"),
-    "initialising": (part, "_is_initialising"),
+    "initialising": (part.Part, "_is_initialising"),
     "judged": (part.Part, "_judged"),
     "complete": (formats.StateFormat, "complete"),
     "new slot": (formats.Slot, "new"),

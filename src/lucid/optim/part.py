@@ -126,8 +126,8 @@ class Part:
             looks = self.plan.gather(params, state_box)
         if self.plan is None or looks is None:
             checked_params(every)
-            self.plan, self._planned = engine.Plan(params), kept
             self._agreement = Agreement(every, optimizer._shard_group)
+            self.plan, self._planned = engine.Plan(params), kept
             looks = self.plan.gather(params, state_box)
         for row in self._rows(optimizer, looks, hyperparameters, new) if looks else ():
             self.plan.bind(row)
