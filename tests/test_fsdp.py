@@ -357,3 +357,91 @@ def offloaded():
 
 def test_cpu_offload(ranks):
     ranks.run(2, offloaded)
+
+
+def changes_between_steps():
+    """What the plan knows of shards, changed behind its back."""
+    mesh = init_device_mesh("cpu", (2,))
+
+    def new_state(ours, theirs, spread, plain):
+        ours.state[spread[0]]["exp_avg"] = distribute_tensor(torch.ones(plain[0].shape), mesh, [Shard(0)])
+        theirs.state[plain[0]]["exp_avg"] = torch.ones(plain[0].shape)
+
+    def state_of_a_held_shard(ours, theirs, spread, plain):
+        held[0].fill_(2.0)
+        theirs.state[plain[0]]["exp_avg_sq"].fill_(2.0)
+
+    def new_memory(ours, theirs, spread, plain):
+        spread[0]._local_tensor = spread[0]._local_tensor.clone()
+
+    def in_place(ours, theirs, spread, plain):
+        with torch.no_grad():
+            for param in (spread[0], plain[0]):
+                param.mul_(0.5)
+
+    def new_memory_of_state(ours, theirs, spread, plain):
+        value = ours.state[spread[0]]["exp_avg"]
+        value._local_tensor = value._local_tensor + 1
+        theirs.state[plain[0]]["exp_avg"] += 1
+
+    def amsgrad(ours, theirs, spread, plain):
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["amsgrad"] = True
+
+    def other_gradient(ours, theirs, spread, plain):
+        spread[0].grad = spread[0].grad.redistribute(placements=[Replicate()])
+
+    for change in (
+        new_state,
+        state_of_a_held_shard,
+        new_memory,
+        in_place,
+        new_memory_of_state,
+        amsgrad,
+        other_gradient,
+    ):
+        for quiet in (1, SEALED):
+            spread, plain = spread_over(mesh, [Shard(0)], [(33, 20), (7,)])
+            ours, theirs = optim.AdamW(spread, lr=1e-2), optim.AdamW(plain, lr=1e-2)
+            ours.init_state()
+            held = [ours.state[spread[0]]["exp_avg_sq"].to_local()] if change is state_of_a_held_shard else []
+            for step in range(quiet):
+                give_gradients(spread, plain, step)
+                ours.step()
+                theirs.step()
+            assert is_sealed(ours) == (quiet == SEALED and not held)
+            for step in range(quiet, quiet + 3):
+                give_gradients(spread, plain, step)
+                if step == quiet:
+                    change(ours, theirs, spread, plain)
+                ours.step()
+                theirs.step()
+            assert_whole(ours, theirs, change.__name__)
+
+
+def test_changes_between_steps_are_seen(ranks):
+    ranks.run(2, changes_between_steps)
+
+
+def refused_state():
+    """State that is not spread as its parameter is."""
+    mesh = init_device_mesh("cpu", (2,))
+    spread, plain = spread_over(mesh, [Shard(0)], [(33, 20)])
+    optimizer = optim.AdamW(spread)
+    for step in range(2):
+        give_gradients(spread, plain, step)
+        optimizer.step()
+    entry = optimizer.state[spread[0]]
+    right = entry["exp_avg"]
+    for wrong in (right.full_tensor(), right.redistribute(placements=[Replicate()])):
+        entry["exp_avg"] = wrong
+        before = whole(spread[0])
+        with pytest.raises(ValueError, match="not spread over processes as the parameter is"):
+            optimizer.step()
+        assert torch.equal(before, whole(spread[0]))
+    entry["exp_avg"] = right
+    optimizer.step()
+
+
+def test_state_that_is_spread_otherwise_is_refused(ranks):
+    ranks.run(2, refused_state)
