@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lucid.optim as optim
 from bits import SEALED, canonical, draw, is_sealed, on, peek, same, through_a_file
@@ -445,3 +446,33 @@ def refused_state():
 
 def test_state_that_is_spread_otherwise_is_refused(ranks):
     ranks.run(2, refused_state)
+
+
+class Dispatched(TorchDispatchMode):
+    """Collects the operations that torch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not str(func).startswith("profiler."):  # torch's own, around the step of every optimizer
+            self.operations.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def nothing_dispatched():
+    mesh = init_device_mesh("cpu", (2,))
+    for state_format in FORMATS:
+        spread, plain = spread_over(mesh, [Shard(0)], SHAPES)
+        optimizer = optim.AdamW(spread, state_format=state_format)
+        give_gradients(spread, plain, 0)
+        optimizer.step()
+        with Dispatched() as dispatched:
+            for _ in range(SEALED):
+                optimizer.step()
+        assert dispatched.operations == ["aten.zeros.default"]  # once, to find out who else holds the state
+
+
+def test_a_step_runs_no_operation_of_torch(ranks):
+    ranks.run(2, nothing_dispatched)
