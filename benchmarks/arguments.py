@@ -15,10 +15,12 @@ def count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
 
 
-def check_page(parser: argparse.ArgumentParser, page: Path | None, begin: str = BEGIN) -> None:
+def check_page(parser: argparse.ArgumentParser, page: Path | None, begin: str = BEGIN, *, quick: bool = False) -> None:
     """End with a sentence where --markdown's page cannot take a report: said before the work, not after it."""
     if page is None:
         return
+    if quick:
+        parser.error("--quick is not for quoting: drop it, or --markdown")
     try:
         spliced(page.read_text(), "", begin)
     except (OSError, ValueError) as error:

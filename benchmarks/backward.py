@@ -9,6 +9,7 @@ python -m benchmarks.backward --markdown docs/step_in_backward.md
 from __future__ import annotations
 
 import argparse
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,11 +27,9 @@ import lucid.optim
 
 from . import machine
 from .arguments import check_page, count, write_page
-from .contenders import LR, WEIGHT_DECAY
-from .paired import Quartiles, ratios, rounds
-from .report import BUSY, Table
-from .tables import markdown_table, terminal_table
-from .training import TRAININGS, Loop, LoopSeconds, SmallGPT, Training
+from .contenders import LR, WEIGHT_DECAY, MakeOptimizer
+from .report import BUSY, Table, markdown, terminal
+from .training import TRAININGS, LoopResult, SmallGPT, Training, gpt_loss, time_training
 
 BEGIN = "<!-- measured: written by `python -m benchmarks.backward --markdown`; notes go outside -->"
 
@@ -66,33 +65,10 @@ def _stack(width: int, layers: int, batch: int = 8) -> Training:
 CASES = {case.name: case for case in (_stack(64, 64), _stack(256, 32), _stack(1024, 16), _stack(2048, 8))} | TRAININGS
 
 
-@dataclass(frozen=True, slots=True)
-class TimeResult:
-    """Samples of both contenders, the n-th of each of the same round."""
-
-    training: str
-    tensors: int
-    elements: int
-    samples: dict[str, list[LoopSeconds]]
-
-    def seconds(self, name: str) -> float:
-        return Quartiles.of(each.whole for each in self.samples[name]).median
-
-    @property
-    def gain(self) -> Quartiles:
-        """How many times as long the ordinary training step took."""
-        return ratios(*([each.whole for each in self.samples[name]] for name in (ORDINARY, IN_BACKWARD)))
-
-
-def time_training(training: Training, count: int) -> TimeResult:
-    """Time forward, backward and step under both."""
-    loops = {
-        name: Loop(training, lambda params, on=on: optimizer_of(params, in_backward=on))  # type: ignore[misc]
-        for name, on in ((ORDINARY, False), (IN_BACKWARD, True))
-    }
-    samples = rounds({name: loop.sample for name, loop in loops.items()}, dict.fromkeys(loops, count), training.name)
-    sizes = [param.numel() for param in loops[ORDINARY].model.parameters()]
-    return TimeResult(training.name, len(sizes), sum(sizes), samples)
+MAKERS: dict[str, MakeOptimizer] = {
+    ORDINARY: functools.partial(optimizer_of, in_backward=False),
+    IN_BACKWARD: functools.partial(optimizer_of, in_backward=True),
+}
 
 
 # Memory
@@ -186,12 +162,7 @@ class MemoryResult:
 
 
 def _gpt(batch: int, context: int) -> tuple[Callable[[], nn.Module], Loss]:
-    codes = torch.randint(256, (batch, context + 1))
-
-    def loss(model: nn.Module) -> Tensor:
-        return F.cross_entropy(model(codes[:, :-1]).flatten(0, 1), codes[:, 1:].flatten())
-
-    return (lambda: SmallGPT(layers=12, context=context)), loss
+    return (lambda: SmallGPT(layers=12, context=context)), gpt_loss(batch, context)
 
 
 MEMORY = {
@@ -212,20 +183,21 @@ def measure_memory(name: str) -> MemoryResult:
 # The report
 
 
-def _times(results: Sequence[TimeResult]) -> Table:
+def _times(results: Sequence[LoopResult]) -> Table:
     header = ["model", "tensors", "parameters", f"{ORDINARY} ms", f"{IN_BACKWARD} ms", "×", "pairs"]
-    rows = [
-        [
-            result.training,
-            f"{result.tensors:,}",
-            f"{result.elements / 1e6:.3g} M",
-            f"{1e3 * result.seconds(ORDINARY):.2f}",
-            f"{1e3 * result.seconds(IN_BACKWARD):.2f}",
-            f"{result.gain.median:.3f} ({result.gain.low:.3f}–{result.gain.high:.3f})",
-            f"{len(result.samples[ORDINARY])}",
-        ]
-        for result in results
-    ]
+    rows = []
+    for result in results:
+        _, gain = result.times(ORDINARY, IN_BACKWARD)
+        rows.append(
+            [
+                result.training,
+                f"{result.tensors:,}",
+                f"{result.elements / 1e6:.3g} M",
+                *(f"{result.milliseconds(name).whole:.2f}" for name in MAKERS),
+                f"{gain.median:.3f} ({gain.low:.3f}–{gain.high:.3f})",
+                f"{len(result.samples[ORDINARY])}",
+            ]
+        )
     note = (
         "Forward, backward, step. ×: the ordinary one's time over the other's of the same round, median (quartiles); "
     )
@@ -262,9 +234,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.quick and options.markdown is not None:
-        parser.error("--quick is not for quoting: drop it, or --markdown")
-    check_page(parser, options.markdown, BEGIN)
+    check_page(parser, options.markdown, BEGIN, quick=options.quick)
     wanted: int = options.rounds or (5 if options.quick else 61)
 
     torch.manual_seed(0)
@@ -272,23 +242,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     neighbours = machine.Neighbours()
     names = list(dict.fromkeys(options.case))
     bar = tqdm([name for name in names if name in CASES], "cases", disable=None)
-    times = [time_training(CASES[name], wanted) for name in bar]
+    times = [time_training(CASES[name], MAKERS, wanted) for name in bar]
     share = neighbours.share()
     memory = [measure_memory(name) for name in names if name in MEMORY]
 
     if times:
         described["neighbours"] = f"took {share:.1%} of all cores' time meanwhile"
     tables = ([_times(times)] if times else []) + ([_memory(memory)] if memory else [])
-    warning = "A busy machine: not for quoting." if times and share > BUSY else ""
-    print("\n".join(f"{name:<12}{line}" for name, line in described.items()))
-    print(warning)
-    for title, note, header, rows in tables:
-        print(f"\n{title.upper()}  {note}\n{terminal_table(header, rows)}")
+    warnings = ["A busy machine: not for quoting."] if times and share > BUSY else []
+    print(terminal(described, warnings, tables))
     if options.markdown is not None:
-        parts = ["\n".join(f"- {name}: {line}" for name, line in described.items())]
-        parts += [f"**{warning}**"] * bool(warning)
-        parts += [f"### {title}\n\n{note}\n\n{markdown_table(header, rows)}" for title, note, header, rows in tables]
-        write_page(options.markdown, "\n\n".join(parts), BEGIN)
+        write_page(options.markdown, markdown(described, warnings, tables, "###"), BEGIN)
     return 0
 
 

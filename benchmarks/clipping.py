@@ -11,9 +11,10 @@ from torch import Tensor
 import lucid.optim
 
 from . import machine
-from .contenders import FUSED, LR, LUCID, WEIGHT_DECAY
-from .paired import Quartiles, ratios, rounds, sampler
+from .contenders import FUSED, LR, LUCID, WEIGHT_DECAY, optimizers
+from .paired import Timed, rounds, sampler
 from .shapes import CASES as SHAPES
+from .shapes import parameters
 
 CLIPPED, OBSERVED = "lucid, max_grad_norm", "lucid, observed"
 FUSED_CLIPPED = "clip_grad_norm_ (foreach) + torch fused"
@@ -22,18 +23,11 @@ CASES = {f"clip-{name}": SHAPES[name] for name in ("64M", "gpt2-small", "1000x10
 
 
 @dataclass(frozen=True, slots=True)
-class ClippingResult:
-    """Samples of each contender in seconds, the n-th of each of the same round."""
+class ClippingResult(Timed):
+    """The step of each contender."""
 
     case: str
     samples: dict[str, list[float]]
-
-    def seconds(self, name: str) -> float:
-        return Quartiles.of(self.samples[name]).median
-
-    def times(self, peer: str, name: str) -> Quartiles:
-        """How many times as long as `name`'s step `peer`'s took."""
-        return ratios(self.samples[peer], self.samples[name])
 
 
 def _steps() -> dict[str, Callable[[list[Tensor]], Callable[[], object]]]:
@@ -45,8 +39,7 @@ def _steps() -> dict[str, Callable[[list[Tensor]], Callable[[], object]]]:
 
         return make
 
-    def fused(params: list[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(params, LR, weight_decay=WEIGHT_DECAY, fused=True)
+    fused = optimizers()[FUSED]
 
     def fused_clipped(params: list[Tensor]) -> Callable[[], object]:
         optimizer = fused(params)
@@ -72,10 +65,6 @@ def time_clipping(name: str, count: int) -> ClippingResult:
     large = case.bytes >= 4 * machine.last_level_cache()
     samplers = {}
     for contender, make in _steps().items():
-        params: list[Tensor] = []
-        for shape in case.shapes:
-            param = torch.empty(shape).normal_(std=0.02).requires_grad_()
-            param.grad = torch.empty(shape).normal_(std=1e-2)
-            params.append(param)
+        params = parameters(case.shapes, gradient_rms=1e-2)  # whose norm is above the bound
         samplers[contender] = sampler(make(params), warm=not large)
     return ClippingResult(name, rounds(samplers, dict.fromkeys(samplers, count), name))

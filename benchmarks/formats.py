@@ -14,8 +14,8 @@ from lucid.optim.formats import StateFormatName
 
 from . import footprint, machine
 from .contenders import FUSED, LR, LUCID, WEIGHT_DECAY
-from .paired import Quartiles, ratios, rounds, sampler
-from .shapes import Shape
+from .paired import Timed, rounds, sampler
+from .shapes import Shape, parameters
 
 FUSED_BF16 = "torch fused bf16"
 
@@ -58,20 +58,13 @@ CASES: dict[str, Sequence[Shape]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class FormatResult:
-    """Samples of each format in seconds, the n-th of each of the same round; resident bytes that each one holds."""
+class FormatResult(Timed):
+    """The step in each format, and the resident bytes that each one holds."""
 
     case: str
     elements: int
     samples: dict[str, list[float]]
     resident: dict[str, int]  # weights, gradients and state; empty where not measured
-
-    def seconds(self, name: str) -> float:
-        return Quartiles.of(self.samples[name]).median
-
-    def times(self, peer: str, name: str) -> Quartiles:
-        """How many times as long as `name`'s step `peer`'s took."""
-        return ratios(self.samples[peer], self.samples[name])
 
     def bytes_a_parameter(self, name: str) -> float | None:
         return self.resident[name] / self.elements if name in self.resident else None
@@ -84,12 +77,7 @@ def time_formats(case: str, count: int) -> FormatResult:
     large = 16 * elements >= 4 * machine.last_level_cache()
 
     def step_of(kind: Format) -> Callable[[], object]:
-        params: list[Tensor] = []
-        for shape in shapes:
-            param = torch.empty(shape, dtype=kind.dtype).normal_(std=0.02).requires_grad_()
-            param.grad = torch.empty(shape, dtype=kind.dtype).normal_(std=1e-3)
-            params.append(param)
-        step = kind.optimizer(params).step
+        step = kind.optimizer(parameters(shapes, kind.dtype)).step
         step()
         return step
 

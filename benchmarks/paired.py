@@ -41,6 +41,20 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> Quartiles:
     return Quartiles.of(a / b for a, b in zip(over, under, strict=False))
 
 
+class Timed:
+    """What has samples of several contenders in seconds, the n-th of each of the same round."""
+
+    __slots__ = ()
+    samples: dict[str, list[float]]
+
+    def seconds(self, name: str) -> float:
+        return Quartiles.of(self.samples[name]).median
+
+    def times(self, peer: str, name: str) -> Quartiles:
+        """How many times as long as `name`'s step `peer`'s took."""
+        return ratios(self.samples[peer], self.samples[name])
+
+
 def order(names: Sequence[str], number: int) -> list[str]:
     """Return round `number`'s order: two by two they mirror each other (ABBA), then turn by one."""
     first = number // 2 % len(names)

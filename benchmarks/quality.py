@@ -232,9 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.quick and options.markdown is not None:
-        parser.error("--quick is not for quoting: drop it, or --markdown")
-    check_page(parser, options.markdown, report.BEGIN)
+    check_page(parser, options.markdown, report.BEGIN, quick=options.quick)
     torch.set_num_threads(1)
     tasks = [TASKS[name] for name in dict.fromkeys(options.task)]
     if options.quick:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +33,12 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def _warnings(results: Results) -> Iterator[str]:
-    if results.quick:
-        yield "A quick run: few rounds, not for quoting."
+def warnings(results: Results) -> list[str]:
+    """Return why the results are not for quoting."""
+    found = ["A quick run: few rounds, not for quoting."] if results.quick else []
     if results.neighbours > BUSY:
-        yield ("A busy machine: not for quoting. OpenMP's barriers wait for threads that do not run.")
+        found.append("A busy machine: not for quoting. OpenMP's barriers wait for threads that do not run.")
+    return found
 
 
 def tables(results: Results) -> Iterator[Table]:
@@ -144,7 +145,7 @@ def _loops(results: Results) -> Table:
     rows = []
     for loop in results.loops.values():
         own, peer = loop.milliseconds(LUCID), loop.milliseconds(FUSED)
-        step, whole = loop.times_lucid(FUSED)
+        step, whole = loop.times(FUSED, LUCID)
         rows.append(
             [
                 loop.training,
@@ -188,21 +189,18 @@ def _digits(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def terminal(results: Results) -> str:
-    """Return the report for people at a terminal."""
-    parts = ["\n".join(f"{name:<12}{line}" for name, line in results.machine.items())]
-    parts += _warnings(results)
-    for title, note, header, rows in tables(results):
-        parts.append(f"{title.upper()}  {note}\n{terminal_table(header, rows)}")
+def terminal(machine: Mapping[str, str], warnings: Sequence[str], tables: Sequence[Table]) -> str:
+    """Return a report for people at a terminal."""
+    parts = ["\n".join(f"{name:<12}{line}" for name, line in machine.items()), *warnings]
+    parts += [f"{title.upper()}  {note}\n{terminal_table(header, rows)}" for title, note, header, rows in tables]
     return "\n\n".join(parts)
 
 
-def markdown(results: Results) -> str:
-    """Return the same report for RESULTS.md."""
-    parts = ["\n".join(f"- {name}: {line}" for name, line in results.machine.items())]
-    parts += [f"**{warning}**" for warning in _warnings(results)]
-    for title, note, header, rows in tables(results):
-        parts.append(f"## {title}\n\n{note}\n\n{markdown_table(header, rows)}")
+def markdown(machine: Mapping[str, str], warnings: Sequence[str], tables: Sequence[Table], heading: str = "##") -> str:
+    """Return the same report for a page."""
+    parts = ["\n".join(f"- {name}: {line}" for name, line in machine.items())]
+    parts += [f"**{warning}**" for warning in warnings]
+    parts += [f"{heading} {title}\n\n{note}\n\n{markdown_table(header, rows)}" for title, note, header, rows in tables]
     return "\n\n".join(parts)
 
 

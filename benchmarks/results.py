@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .clipping import ClippingResult
@@ -11,14 +10,14 @@ from .contenders import BYTES_MOVED, LIMIT, LUCID
 from .footprint import ImportSeconds
 from .formats import FormatResult
 from .overhead import Cost
-from .paired import Quartiles, ratios
+from .paired import Quartiles, Timed
 from .shapes import Case
-from .training import LoopSeconds
+from .training import LoopResult
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """The step alone: samples of each contender in seconds, the n-th of each of the same round."""
+class StepResult(Timed):
+    """The step alone."""
 
     case: str
     tensors: int
@@ -30,12 +29,9 @@ class StepResult:
     def of(cls, case: Case, samples: dict[str, list[float]], temporary: dict[str, int]) -> StepResult:
         return cls(case.name, len(case.shapes), case.elements, samples, temporary)
 
-    def seconds(self, name: str) -> float:
-        return Quartiles.of(self.samples[name]).median
-
     def times_lucid(self, peer: str) -> Quartiles | None:
         """How many times as long as lucid's step `peer`'s took; None where it did not take part."""
-        return ratios(self.samples[peer], self.samples[LUCID]) if peer in self.samples else None
+        return self.times(peer, LUCID) if peer in self.samples else None
 
     @property
     def part_of_limit(self) -> Quartiles | None:
@@ -50,30 +46,6 @@ class StepResult:
     @property
     def microseconds_a_tensor(self) -> float:
         return 1e6 * self.seconds(LUCID) / self.tensors
-
-
-@dataclass(frozen=True, slots=True)
-class LoopResult:
-    """Training: samples of each contender, the n-th of each of the same round."""
-
-    training: str
-    tensors: int
-    elements: int
-    samples: dict[str, list[LoopSeconds]]
-
-    def milliseconds(self, name: str) -> LoopSeconds:
-        step, whole = (1e3 * Quartiles.of(each).median for each in self._columns(name))
-        return LoopSeconds(step, whole)
-
-    def times_lucid(self, peer: str) -> tuple[Quartiles, Quartiles]:
-        """How many times as long as lucid's `peer`'s step and whole iteration took."""
-        step, whole = (
-            ratios(over, under) for over, under in zip(self._columns(peer), self._columns(LUCID), strict=True)
-        )
-        return step, whole
-
-    def _columns(self, name: str) -> tuple[Sequence[float], Sequence[float]]:
-        return [each.step for each in self.samples[name]], [each.whole for each in self.samples[name]]
 
 
 @dataclass(slots=True)

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 Shape = tuple[int, ...]
 
 
@@ -73,3 +76,15 @@ CASES = {
         Case("1000x1000-amsgrad", 1000 * [(1000,)], amsgrad=True),
     )
 }
+
+
+def parameters(
+    shapes: Sequence[Shape], dtype: torch.dtype = torch.float32, *, gradient_rms: float = 1e-3
+) -> list[Tensor]:
+    """Return parameters of these shapes, with gradients."""
+    params = []
+    for shape in shapes:
+        param = torch.empty(shape, dtype=dtype).normal_(std=0.02).requires_grad_()
+        param.grad = torch.empty(shape, dtype=dtype).normal_(std=gradient_rms)
+        params.append(param)
+    return params

@@ -23,9 +23,9 @@ from . import clipping, footprint, formats, machine, overhead, report
 from .arguments import check_page, count, write_page
 from .contenders import FUSED, LIMIT, LUCID, SLOW, mover, optimizers
 from .paired import rounds, sampler
-from .results import LoopResult, Results, StepResult
+from .results import Results, StepResult
 from .shapes import CASES, Case
-from .training import TRAININGS, Loop, LoopSeconds, Training
+from .training import TRAININGS, time_training
 
 OTHERS = ("import", "overhead")
 
@@ -61,19 +61,6 @@ def time_step(case: Case, count: int, slow_count: int) -> StepResult:
     return StepResult.of(case, samples, temporary)
 
 
-def time_training(training: Training, count: int) -> LoopResult:
-    """Time the loop under lucid and under torch fused."""
-    makers = optimizers()
-    loops = {name: Loop(training, makers[name]) for name in (LUCID, FUSED)}
-    samples: dict[str, list[LoopSeconds]] = rounds(
-        {name: loop.sample for name, loop in loops.items()},
-        dict.fromkeys(loops, count),
-        training.name,
-    )
-    sizes = [param.numel() for param in loops[LUCID].model.parameters()]
-    return LoopResult(training.name, len(sizes), sum(sizes), samples)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.partition("\n")[0])
     names = [*CASES, *formats.CASES, *clipping.CASES, *TRAININGS, *OTHERS]
@@ -88,9 +75,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    check_page(parser, options.markdown)
+    check_page(parser, options.markdown, quick=options.quick)
     rounds_wanted: int = options.rounds or (5 if options.quick else 61)
     slow_count = min(rounds_wanted, 1 if options.quick else 9)
+    trained = {name: make for name, make in optimizers().items() if name in (LUCID, FUSED)}
 
     results = Results(machine.description(), options.quick)
     torch.manual_seed(0)
@@ -105,18 +93,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif name in clipping.CASES:
             results.clipping[name] = clipping.time_clipping(name, rounds_wanted)
         elif name in TRAININGS:
-            results.loops[name] = time_training(TRAININGS[name], rounds_wanted)
+            results.loops[name] = time_training(TRAININGS[name], trained, rounds_wanted)
         elif name == "import":
             results.imports = footprint.import_seconds(2 if options.quick else max(9, rounds_wanted // 4))
         else:
             results.overhead = overhead.accounts()
     results.neighbours = neighbours.share()
     results.machine["neighbours"] = f"took {results.neighbours:.1%} of all cores' time meanwhile"
-    print(report.terminal(results))
+    found = results.machine, report.warnings(results), list(report.tables(results))
+    print(report.terminal(*found))
     if options.json is not None:
         report.write_json(results, options.json)
     if options.markdown is not None:
-        write_page(options.markdown, report.markdown(results))
+        write_page(options.markdown, report.markdown(*found))
     return 0
 
 

@@ -80,7 +80,7 @@ def _clipping(results: Results) -> Iterator[Target]:
 
 def _loops(results: Results) -> Iterator[Target]:
     for name, loop in results.loops.items():
-        step, _ = loop.times_lucid(FUSED)
+        step, _ = loop.times(FUSED, LUCID)
         yield _at_least(f"{name}: {FUSED}'s step over lucid's", 1.0, step)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .contenders import MakeOptimizer
+from .paired import Quartiles, ratios, rounds
 
 
 class LoopSeconds(NamedTuple):
@@ -65,8 +66,9 @@ class Training:
     iterations: int  # timed in a sample, after one that is not
 
 
-def _gpt_loss() -> Callable[[nn.Module], Tensor]:
-    codes = torch.randint(256, (8, 65))
+def gpt_loss(batch: int = 8, context: int = 64) -> Callable[[nn.Module], Tensor]:
+    """Return the loss of a `SmallGPT` on `batch` rows of `context` codes to predict."""
+    codes = torch.randint(256, (batch, context + 1))
     return lambda model: F.cross_entropy(model(codes[:, :-1]).flatten(0, 1), codes[:, 1:].flatten())
 
 
@@ -78,7 +80,7 @@ def _mlp_loss() -> Callable[[nn.Module], Tensor]:
 TRAININGS = {
     training.name: training
     for training in (
-        Training("loop-gpt", SmallGPT, _gpt_loss, iterations=4),
+        Training("loop-gpt", SmallGPT, gpt_loss, iterations=4),
         Training("loop-mlp", ManySmallLayers, _mlp_loss, iterations=8),
     )
 }
@@ -111,3 +113,35 @@ class Loop:
         block = [self._iterate() for _ in range(self._iterations)]
         steps, wholes = zip(*block, strict=True)
         return LoopSeconds(step=statistics.median(steps), whole=statistics.median(wholes))
+
+
+@dataclass(frozen=True, slots=True)
+class LoopResult:
+    """Training: samples of each contender, the n-th of each of the same round."""
+
+    training: str
+    tensors: int
+    elements: int
+    samples: dict[str, list[LoopSeconds]]
+
+    def milliseconds(self, name: str) -> LoopSeconds:
+        step, whole = (1e3 * Quartiles.of(each).median for each in self._columns(name))
+        return LoopSeconds(step, whole)
+
+    def times(self, peer: str, name: str) -> tuple[Quartiles, Quartiles]:
+        """How many times as long as `name`'s `peer`'s step and whole iteration took."""
+        step, whole = (
+            ratios(over, under) for over, under in zip(self._columns(peer), self._columns(name), strict=True)
+        )
+        return step, whole
+
+    def _columns(self, name: str) -> tuple[list[float], list[float]]:
+        return [each.step for each in self.samples[name]], [each.whole for each in self.samples[name]]
+
+
+def time_training(training: Training, makers: Mapping[str, MakeOptimizer], count: int) -> LoopResult:
+    """Time the loop under each optimizer."""
+    loops = {name: Loop(training, make) for name, make in makers.items()}
+    samples = rounds({name: loop.sample for name, loop in loops.items()}, dict.fromkeys(loops, count), training.name)
+    sizes = [param.numel() for param in next(iter(loops.values())).model.parameters()]
+    return LoopResult(training.name, len(sizes), sum(sizes), samples)

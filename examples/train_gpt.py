@@ -347,10 +347,10 @@ def save_ratios(run: Run, path: Path) -> None:
     figure = Figure(figsize=(10, 5.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     matrices = [name for name, parameter in run.model.named_parameters() if parameter.ndim == 2]
-    kinds = list(dict.fromkeys(name.split(".")[-2] if "." in name else name for name in matrices))
-    for name in matrices:
+    kind_of = {name: name.removesuffix(".weight").split(".")[-1] for name in matrices}
+    kinds = list(dict.fromkeys(kind_of.values()))
+    for name, kind in kind_of.items():
         parts = name.split(".")
-        kind = parts[-2] if len(parts) > 1 else name
         depth = int(parts[1]) if parts[0] == "blocks" else run.config.layers - 1
         steps, values = zip(*((step, found[name]) for step, found in run.ratios.items()), strict=True)
         means = [statistics.fmean(values[max(0, i - 10) : i + 1]) for i in range(len(values))]
