@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: help setup train compare test lint sanitize bench accuracy format clean
+.PHONY: help setup train train-fsdp compare test lint sanitize bench accuracy format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -25,6 +25,9 @@ $(VENV)/.installed: $(VENV)/.tools CMakeLists.txt $(wildcard csrc/*)
 
 train: setup  ## the main job: train a small GPT with lucid.optim (ARGS="--compare" and others: see --help)
 	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+train-fsdp: setup  ## the same model on 2 processes with FSDP2 and 8-bit state (ARGS="--resume" and others)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_fsdp.py $(ARGS)
 
 compare: setup  ## the same training with lucid's AdamW and torch's, side by side
 	$(BIN)/python examples/train_gpt.py --compare

@@ -37,6 +37,7 @@ NB_MODULE(_cpu, m) {
             return plan.bind(index, gradient, entry, slots, {first, run, stride});
           },
           "index"_a, "gradient"_a, "entry"_a, "slots"_a, "numbering"_a)
+      .def("compare", &lucid::Plan::compare)
       .def("remember", &lucid::Plan::remember, "state"_a)
       .def("steps", &lucid::Plan::steps)
       .def("params", &lucid::Plan::params)

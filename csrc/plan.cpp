@@ -407,6 +407,38 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
   return nb::none();
 }
 
+void Plan::compare() {
+  if (!changed_) return;
+  struct Span {
+    const char *begin, *end;
+    bool of_state;
+  };
+  std::vector<Span> spans;
+  for (const Row& row : rows_) {
+    if (!row.bound) continue;
+    for (int k = 0; k < row.tensors; ++k) {
+      const Tensor& tensor = tensors_[row.first + static_cast<size_t>(k)];
+      if (tensor.role == grad || tensor.role == stream_role || tensor.span == 0) continue;
+      const auto* first = static_cast<const char*>(tensor.address);
+      spans.push_back({first, first + tensor.span, tensor.role != param});
+    }
+  }
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  serial_ = false;
+  for (size_t i = 1; i < spans.size(); ++i) {
+    const Span& before = spans[i - 1];
+    if (spans[i].begin < before.end) {
+      if (spans[i].of_state || before.of_state) {
+        throw nb::value_error(
+            "the state of two parameters, or of one and another parameter, lies in the same memory, so that one update "
+            "would undo the other; clone() one of the state's tensors");
+      }
+      serial_ = true;
+      spans[i].end = std::max(spans[i].end, before.end);
+    }
+  }
+}
+
 void Plan::remember(nb::dict state) {
   if (!changed_) {
     if (tensors_.size() > 2 * remembered_tensors_) compact();
@@ -440,34 +472,6 @@ void Plan::remember(nb::dict state) {
   }
 
   compact();
-  struct Span {
-    const char *begin, *end;
-    bool of_state;
-  };
-  std::vector<Span> spans;
-  for (const Row& row : rows_) {
-    if (!row.bound) continue;
-    for (int k = 0; k < row.tensors; ++k) {
-      const Tensor& tensor = tensors_[row.first + static_cast<size_t>(k)];
-      if (tensor.role == grad || tensor.role == stream_role || tensor.span == 0) continue;
-      const auto* first = static_cast<const char*>(tensor.address);
-      spans.push_back({first, first + tensor.span, tensor.role != param});
-    }
-  }
-  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  serial_ = false;
-  for (size_t i = 1; i < spans.size(); ++i) {
-    const Span& before = spans[i - 1];
-    if (spans[i].begin < before.end) {
-      if (spans[i].of_state || before.of_state) {
-        throw nb::value_error(
-            "the state of two parameters, or of one and another parameter, lies in the same memory, so that one update "
-            "would undo the other; clone() one of the state's tensors");
-      }
-      serial_ = true;
-      spans[i].end = std::max(spans[i].end, before.end);
-    }
-  }
   changed_ = false;
 }
 

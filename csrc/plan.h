@@ -28,7 +28,9 @@ class Plan {
   // format, "step" among them; `entry`, the dict that they lie in (or will, when this step is run). Of a parameter that
   // is spread over processes the gradient is what is here. Returns what is wrong with them, or nothing.
   nb::object bind(size_t index, nb::handle gradient, nb::dict entry, nb::dict slots, Numbering numbering);
-  // Takes over from `state` in which order its entries stand, once all rows are bound.
+  // Once all rows are bound: throws where the state of one lies in the memory of another.
+  void compare();
+  // Takes over from `state` in which order its entries stand.
   void remember(nb::dict state);
   // (group, step count after this step) for every set of scalars that run() will want, in that order.
   std::vector<std::pair<int, double>> steps();

@@ -1,5 +1,6 @@
 """Guards that processes which hold parts of a model find one norm, skip the same steps, and wait for nobody."""
 
+import copy
 import math
 import warnings
 from itertools import pairwise
@@ -9,7 +10,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lucid.optim as optim
@@ -200,6 +201,186 @@ def one_cannot_step(before):
 @pytest.mark.parametrize("world", [2, 4])
 def test_nobody_waits_for_one_that_cannot_step(ranks, world, before):
     ranks.run(world, one_cannot_step, before)
+
+
+def others_are_told_before_anything_is_written():
+    """What is found wrong only once all rows are known: state that two share, a count that is full, a bad scale."""
+    own = distributed.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+
+    def share(ours, spread):
+        ours.state[spread[0]]["exp_avg"] = ours.state[spread[0]]["exp_avg_sq"]
+        ours.state[spread[1]]["exp_avg"] = ours.state[spread[2]]["exp_avg"]
+
+    def count(ours, spread):
+        ours.state[spread[0]]["step"].fill_(2**24 - 1)
+
+    def scale(ours, spread):
+        ours.grad_scale = NAN
+
+    for spoil, said in ((share, "same memory"), (count, "step count"), (scale, "grad_scale")):
+        ours, _, spread, plain = pairs(mesh, [Shard(0)], [(6, 5), (6, 5), (6, 5)], max_grad_norm=1.0)
+        give_gradients(spread, plain, 0)
+        ours.step()
+        before = [whole(param) for param in spread]
+        if own == 1:
+            spoil(ours, spread)
+        kind, said = (ValueError, said) if own == 1 else (RuntimeError, "another process")
+        with pytest.raises(kind, match=said):
+            ours.step()
+        assert all(map(same, before, [whole(param) for param in spread]))
+
+
+def test_what_is_wrong_is_found_before_the_decision(ranks):
+    ranks.run(2, others_are_told_before_anything_is_written)
+
+
+def replicas_that_differ():
+    """They should not; where they do, all of them decide alike."""
+    own = distributed.get_rank()
+    flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    for mesh, placements, shape in [(flat, [Replicate()], (8, 8)), (square, [Replicate(), Shard(0)], (4, 8))]:
+        for options in ({"nonfinite": "skip"}, {"max_grad_norm": 1.0, "nonfinite": "skip"}):
+            ours, _, spread, _ = pairs(mesh, placements, [(8, 8)], **options)
+            for value, skipped in ((NAN, 1), (2.0, 1)):
+                local = torch.ones(shape)
+                local[0, 0] = value if own == 3 else 1.0
+                spread[0].grad = DTensor.from_local(local, mesh, placements, run_check=False)
+                ours.step()
+                assert ours.skipped_steps == skipped
+                norm = ours.grad_norm.item()
+                assert math.isnan(norm) if math.isnan(value) else everyone_has(norm)
+
+
+def test_replicas_that_differ_decide_alike(ranks):
+    ranks.run(4, replicas_that_differ)
+
+
+def two_meshes():
+    """Parameters on one dimension of a mesh beside others on another, and one that is there on a single rank."""
+    own = distributed.get_rank()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    one, whole_one = spread_over(mesh["dp"], [Shard(0)], [(9, 5)])
+    other, whole_other = spread_over(mesh["tp"], [Shard(0)], [(7, 3)])
+    both, whole_both = spread_over(mesh, [Shard(0), Replicate()], [(6, 4)])
+    ours = optim.AdamW(one + other + both, max_grad_norm=INF)
+    theirs = optim.AdamW(whole_one + whole_other + whole_both, max_grad_norm=INF)
+    for step in range(3):
+        give_gradients(one + other + both, whole_one + whole_other + whole_both, step)
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(ours.grad_norm, theirs.grad_norm, rtol=1e-13, atol=0)
+    assert_whole(ours, theirs)
+    if own == 2:
+        ours.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    ours.step()
+
+
+def test_parameters_on_several_meshes(ranks):
+    ranks.run(4, two_meshes)
+
+
+def spread_anew():
+    """A parameter that becomes another's twin in place, spread in another way."""
+    mesh = init_device_mesh("cpu", (2,))
+    ours, theirs, spread, plain = pairs(mesh, [Replicate()], [(8, 8), (9,)], max_grad_norm=1e9)
+    for step in range(3):
+        for param in spread if step == 1 else ():
+            twin = torch.nn.Parameter(param.detach().redistribute(placements=[Shard(0)]))
+            param.grad = None
+            for key, value in ours.state[param].items():
+                if isinstance(value, DTensor):
+                    ours.state[param][key] = value.redistribute(placements=[Shard(0)])
+            torch.utils.swap_tensors(param, twin)
+        give_gradients(spread, plain, step)
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(ours.grad_norm, theirs.grad_norm, rtol=1e-13, atol=0)
+        assert_whole(ours, theirs)
+
+
+def test_parameters_that_are_spread_anew(ranks):
+    ranks.run(2, spread_anew)
+
+
+def group_over_meshes():
+    mesh, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    for device_mesh, placements in [(mesh, [Shard(0)]), (square, [Replicate(), Shard(0)])]:
+        ours, _, spread, plain = pairs(device_mesh, placements, max_grad_norm=1.0, shard_group=distributed.group.WORLD)
+        give_gradients(spread, plain, 0)
+        with pytest.raises(ValueError, match="leave shard_group away"):
+            ours.step()
+    # Stages of a pipeline, each sharded by itself.
+    stage = distributed.get_rank() // 2
+    own = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    spread, plain = spread_over(own["dp"], [Shard(0)], [(9, 5), (3,)])
+    ours = optim.AdamW([spread[stage]], max_grad_norm=INF, shard_group=own.get_group("pp"))
+    theirs = optim.AdamW(plain, max_grad_norm=INF)
+    give_gradients(spread, plain, 0)
+    ours.step()
+    theirs.step()
+    torch.testing.assert_close(ours.grad_norm, theirs.grad_norm, rtol=1e-13, atol=0)
+    assert copy.deepcopy(ours)._shard_group is ours._shard_group
+
+
+def test_a_group_over_stages_and_not_over_meshes(ranks):
+    ranks.run(4, group_over_meshes)
+
+
+def lr_zero_without_gradients():
+    """Some rank has no gradient at all, or parts are plain: the first step is still counted by all or by none."""
+    own = distributed.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+    ours, _, spread, plain = pairs(mesh, [Shard(0)], [(8, 3)])
+    give_gradients(spread, plain, 0)
+    if own == 1:
+        spread[0].grad = None
+    ours.param_groups[0]["lr"] = 0.0
+    ours.step()
+    assert [float(entry["step"]) for entry in ours.state.values()] == ([] if own == 1 else [1.0])
+    for fill in (0.0, 1.0):
+        part = torch.nn.Parameter(torch.ones(3))
+        ours = optim.AdamW([part], lr=0.0, shard_group=distributed.group.WORLD)
+        part.grad = torch.full((3,), fill if own == 1 else 0.0)
+        ours.step()
+        assert float(ours.state[part]["step"]) == fill
+
+
+def test_a_first_step_with_lr_zero_and_missing_gradients(ranks):
+    ranks.run(2, lr_zero_without_gradients)
+
+
+def observed_with_gaps():
+    own = distributed.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+    ours, _, spread, plain = pairs(mesh, [Shard(0)], [(8, 3), (6,)])
+    extra = torch.nn.Parameter(torch.ones(3))
+    ours.add_param_group({"params": [extra]})
+    ours.observe()
+    for step, missing in enumerate(([], [0], [0, 1], [1])):
+        give_gradients(spread, plain, step)
+        for number in missing if own == 1 else ():
+            spread[number].grad = None
+        extra.grad = torch.ones(3) if own == 0 else None
+        ours.step()
+        assert (own == 1 and len(missing) == 2) or ours.statistics()
+
+
+def test_observing_where_gradients_are_missing(ranks):
+    ranks.run(2, observed_with_gaps)
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"nonfinite": "skip"}, {"state_format": "8bit"}])
+def test_another_default_device(options):
+    """Steps make no tensor where the user's default device is."""
+    params = [torch.nn.Parameter(draw(0, (64, 70)))]
+    optimizer = optim.AdamW(params, **options)
+    optimizer.observe()
+    params[0].grad = draw(1, (64, 70))
+    with torch.device("meta"):
+        optimizer.step()
+        optimizer.statistics()
+    assert float(optimizer.state[params[0]]["step"]) == 1
 
 
 def first_step_with_lr_zero():

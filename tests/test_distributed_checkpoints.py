@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import distributed
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import lucid.optim as optim
 from bits import assert_same, draw, results
@@ -246,6 +247,69 @@ def test_torch_loads_every_format(ranks, others, world):
     ranks.run(world, torch_loads_ours, others)
 
 
+def sharded_by_columns(dtype=torch.float32):
+    """As tensor parallelism does: rows of codes are cut, and their scales too."""
+    mesh = init_device_mesh("cpu", (2,))
+    return fully_shard(Net(dtype), mesh=mesh, shard_placement_fn=lambda param: Shard(int(param.shape[-1] == 130)))
+
+
+def cut_blocks(folder):
+    saved = torch.load(folder / "8bit whole", weights_only=True)
+    for target in ("fp32", "bf16"):
+        options = FORMATS[target][1] | {"amsgrad": False}
+        plain = Net()
+        plain.load_state_dict(saved["model"])
+        theirs = make(plain, options)
+        theirs.load_state_dict(in_order(plain, saved["optimizer"]))
+        optimizers = []
+        for load in ("checkpoint", "state_dict"):
+            net = sharded_by_columns()
+            dcp.load({"model": get_model_state_dict(net)}, checkpoint_id=folder / "8bit True")
+            optimizers.append((net, make(net, options)))
+            if load == "checkpoint":
+                load_optimizer(net, optimizers[-1][1], folder / "8bit True", prefix="app.adamw")
+            else:
+                optimizers[-1][1].load_state_dict(in_order(net, saved["optimizer"]))
+        train(plain, theirs, range(3, 5))
+        for net, ours in optimizers:
+            train(net, ours, range(3, 5))
+            assert_whole(ours, theirs, target)
+
+
+def test_codes_are_loaded_where_blocks_are_cut(ranks, others):
+    ranks.run(2, cut_blocks, others)
+
+
+class Counted(FileSystemReader):
+    """Counts what it reads."""
+
+    read = 0
+
+    def read_data(self, plan, planner):
+        self.read += len(plan.items)
+        return super().read_data(plan, planner)
+
+
+def one_of_two_loads(folder):
+    """By a reader of one's own, in a group of one process."""
+    own = distributed.get_rank()
+    groups = [distributed.new_group([rank]) for rank in range(2)]
+    if own == 1:
+        net, reader = Net(), Counted(folder / "fp32 True")
+        optimizer = make(net, {"state_format": "bf16"})
+        load_optimizer(
+            net, optimizer, folder / "bf16 True", storage_reader=reader, prefix="app.adamw", process_group=groups[1]
+        )
+        assert reader.read
+        assert float(optimizer.state[net.last.bias]["step"]) == 3
+        assert optimizer.state[net.last.bias]["stream"] != 0
+    distributed.barrier()
+
+
+def test_one_process_of_a_group_loads(ranks, others):
+    ranks.run(2, one_of_two_loads, others)
+
+
 # What does not fit
 
 
@@ -259,17 +323,19 @@ def snapshot_of(optimizer):
 def refused(folder):
     source = folder / "8bit True"
 
-    def case(said, change=lambda net: net, groups=None, **arguments):
+    def case(said, change=lambda net: net, groups=None, kind=(TypeError, ValueError), **arguments):
         net = change(sharded())
         optimizer = make(net, {}) if groups is None else optim.AdamW(groups(net))
         before = snapshot_of(optimizer)
-        with pytest.raises((TypeError, ValueError), match=said):
+        with pytest.raises(kind, match=said):
             load_optimizer(net, optimizer, **({"checkpoint_id": source, "prefix": "app.adamw"} | arguments))
         assert repr(snapshot_of(optimizer)) == repr(before)
 
     case("expected a checkpoint_id or a storage_reader", checkpoint_id=None)
     case(r"prefix: expected one of the checkpoint's keys \(app, model\), got 'optimizer'", prefix="optimizer")
     case("saved with different beta1, beta2, betas, lr, weight_decay", groups=lambda net: net.parameters())
+    (folder / "nothing").mkdir(exist_ok=True)
+    case("no whole checkpoint there", kind=FileNotFoundError, checkpoint_id=folder / "nothing")
     case("no parameter of shape", groups=lambda net: [torch.nn.Parameter(torch.ones(3))])
 
     def with_another(net):

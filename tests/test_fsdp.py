@@ -207,6 +207,8 @@ def refused_placements():
         (flat, [Shard(2)], (9, 4, 512), "8bit", "cuts the blocks"),
         (square, [Shard(1), Shard(1)], (100, 512), "8bit", "cuts the blocks"),
         (square, [Shard(1), Shard(2)], (9, 4, 50), "bf16", "no numbering"),
+        (square, [Shard(1), Shard(2)], (9, 1, 50), "bf16", "no numbering"),  # some ranks hold nothing of it
+        (square, [_StridedShard(0, split_factor=2), Replicate()], (8, 50), "bf16", "no numbering"),
     ]:
         (param,), (plain,) = spread_over(mesh, placements, [shape])
         optimizer = optim.AdamW([param], state_format=state_format)
@@ -226,6 +228,29 @@ def refused_placements():
     partial.grad = distribute_tensor(torch.ones(partial.shape), flat, [Replicate()])
     with pytest.raises(ValueError, match="partial sum"):
         optim.AdamW([partial]).step()
+
+
+def strides_of_state():
+    """State lies in memory as its parameter does; codes do not."""
+    mesh = init_device_mesh("cpu", (2,))
+    plain = torch.nn.Parameter(draw(0, (8, 6, 10, 12)).contiguous(memory_format=torch.channels_last))
+    spread = torch.nn.Parameter(distribute_tensor(plain.detach().clone(), mesh, [Shard(0)]))
+    for state_format in FORMATS:
+        optimizer = optim.AdamW([spread], state_format=state_format)
+        optimizer.init_state()
+        for key, value in optimizer.state[spread].items():
+            if key.endswith("_code"):
+                assert value.to_local().is_contiguous()
+            elif isinstance(value, DTensor) and not key.endswith("_scale"):
+                assert value.to_local().stride() == spread.to_local().stride()
+            if isinstance(value, DTensor) and value.to_local().stride() == spread.to_local().stride():
+                assert value.stride() == spread.stride()
+            elif isinstance(value, DTensor):
+                assert value.stride() == torch.empty(value.shape).stride()
+
+
+def test_state_has_the_strides_of_its_parameter(ranks):
+    ranks.run(2, strides_of_state)
 
 
 def test_what_cannot_be_right_is_refused(ranks):

@@ -1,7 +1,8 @@
 """The plan: which rows a step updates, on which engines, as one unit.
 
-A step is `gather`, `bind` for every row that needs a look, `measure` if anyone wants to know the gradients' norm,
-`steps`, `run`, `release`. Nothing that the user sees is written before `run`, and `run` leaves nothing half done.
+A step is `gather`, `bind` for every row that needs a look and `compare` after them, `measure` if anyone wants to know
+the gradients' norm, `steps`, `run`, `release`. Nothing that the user sees is written before `run`, and `run` leaves
+nothing half done.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ class Plan:
         if not _only_reference:
             _warn_of_reference(row.param.device)
         self._rows.append(row)
+
+    def compare(self) -> None:
+        """Raise where the state of a row that is bound lies in the memory of another."""
+        if self._native is not None:
+            self._native.compare()
 
     def steps(self) -> list[tuple[int, float]]:
         """Return (group, step count) for each of the scalars that `run` wants, in its order."""

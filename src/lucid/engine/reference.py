@@ -116,7 +116,7 @@ def squares(row: Row) -> float:
 
 def ordered_sum(numbers: Tensor | Sequence[float]) -> float:
     """The sum of a vector: chunks of it into lanes, lanes by halves, and the sums of chunks again."""
-    x = torch.as_tensor(numbers, dtype=torch.float64)
+    x = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.float64, device="cpu")
     while len(x) > 1:
         chunks = -(-len(x) // CHUNK)
         filled = torch.zeros(chunks * CHUNK, dtype=x.dtype, device=x.device)

@@ -64,7 +64,8 @@ def spread_like(param: Tensor, part: Tensor, shape: Sequence[int]) -> Tensor:
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     whole = torch.empty(tuple(shape), device="meta")
-    stride = whole.stride() if part.is_contiguous() else param.stride()
+    same = whole.shape == param.shape and part.stride() == local(param).stride()
+    stride = param.stride() if same else whole.stride()
     meta = TensorMeta(whole.shape, stride, part.dtype)
     # Not from_local(), which moves what lies on the CPU to the mesh's device.
     spec = DTensorSpec(param.device_mesh, param.placements, tensor_meta=meta)
@@ -101,6 +102,11 @@ def part_of(value: Tensor, param: Tensor, what: str) -> Tensor:
     return local(value.redistribute(placements=param.placements))
 
 
+def whole(value: Tensor) -> Tensor:
+    """Return all of a tensor, which every process that holds a part of it has to ask for."""
+    return value.full_tensor() if is_sharded(value) else value
+
+
 def check_placements(param: Tensor, name: str) -> None:
     """Raise where the parts of `param` are to be added up before they are its values."""
     if is_sharded(param) and any(placement.is_partial() for placement in param.placements):
@@ -110,40 +116,53 @@ def check_placements(param: Tensor, name: str) -> None:
         )
 
 
-def check_blocks(param: Tensor, name: str) -> None:
-    """Raise where processes share a block of `param`, or keep its scales on another process than its codes."""
+def cuts_blocks(param: Tensor) -> bool:
+    """Whether processes share a block of `param`, or have its scales on another process than its codes."""
+    if not is_sharded(param):
+        return False
     inner = _sharded_dims(param) - {0}
-    if not is_sharded(param) or not inner:
-        return
-    over = [i for i, placement in enumerate(param.placements) if getattr(placement, "dim", None) == 1]
-    if inner == {1} and len(over) == 1:
-        processes = param.device_mesh.size(over[0])
-        own = math.ceil(param.shape[1] / processes) * math.prod(param.shape[2:])
-        if own == math.ceil(codecs.blocks(param.shape) / processes) * codecs.BLOCK:
-            return
-    raise ValueError(
-        f'{name} is spread with {param.placements}, which cuts the blocks of {codecs.BLOCK} elements that "8bit" gives '
-        'one scale; shard it by dim 0, or by dim 1 in multiples of a block, or set state_format="bf16" for its group'
-    )
+    if not inner:
+        return False
+    over = _levels(param, 1)
+    if inner != {1} or len(over) != 1:
+        return True
+    processes = param.device_mesh.size(over[0])
+    own = math.ceil(param.shape[1] / processes) * math.prod(param.shape[2:])
+    return own != math.ceil(codecs.blocks(param.shape) / processes) * codecs.BLOCK
+
+
+def check_blocks(param: Tensor, name: str) -> None:
+    """Raise where the codes and scales of `param` cannot be spread as it is."""
+    if is_sharded(param) and cuts_blocks(param):
+        raise ValueError(
+            f'{name} is spread with {param.placements}, which cuts the blocks of {codecs.BLOCK} elements that "8bit" '
+            "gives one scale; shard it by dim 0, or by dim 1 in multiples of a block, or set "
+            'state_format="bf16" for its group'
+        )
 
 
 def numbering(param: Tensor, name: str) -> Numbering:
-    """Return which numbers in `param` the elements have that this process holds; raise where they follow no rule."""
-    if not is_sharded(param) or not local(param).numel():
+    """Return which numbers in `param` the elements have that this process holds; raise where they follow no rule.
+
+    That depends on the placements alone, so that all processes raise or none does.
+    """
+    if not is_sharded(param):
         return WHOLE
     inner = sorted(_sharded_dims(param) - {0})
-    ranges = {dim: _range(param, dim) for dim in _sharded_dims(param)}
-    if len(inner) > 1 or any(found is None for found in ranges.values()):
+    pieces = {dim: _pieces(param, dim) for dim in _sharded_dims(param)}
+    if len(inner) > 1 or not all(_consecutive(piece) for found in pieces.values() for piece in found):
         raise ValueError(
             f"{name} is spread with {param.placements}, for which formats that round at random have no numbering; "
             'set state_format="fp32" for its group, or shard it by at most one dimension besides the first'
         )
-    first = (ranges.get(0) or (0, 0))[0] * math.prod(param.shape[1:])
+    if not local(param).numel():
+        return WHOLE
+    held = {dim: found[_own(param, dim)] for dim, found in pieces.items()}
+    first = int(held[0][0]) * math.prod(param.shape[1:]) if 0 in held else 0
     if not inner:
         return WHOLE._replace(first=first)
-    begin, size = ranges[inner[0]] or (0, 0)
-    rest = math.prod(param.shape[inner[0] + 1 :])
-    return Numbering(first + begin * rest, size * rest, param.shape[inner[0]] * rest)
+    index, rest = held[inner[0]], math.prod(param.shape[inner[0] + 1 :])
+    return Numbering(first + int(index[0]) * rest, len(index) * rest, param.shape[inner[0]] * rest)
 
 
 def _sharded_dims(param: Tensor) -> set[int]:
@@ -152,18 +171,36 @@ def _sharded_dims(param: Tensor) -> set[int]:
     return {placement.dim for placement in param.placements if hasattr(placement, "dim")}
 
 
-def _range(param: DTensor, dim: int) -> tuple[int, int] | None:
-    """The first index of a dimension that this process holds, and how many; None where they are not consecutive."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+def _levels(param: DTensor, dim: int) -> list[int]:
+    """The dimensions of the mesh over which a dimension of `param` is sharded."""
+    return [i for i, placement in enumerate(param.placements) if getattr(placement, "dim", None) == dim]
+
+
+def _pieces(param: DTensor, dim: int) -> list[Tensor]:
+    """The indices of a dimension that each process holds, in the order of the places in the mesh."""
+    from torch.distributed.tensor import Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    def of_dim(placement: Any) -> Any:
-        if getattr(placement, "dim", None) != dim:
-            return Replicate()
-        return _StridedShard(0, split_factor=placement.split_factor) if hasattr(placement, "split_factor") else Shard(0)
+    pieces = [torch.arange(param.shape[dim], device="cpu")]
+    for level in _levels(param, dim):
+        factor = getattr(param.placements[level], "split_factor", None)
+        placement = Shard(0) if factor is None else _StridedShard(0, split_factor=factor)
+        chunks = param.device_mesh.size(level)
+        pieces = [
+            part
+            for piece in pieces
+            for part in placement._split_tensor(piece, chunks, with_padding=False, contiguous=True)[0]
+        ]
+    return pieces
 
-    index = torch.arange(param.shape[dim], device=param.device_mesh.device_type)
-    placements = [of_dim(placement) for placement in param.placements]
-    held = local(distribute_tensor(index, param.device_mesh, placements, src_data_rank=None))
-    first, count = int(held[0]), len(held)
-    return (first, count) if int(held[-1]) - first == count - 1 and bool((held.diff() == 1).all()) else None
+
+def _own(param: DTensor, dim: int) -> int:
+    """Which of `_pieces` is that of this process."""
+    place = 0
+    for level in _levels(param, dim):
+        place = place * param.device_mesh.size(level) + param.device_mesh.get_local_rank(level)
+    return place
+
+
+def _consecutive(index: Tensor) -> bool:
+    return len(index) < 2 or bool((index.diff() == 1).all())

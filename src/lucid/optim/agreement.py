@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,27 +26,44 @@ class Finding(IntEnum):
     FAILED = 2  # an exception before anything was written
 
 
+class _Kind(NamedTuple):
+    """How a parameter is spread: over which mesh, and over which of its dimensions in parts."""
+
+    mesh: DeviceMesh | None = None
+    spread: tuple[bool, ...] = ()
+
+    @classmethod
+    def of(cls, param: Tensor) -> _Kind:
+        if not engine.shards.is_sharded(param):
+            return cls()
+        return cls(param.device_mesh, tuple(hasattr(placement, "dim") for placement in param.placements))
+
+
 class Agreement:
     """The processes over which parameters are spread: those of their meshes, and of a group that has been named.
 
-    Every process has to ask the same questions in the same order. Each gets the same answers: it adds up what the
-    others have sent in the order of their ranks.
+    Every process has to ask the same questions in the same order. Each gets the same answers: it adds up what all have
+    sent in the order of their ranks.
     """
 
     def __init__(self, params: Sequence[Tensor], group: ProcessGroup | None) -> None:
         self._group = group
         self._meshes: list[DeviceMesh] = []
-        self._kinds: list[tuple[DeviceMesh | None, tuple[bool, ...]]] = []  # how a parameter may be spread
+        self._kinds: list[_Kind] = []
         self._kind_of: list[int] = []
         for param in params:
-            kind: tuple[DeviceMesh | None, tuple[bool, ...]] = (None, ())
-            if engine.shards.is_sharded(param):
-                kind = (param.device_mesh, tuple(hasattr(placement, "dim") for placement in param.placements))
-                if param.device_mesh not in self._meshes:
-                    self._meshes.append(param.device_mesh)
+            kind = _Kind.of(param)
+            if kind.mesh is not None and kind.mesh not in self._meshes:
+                self._meshes.append(kind.mesh)
             if kind not in self._kinds:
                 self._kinds.append(kind)
             self._kind_of.append(self._kinds.index(kind))
+        if group is not None:
+            _check_apart(self._meshes, group)
+
+    def knows(self, row: int, param: Tensor) -> bool:
+        """Whether a parameter is still spread as it was."""
+        return self._kinds[self._kind_of[row]] == _Kind.of(param)
 
     def __bool__(self) -> bool:
         return bool(self._meshes) or self._group is not None
@@ -60,39 +77,57 @@ class Agreement:
             sums[self._kind_of[row]].append(square)
         return self._together([engine.ordered_sum(each) for each in sums], finding)
 
-    def worst(self, finding: Finding, *, of_parts: bool = False) -> Finding:
-        """Return the worst finding of any process, or of those that hold parts of the same parameters."""
-        return self._together([0.0] * len(self._kinds), finding, of_parts=of_parts)[1]
+    def worst(self, finding: Finding) -> Finding:
+        """Return the worst finding of any process."""
+        return self._together([0.0] * len(self._kinds), finding)[1]
 
     def observed(self, rows: Sequence[tuple[int, engine.Observed]]) -> list[tuple[int, engine.Observed]]:
         """Return what the updates of parameters were like, of each by its row number, from what those of parts were."""
-        if not self._meshes or not rows:
+        if not self._meshes:
             return list(rows)
-        table = torch.tensor([seen for _, seen in rows], dtype=torch.float64)
-        for group, spread in self._levels():
-            parts = torch.stack(_exchanged(table.flatten().tolist(), group)).view(*table.shape, -1)
+        table = torch.zeros(len(self._kind_of), 4, dtype=torch.float64, device="cpu")
+        for row, seen in rows:
+            table[row] = torch.tensor(seen, dtype=torch.float64, device="cpu")
+        for group, kinds in self._levels():
+            own = [row for row, kind in enumerate(self._kind_of) if kind in kinds]
+            parts = torch.stack(_exchanged(table[own].flatten().tolist(), group)).view(len(own), 4, -1)
             whole = torch.cat([parts[:, :-1].sum(-1), parts[:, -1:].amax(-1)], dim=1)
-            table = torch.where(torch.tensor([[spread[self._kind_of[row]]] for row, _ in rows]), whole, table)
-        return [(row, engine.Observed(*seen)) for (row, _), seen in zip(rows, table.tolist(), strict=True)]
+            spread = torch.tensor([[kinds[self._kind_of[row]]] for row in own], device="cpu")
+            table[own] = torch.where(spread, whole, parts.amax(-1))
+        return [(row, engine.Observed(*table[row].tolist())) for row, _ in rows]
 
-    def _levels(self) -> Iterator[tuple[ProcessGroup, list[bool]]]:
-        """The groups of processes along each dimension of each mesh, and whether each kind is spread over it."""
+    def _levels(self) -> Iterator[tuple[ProcessGroup, dict[int, bool]]]:
+        """The processes along each dimension of each mesh; the kinds of that, and whether each is spread over it."""
         for mesh in self._meshes:
             for dim in range(mesh.ndim) if mesh.get_coordinate() is not None else ():
-                yield mesh.get_group(dim), [own == mesh and spread[dim] for own, spread in self._kinds]
+                own = {number: kind for number, kind in enumerate(self._kinds) if kind.mesh == mesh}
+                yield mesh.get_group(dim), {number: kind.spread[dim] for number, kind in own.items()}
 
-    def _together(self, sums: list[float], finding: Finding, *, of_parts: bool = False) -> tuple[float, Finding]:
-        for group, spread in self._levels():
-            *columns, findings = _exchanged([*sums, finding], group)
+    def _together(self, sums: list[float], finding: Finding) -> tuple[float, Finding]:
+        for group, kinds in self._levels():
+            *columns, findings = _exchanged([*(sums[kind] for kind in kinds), finding], group)
             finding = Finding(int(findings.max()))
-            for kind, column in enumerate(columns):
-                if spread[kind]:
-                    sums[kind] = engine.ordered_sum(column)
-        total = engine.ordered_sum(sums)
-        if self._group is not None and not of_parts:
+            for (kind, spread), column in zip(kinds.items(), columns, strict=True):
+                # Replicas have the same; where they have not, all take the same one.
+                sums[kind] = engine.ordered_sum(column) if spread else float(column.amax())
+        total = sums[0] if len(sums) == 1 else engine.ordered_sum(sums)
+        if self._group is not None:
             totals, findings = _exchanged([total, finding], self._group)
             total, finding = engine.ordered_sum(totals), Finding(int(findings.max()))
         return total, finding
+
+
+def _check_apart(meshes: Sequence[DeviceMesh], group: ProcessGroup) -> None:
+    """Raise where processes would count what they hold of a DTensor twice."""
+    from torch import distributed
+
+    named = set(distributed.get_process_group_ranks(group))
+    for mesh in meshes:
+        if mesh.get_coordinate() is not None and len(named & set(mesh.mesh.flatten().tolist())) > 1:
+            raise ValueError(
+                "shard_group: expected no processes over which DTensor parameters are spread already, got a group that "
+                f"shares some with {mesh}; leave shard_group away, DTensors need none"
+            )
 
 
 def checked_group(value: Any) -> ProcessGroup | None:

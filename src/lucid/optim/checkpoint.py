@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -60,6 +61,8 @@ def load_optimizer(
 
     Raises
     ------
+    FileNotFoundError
+        Where there is no checkpoint, or one whose saving did not end.
     TypeError, ValueError
         Where the checkpoint does not fit the optimizer: a parameter that it does not know, a shape, a value out of
         range. Nothing is changed then.
@@ -73,7 +76,12 @@ def load_optimizer(
     names = _names(model, optimizer)
     params = [param for group in optimizer.param_groups for param in group[_PARAMS]]
     param_of = dict(zip((name for group in names for name in group), params, strict=True))
-    metadata = storage_reader.read_metadata().state_dict_metadata
+    try:
+        metadata = storage_reader.read_metadata().state_dict_metadata
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"no whole checkpoint there ({error}): what lists its contents is written last, when all else has been"
+        ) from error
     places = {key: _Place.of(key.removeprefix(f"{prefix}.")) for key in metadata if key.startswith(f"{prefix}.")}
     if not places:
         known = ", ".join(sorted({key.split(".")[0] for key in metadata}))
@@ -110,7 +118,7 @@ def torch_optimizer_state_dict(model: nn.Module, optimizer: Optimizer, *, flatte
     names = [name for group in _names(model, optimizer) for name in group]
     saved = optimizer.torch_state_dict()
     state = {names[number]: entry for number, entry in saved[_STATE].items() if entry}
-    own = torch.optim.AdamW([torch.empty(0)]).defaults  # torch looks for these in what it loads
+    own = torch.optim.AdamW([torch.empty(0, device="cpu")]).defaults  # torch looks for these in what it loads
     groups = [own | group | {_PARAMS: [names[number] for number in group[_PARAMS]]} for group in saved[_GROUPS]]
     if not flatten:
         return {_STATE: state, _GROUPS: groups}
@@ -154,14 +162,17 @@ def _room(param: Tensor | None, saved: Any, what: str) -> Tensor | None:
         return None
     dtype = saved.properties.dtype
     if param is None or not saved.size:
-        return torch.empty(saved.size, dtype=dtype)
+        return torch.empty(saved.size, dtype=dtype, device="cpu")
     if len(saved.size) not in (param.dim(), 2) or saved.size[:1] != param.shape[:1]:
         raise ValueError(f"{what} has shape {tuple(saved.size)} in the checkpoint, the parameter {tuple(param.shape)}")
     if not engine.shards.is_sharded(param):
         return torch.empty(saved.size, dtype=dtype, device=param.device)
     from torch.distributed import tensor
 
-    return tensor.empty(saved.size, dtype=dtype, device_mesh=param.device_mesh, placements=param.placements)
+    placements: Sequence[tensor.Placement] = param.placements
+    if engine.shards.cuts_blocks(param) and (saved.size != param.shape or dtype == torch.uint8):
+        placements = [tensor.Replicate()] * param.device_mesh.ndim  # codes and scales: of whole blocks
+    return tensor.empty(saved.size, dtype=dtype, device_mesh=param.device_mesh, placements=placements)
 
 
 def _assembled(names: list[list[str]], values: list[tuple[_Place, Any]]) -> dict[str, Any]:

@@ -231,11 +231,16 @@ class StateFormat:
 def _decoded(param: Tensor, entry: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
     """Both moments of a saved entry as numbers."""
     if "exp_avg_code" in entry and not param.is_complex() and param.dim() > 0:
-        values = {key: slot.part_of(entry.get(key), param, key, name) for key, slot in _CODES.items()}
-        return (
-            codecs.decode_signed(values["exp_avg_code"], values["exp_avg_scale"].float()),
-            codecs.decode_unsigned(values["exp_avg_sq_code"], values["exp_avg_sq_scale"].float()),
-        )
+        cut = shards.cuts_blocks(param)  # then codes and scales are put together first
+        values = {
+            key: shards.whole(slot.check(entry.get(key), param, key, name).detach())
+            if cut
+            else slot.part_of(entry.get(key), param, key, name)
+            for key, slot in _CODES.items()
+        }
+        m = codecs.decode_signed(values["exp_avg_code"], values["exp_avg_scale"].float())
+        v = codecs.decode_unsigned(values["exp_avg_sq_code"], values["exp_avg_sq_scale"].float())
+        return (shards.part_of(m, param, name), shards.part_of(v, param, name)) if cut else (m, v)
     m, v = (
         slot.part_of(entry.get(key), param, key, name) for key, slot in _moments(engine.COMPUTE[param.dtype]).items()
     )

@@ -21,7 +21,7 @@ from lucid import engine
 from .agreement import checked_group
 from .backward import StepInBackward, no_norm_in_backward
 from .formats import KnownAs, StateFormat, StateFormatName, decoded, format_for
-from .gradients import NON_FINITE, NonFinite, checked_max_norm, found_inf_in, scale_of
+from .gradients import NON_FINITE, NonFinite, checked_max_norm
 from .groups import ParamGroup, check_ordered, checked_params
 from .part import Outcome, Part
 from .state_dict import loaded, plain
@@ -249,8 +249,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise RuntimeError("step() was called from within itself, by an interrupt handler perhaps")
             self._stepping = True
             try:
-                scale, found_inf = vars(self).get("grad_scale"), vars(self).get("found_inf")
-                return part.update(self, state_box, scale_of(scale), found_inf_in(found_inf))
+                return part.update(self, state_box)
             except BaseException:  # GradScaler removes them after a step that returns, else takes them for the user's
                 vars(self).pop("grad_scale", None)
                 vars(self).pop("found_inf", None)
@@ -380,7 +379,10 @@ class Optimizer(torch.optim.Optimizer):
     # Statistics
 
     def observe(self, on: bool = True) -> None:
-        """Let steps measure what `statistics` tells, in the same pass over the parameters; or no longer."""
+        """Let steps measure what `statistics` tells, in the same pass over the parameters; or no longer.
+
+        Where parameters are sharded (DTensors), on all processes: they exchange what they have measured.
+        """
         bare = self._bare
         bare._observing = checked_flag("on", on)
         if not on:

@@ -13,7 +13,7 @@ from lucid import engine
 
 from .agreement import Agreement, Finding
 from .formats import MAX_STEP, STEP, STREAM, StateFormatName
-from .gradients import Judged, clip_factor, fault
+from .gradients import Judged, clip_factor, fault, found_inf_in, scale_of
 from .groups import ParamGroup, checked_params
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ class Part:
         self._looked_at: dict[int, Tensor] = {}  # gradients of rows that were looked at in this step
         self._planned: list[tuple[bool, StateFormatName, bool]] = []  # of each group
 
-    def update(self, optimizer: Optimizer, state_box: list[Any], scale: float, found_inf: bool) -> Outcome:
-        """Update the parameters that have gradients, which are `scale` times too large; unless `found_inf`.
+    def update(self, optimizer: Optimizer, state_box: list[Any]) -> Outcome:
+        """Update the parameters that have gradients, unless GradScaler has found some that are not finite.
 
         ``state_box``: as `engine.Plan.gather` takes it; of all state or of the one parameter's.
         """
@@ -79,18 +79,18 @@ class Part:
         new: list[_NewState] = []
         try:
             try:
+                scale = scale_of(vars(optimizer).get("grad_scale"))
+                found_inf = found_inf_in(vars(optimizer).get("found_inf"))
                 plan, params, hyperparameters = self._prepared(optimizer, state_box, new)
+                steps = [(group, _checked_count(step, group + self._first_group)) for group, step in plan.steps()]
             except Exception:
-                _tell_others(optimizer)
+                self._tell_others(optimizer)
                 raise
             judged = self._judged(optimizer, plan, scale, found_inf)
             if judged.skip:
                 return Outcome(True, judged.norm, scale, {})
-            scalars = [
-                _scalars(hyperparameters[group], step, judged.factor, group + self._first_group)
-                for group, step in plan.steps()
-            ]
-            if new and self.only is None and self._is_initialising(state_box[0], new, hyperparameters):
+            scalars = [_scalars(hyperparameters[group], step, judged.factor) for group, step in steps]
+            if self.only is None and self._is_initialising(state_box[0], new, hyperparameters):
                 _adopt(optimizer, state_box, new)
                 return Outcome(False, judged.norm, scale, {})
             had = [(item.param in state_box[0], dict(item.entry)) for item in new]
@@ -106,7 +106,8 @@ class Part:
                 self.updated = self.plan.ran
                 self.plan.release()
             self._looked_at.clear()
-        observed = self._agreement.observed(observed)
+        if optimizer._observing:
+            observed = self._agreement.observed(observed)
         return Outcome(False, judged.norm, scale, {params[row]: seen for row, seen in observed})
 
     def _prepared(
@@ -129,8 +130,12 @@ class Part:
             self._agreement = Agreement(every, optimizer._shard_group)
             self.plan, self._planned = engine.Plan(params), kept
             looks = self.plan.gather(params, state_box)
-        for row in self._rows(optimizer, looks, hyperparameters, new) if looks else ():
-            self.plan.bind(row)
+        if looks:
+            for row in self._rows(optimizer, looks, hyperparameters, new):
+                self.plan.bind(row)
+            if not all(self._agreement.knows(row, every[row]) for row in looks):
+                self._agreement = Agreement(every, optimizer._shard_group)
+            self.plan.compare()
         return self.plan, every, hyperparameters
 
     def _members(self, groups: list[ParamGroup]) -> list[Member]:
@@ -173,8 +178,7 @@ class Part:
             return Judged(None, 1.0 / scale, found_inf)
         plan.measure()
         square, finding = self._agreement.square_sum(plan, Finding.BAD if found_inf else Finding.NOTHING)
-        if finding is Finding.FAILED:
-            raise RuntimeError("another process could not step and has said why, so nothing was updated here either")
+        _check_others(finding)
         found_inf = finding is Finding.BAD
         norm = math.sqrt(square) / scale
         factor = clip_factor(norm, max_norm) / scale
@@ -214,24 +218,33 @@ class Part:
 
         They step a fresh optimizer with lr 0 and zero gradients, which must not count as a step.
         """
-        if any(state.values()) or not all(hyper.lr == 0 for hyper in hyperparameters):
+        if not all(hyper.lr == 0 for hyper in hyperparameters) or (not new and not self._agreement):
             return False
-        nonzero = any(bool(item.gradient.any()) for item in new)
-        return self._agreement.worst(Finding.BAD if nonzero else Finding.NOTHING, of_parts=True) is Finding.NOTHING
+        counts = any(state.values()) or any(bool(item.gradient.any()) for item in new)
+        if not self._agreement:
+            return not counts
+        finding = self._agreement.worst(Finding.BAD if counts else Finding.NOTHING)
+        _check_others(finding)
+        return finding is Finding.NOTHING
+
+    def _tell_others(self, optimizer: Optimizer) -> None:
+        """Let processes that wait for this one know that it cannot step."""
+        with suppress(Exception):  # what made it fail is what is to be raised
+            groups = [group for group in optimizer.param_groups if isinstance(group, dict)]
+            if _is_judging(optimizer) or all(group["lr"] == 0 for group in groups):
+                params = [param for group in groups for param in group["params"]]
+                agreement = Agreement(params, optimizer._shard_group) if self.plan is None else self._agreement
+                agreement.worst(Finding.FAILED)
+
+
+def _check_others(finding: Finding) -> None:
+    if finding is Finding.FAILED:
+        raise RuntimeError("another process could not step and has said why, so nothing was updated here either")
 
 
 def _is_judging(optimizer: Optimizer) -> bool:
     """Whether what a step does depends on its gradients."""
     return optimizer.max_grad_norm is not None or optimizer.nonfinite != "propagate"
-
-
-def _tell_others(optimizer: Optimizer) -> None:
-    """Let processes that wait for this one's gradients know that it cannot step."""
-    if _is_judging(optimizer):
-        with suppress(Exception):  # what made it fail is what is to be raised
-            groups = [group for group in optimizer.param_groups if isinstance(group, dict)]
-            params = [param for group in groups for param in group["params"]]
-            Agreement(params, optimizer._shard_group).worst(Finding.FAILED)
 
 
 def _adopt(optimizer: Optimizer, state_box: list[Any], new: list[_NewState]) -> None:
@@ -259,12 +272,17 @@ def _states(optimizer: Optimizer, state_box: list[Any]) -> list[dict[Any, Any]]:
     return [state_box[0], optimizer.state]
 
 
-def _scalars(hyper: Hyperparameters, step: float, factor: float, group: int) -> engine.Scalars:
+def _checked_count(step: float, group: int) -> float:
+    """Return a parameter's step count after this step; raise where float32 does not count so."""
     if not (1 <= step < MAX_STEP and step.is_integer()):
         raise ValueError(
             f"step count of a parameter in group {group}: expected a whole number from 1 to {MAX_STEP - 1} "
             f"(float32 counts no further than {MAX_STEP}), got {step}"
         )
+    return step
+
+
+def _scalars(hyper: Hyperparameters, step: float, factor: float) -> engine.Scalars:
     return engine.Scalars.of(
         lr=hyper.lr,
         beta1=hyper.beta1,
