@@ -123,7 +123,9 @@ int64_t cut(const Work& work, int64_t index) {
 // Elements [begin, end) of a row and a run, which is cut nowhere but where blocks begin.
 template <class T>
 void update_slices(const Work& work, const Scalars<T>& scalars, int64_t begin, int64_t end, Observed<T>* observed) {
-  Slice slice{{}, begin, end - begin, work.row, work.key, work.numbering.of(begin), observed};
+  Slice slice{{},       begin,    end - begin,
+              work.row, work.key, work.numbering == nullptr ? begin : work.numbering->of(begin),
+              observed};
   slice.at[exp_avg_scale] = work.address[exp_avg_scale];
   slice.at[exp_avg_sq_scale] = work.address[exp_avg_sq_scale];
   if (work.layout == nullptr) {
@@ -147,7 +149,7 @@ void update_part(const Work& work, const Scalars<T>& scalars, int64_t begin, int
   begin = cut(work, begin);
   end = cut(work, end);
   for (int64_t next; begin < end; begin = next) {
-    next = std::min(end, work.numbering.end_of_run(begin));
+    next = work.numbering == nullptr ? end : std::min(end, work.numbering->end_of_run(begin));
     if (observed == nullptr) {
       update_slices<T>(work, scalars, begin, next, nullptr);
       continue;

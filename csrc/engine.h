@@ -54,9 +54,9 @@ struct Work {
   int8_t size[shaped_operands];  // bytes of an element
   const Layout* layout;          // null where every operand is contiguous, the gradient in a type that the kernels read
   int64_t elements;
-  int64_t row;  // elements of one index of the first dimension
-  Numbering numbering;
-  Type compute, gradient;  // compute is float32 or float64
+  int64_t row;                 // elements of one index of the first dimension
+  const Numbering* numbering;  // null where that is the order in which they lie here
+  Type compute, gradient;      // compute is float32 or float64
   ParamFormat param_format;
   MomentFormat moment_format;
   bool own_gradient;  // the gradient is of the parameter's own 16 bits

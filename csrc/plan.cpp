@@ -55,13 +55,7 @@ Plan::Plan(nb::list groups) {
   layouts_.resize(rows_.size());
 }
 
-Plan::~Plan() {
-  release();
-  for (Row& row : rows_) {
-    Py_CLEAR(row.spec);
-    Py_CLEAR(row.gradient_spec);
-  }
-}
+Plan::~Plan() { release(); }
 
 bool Plan::same_groups(nb::list groups) const {
   size_t row = 0;
@@ -118,18 +112,15 @@ Plan::Tensor Plan::known(const DLTensor& tensor, PyObject* object, int16_t role)
 
 // Whether the parameter is spread as when it was bound, and its gradient like it.
 bool Plan::same_spread(Row& row) {
-  if (row.spec == nullptr) return !is_sharded(row.param) && !is_sharded(row.gradient);
+  if (row.shard == nullptr) return !is_sharded(row.param) && !is_sharded(row.gradient);
   if (!is_sharded(row.gradient)) return false;
-  PyObject* const param = spec_of(row.param);
-  PyObject* const gradient = spec_of(row.gradient);
-  bool same = param == row.spec && gradient != nullptr;
-  if (same && gradient != row.spec && gradient != row.gradient_spec) {
-    same = spread_alike(param, gradient);
-    if (same) Py_XSETREF(row.gradient_spec, Py_NewRef(gradient));
-  }
-  Py_XDECREF(param);
-  Py_XDECREF(gradient);
-  return same;
+  Shard& shard = *row.shard;
+  const nb::object gradient = nb::steal(spec_of(row.gradient));
+  if (!nb::steal(spec_of(row.param)).is(shard.spec) || !gradient.is_valid()) return false;
+  if (gradient.is(shard.spec) || gradient.is(shard.gradient_spec)) return true;
+  if (!spread_alike(shard.spec.ptr(), gradient.ptr())) return false;
+  shard.gradient_spec = gradient;
+  return true;
 }
 
 // The row's gradient of this step; `look` where it is not such as it was bound with.
@@ -325,7 +316,9 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
   work.own_gradient = work.gradient == type;
   const int ndim = parameter.ndim + row.is_complex;  // a complex number is two reals, one after the other
   work.elements = elements(parameter) * (row.is_complex ? 2 : 1);
-  work.numbering = numbering;
+  row.shard.reset();
+  if (is_sharded(row.param)) row.shard.reset(new Shard{nb::steal(spec_of(row.param)), {}, numbering});
+  work.numbering = row.shard == nullptr ? nullptr : &row.shard->numbering;
   work.row = parameter.ndim == 0 || parameter.shape[0] == 0 ? work.elements : work.elements / parameter.shape[0];
 
   std::vector<int64_t> shape(static_cast<size_t>(ndim));
@@ -395,8 +388,6 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
     if (found[k].role == stream_role) row.stream = static_cast<const int64_t*>(read_tensors[k].data);
   }
   row.step = static_cast<float*>(read_tensors[2].data);
-  PyObject* const spec = is_sharded(row.param) ? spec_of(row.param) : nullptr;
-  Py_XSETREF(row.spec, spec);
   Py_INCREF(gradient.ptr());
   Py_XSETREF(row.gradient, gradient.ptr());
   hold_slots(row);

@@ -3,6 +3,7 @@
 // them again. Nothing is written before run().
 #pragma once
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -60,13 +61,18 @@ class Plan {
   };
   static constexpr int16_t step_role = -1, stream_role = -2;
 
+  // What is here of a parameter, and how it is spread: its own spec, and the last that said the same of a gradient.
+  struct Shard {
+    nb::object spec, gradient_spec;
+    Numbering numbering;
+  };
+
   struct Row {
     PyObject* param;  // identities: compared, and owned from gather() to release() only
     PyTypeObject* param_type;
     PyObject* entry = nullptr;
     PyObject* gradient = nullptr;
-    PyObject* spec = nullptr;           // how the parameter is spread over processes; owned
-    PyObject* gradient_spec = nullptr;  // one that says the same of its gradient; owned
+    std::unique_ptr<Shard> shard;  // where the parameter is spread over processes
     float* step = nullptr;
     const int64_t* stream = nullptr;
     Work work = {};

@@ -8,7 +8,6 @@ PyTypeObject* tensor_type = nullptr;
 PyObject* grad_descriptor = nullptr;  // of torch.Tensor: its getter without the look-up
 PyObject* is_neg_name = nullptr;
 PyObject* is_conj_name = nullptr;
-PyTypeObject* sharded_type = nullptr;
 PyObject* local_name = nullptr;
 PyObject* spec_name = nullptr;
 
@@ -23,6 +22,8 @@ bool answers_false(PyObject* tensor, PyObject* question) {
 }
 
 }  // namespace
+
+PyTypeObject* sharded_type = nullptr;
 
 bool connect(nb::handle tensor) {
   PyObject* capsule = PyObject_GetAttrString(tensor.ptr(), "__dlpack_c_exchange_api__");
@@ -50,14 +51,11 @@ void connect_sharded(nb::handle type) {
   sharded_type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
 }
 
-bool is_sharded(PyObject* object) { return Py_TYPE(object) == sharded_type; }
-
-PyObject* local_of(PyObject* object) {
-  if (!is_sharded(object)) return object;
-  PyObject* local = PyObject_GetAttr(object, local_name);
+PyObject* part_of(PyObject* sharded) {
+  PyObject* local = PyObject_GetAttr(sharded, local_name);
   if (local == nullptr) {
     PyErr_Clear();
-    return object;
+    return sharded;
   }
   Py_DECREF(local);  // the sharded tensor holds it
   return local;

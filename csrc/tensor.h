@@ -16,9 +16,12 @@ bool connect(nb::handle tensor_type);
 // Given the class of tensors that are spread over processes, once any may be met.
 void connect_sharded(nb::handle sharded_type);
 
-bool is_sharded(PyObject* object);
-// What this process holds of a sharded tensor, any other object itself: a borrowed reference.
-PyObject* local_of(PyObject* object);
+extern PyTypeObject* sharded_type;
+inline bool is_sharded(PyObject* object) { return Py_TYPE(object) == sharded_type; }
+// What this process holds of a sharded tensor: a borrowed reference.
+PyObject* part_of(PyObject* sharded);
+// The same, of any other object itself.
+inline PyObject* local_of(PyObject* object) { return is_sharded(object) ? part_of(object) : object; }
 // How a sharded tensor is spread: a new reference, or null.
 PyObject* spec_of(PyObject* sharded);
 // Whether two such specs spread a tensor of one shape alike.

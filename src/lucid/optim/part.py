@@ -108,12 +108,13 @@ class Part:
             self._looked_at.clear()
         if optimizer._observing:
             observed = self._agreement.observed(observed)
-        return Outcome(False, judged.norm, scale, {params[row]: seen for row, seen in observed})
+        every = _flat(params) if observed else []
+        return Outcome(False, judged.norm, scale, {every[row]: seen for row, seen in observed})
 
     def _prepared(
         self, optimizer: Optimizer, state_box: list[Any], new: list[_NewState]
-    ) -> tuple[engine.Plan, list[Tensor], list[Hyperparameters]]:
-        """Return the plan with all rows of this step bound to it, its parameters, and each group's hyperparameters."""
+    ) -> tuple[engine.Plan, list[list[Tensor]], list[Hyperparameters]]:
+        """Return the plan with all rows of this step bound to it, and each group's parameters and hyperparameters."""
         groups = optimizer._checked_groups(None if self.only is None else self.only[0])
         hyperparameters = [optimizer._hyperparameters(group) for group in groups]
         kept = [hyper.kept for hyper in hyperparameters]
@@ -121,22 +122,22 @@ class Part:
         if self.only is not None:
             place = self.only[1]
             params = [params[0][place : place + 1]]
-        every = [param for group in params for param in group]
         looks = None
         if self.plan is not None and self._planned == kept:
             looks = self.plan.gather(params, state_box)
         if self.plan is None or looks is None:
-            checked_params(every)
-            self._agreement = Agreement(every, optimizer._shard_group)
+            checked_params(_flat(params))
+            self._agreement = Agreement(_flat(params), optimizer._shard_group)
             self.plan, self._planned = engine.Plan(params), kept
             looks = self.plan.gather(params, state_box)
         if looks:
             for row in self._rows(optimizer, looks, hyperparameters, new):
                 self.plan.bind(row)
+            every = _flat(params)
             if not all(self._agreement.knows(row, every[row]) for row in looks):
                 self._agreement = Agreement(every, optimizer._shard_group)
             self.plan.compare()
-        return self.plan, every, hyperparameters
+        return self.plan, params, hyperparameters
 
     def _members(self, groups: list[ParamGroup]) -> list[Member]:
         """The part's parameters in the order of its plan's rows."""
@@ -235,6 +236,10 @@ class Part:
                 params = [param for group in groups for param in group["params"]]
                 agreement = Agreement(params, optimizer._shard_group) if self.plan is None else self._agreement
                 agreement.worst(Finding.FAILED)
+
+
+def _flat(groups: list[list[Tensor]]) -> list[Tensor]:
+    return [param for group in groups for param in group]
 
 
 def _check_others(finding: Finding) -> None:
