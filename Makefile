@@ -12,7 +12,7 @@ DISTRIBUTED := test_fsdp.py test_agreement.py test_ddp.py test_distributed_check
 	test_example_fsdp.py test_accelerate.py test_lightning.py test_transformers.py
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
 setup: $(VENV)/.installed  ## make .venv: the pinned tools, and this package built and installed in it
 

@@ -274,6 +274,13 @@ def two_meshes():
     if own == 2:
         ours.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
     ours.step()
+    ours.nonfinite = "skip"
+    for turn in range(4):
+        give_gradients(one + other + both, whole_one + whole_other + whole_both, turn)
+        if own == turn:
+            (one if turn % 2 else other)[0].grad.to_local().fill_(NAN)
+        ours.step()
+        assert ours.skipped_steps == 1 + turn
 
 
 def test_parameters_on_several_meshes(ranks):

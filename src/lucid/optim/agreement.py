@@ -111,6 +111,9 @@ class Agreement:
                 # Replicas have the same; where they have not, all take the same one.
                 sums[kind] = engine.ordered_sum(column) if spread else float(column.amax())
         total = sums[0] if len(sums) == 1 else engine.ordered_sum(sums)
+        for group, _ in self._levels() if len(self._meshes) > 1 else ():  # what one mesh knows the others do not
+            totals, findings = _exchanged([total, finding], group)
+            total, finding = float(totals.amax()), Finding(int(findings.max()))
         if self._group is not None:
             totals, findings = _exchanged([total, finding], self._group)
             total, finding = engine.ordered_sum(totals), Finding(int(findings.max()))
