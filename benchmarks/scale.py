@@ -38,13 +38,12 @@ from tqdm import tqdm
 import lucid.optim
 from lucid.optim.formats import StateFormatName
 
-from . import machine
+from . import machine, report
 from .arguments import check_page, count, write_page
 from .contenders import LR, WEIGHT_DECAY
 from .paired import Quartiles, order, ratios
 from .report import Table
 from .shapes import CASES, Case
-from .tables import markdown_table, terminal_table
 
 BEGIN = "<!-- measured: written by `python -m benchmarks.scale --markdown`; notes go outside -->"
 
@@ -510,21 +509,9 @@ def _tables(results: Results) -> Iterator[Table]:
     yield from paper_tables()
 
 
-def terminal(results: Results) -> str:
-    """Return the report for people at a terminal."""
-    return "\n\n".join(
-        f"{title.upper()}  {note}\n{terminal_table(header, rows)}" for title, note, header, rows in _tables(results)
-    )
-
-
-def markdown(results: Results) -> str:
-    """Return the same report for the page."""
-    about = results.machine
-    parts = ["\n".join(f"- {name}: {about[name]}" for name in ("CPU", "versions", "date", "threads", "neighbours"))]
-    parts += [
-        f"### {title}\n\n{note}\n\n{markdown_table(header, rows)}" for title, note, header, rows in _tables(results)
-    ]
-    return "\n\n".join(parts)
+def _about(results: Results) -> dict[str, str]:
+    """What is told of the machine."""
+    return {name: results.machine[name] for name in ("CPU", "versions", "date", "threads", "neighbours")}
 
 
 COLOURS = dict(zip((FUSED, *FORMATS, PAPER[-1].name), ("C0", "C1", "C4", "C2", "C3"), strict=True))
@@ -638,9 +625,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         results = measure(options.rounds)
         results.write(options.json)
-    print(terminal(results))
+    found = _about(results), (), list(_tables(results))
+    print(report.terminal(*found))
     if options.markdown is not None:
-        write_page(options.markdown, markdown(results), BEGIN)
+        write_page(options.markdown, report.markdown(*found, "###"), BEGIN)
     if options.plot is not None:
         draw(results, options.plot)
     return 0

@@ -16,7 +16,17 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
 import lucid.optim as optim
-from test_accelerate import as_torchrun, assert_same_bits, make_loader, make_net, outcome
+from test_accelerate import (
+    as_torchrun,
+    assert_same_bits,
+    make_loader,
+    make_net,
+    of_8_bits,
+    outcome,
+    that_clips,
+    with_ours,
+    with_torchs,
+)
 
 EPOCHS, MICRO = 3, 2
 STEPS = 9  # of 18 batches
@@ -106,22 +116,6 @@ def train(make, *, clip=None, precision="32-true", saves=None, resumes=None, kin
     assert [int(optimizer.state[param]["step"]) for param in lit.net.parameters()] == [STEPS] * 6
     norm = getattr(optimizer, "grad_norm", None)
     return Trained(lit.losses, None if norm is None else float(norm), outcome(lit.net, optimizer))
-
-
-def with_torchs(params):
-    return torch.optim.AdamW(params, lr=1e-2)
-
-
-def with_ours(params):
-    return optim.AdamW(params, lr=1e-2)
-
-
-def that_clips(params):
-    return optim.AdamW(params, lr=1e-2, max_grad_norm=1.0)
-
-
-def of_8_bits(params):
-    return optim.AdamW(params, lr=1e-2, state_format="8bit", max_grad_norm=1.0)
 
 
 def assert_trains_as_with_torchs(run):
