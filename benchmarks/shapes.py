@@ -1,4 +1,4 @@
-"""The parameter shapes that are timed: two models', written from their architecture, and plain."""
+"""The parameter shapes that are timed: three models', written from their architecture, and plain."""
 
 from __future__ import annotations
 
@@ -61,6 +61,17 @@ def resnet50() -> list[Shape]:
                 shapes += convolution(inputs, outputs, 1)  # the shortcut
             inputs = outputs
     return [*shapes, (1000, 2048), (1000,)]
+
+
+def llama_1b() -> list[Shape]:
+    """146 tensors, 1.24 G parameters: Llama 3.2 1B, the output tied to the embedding."""
+    width, layers, heads, kv_heads, hidden, vocabulary = 2048, 16, 32, 8, 8192, 128256
+    kv_width = width // heads * kv_heads
+    norm = (width,)
+    attention: list[Shape] = [(width, width), (kv_width, width), (kv_width, width), (width, width)]
+    mlp: list[Shape] = [(hidden, width), (hidden, width), (width, hidden)]
+    block = [norm, *attention, norm, *mlp]
+    return [(vocabulary, width), *(layers * block), norm]
 
 
 CASES = {

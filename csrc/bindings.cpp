@@ -15,6 +15,9 @@ namespace {
 // lucid.engine.scalars.Scalars, field by field as lucid::HostScalars.
 using ScalarsTuple = std::tuple<double, double, double, double, double, double, double, double, double>;
 
+// lucid.engine.cuda.table.DeviceRow, field by field as lucid::DeviceRow.
+using DeviceRowTuple = std::tuple<int, int, int, int, int, int, int, bool, int, bool, bool, bool, int64_t>;
+
 // lucid.engine.observed.Observed, field by field as lucid::RowObserved.
 using ObservedTuple = std::tuple<double, double, double, double>;
 
@@ -32,29 +35,62 @@ NB_MODULE(_cpu, m) {
       .def(
           "bind",
           [](lucid::Plan& plan, size_t index, nb::handle gradient, nb::dict entry, nb::dict slots,
-             std::tuple<int64_t, int64_t, int64_t> numbering) {
+             std::tuple<int64_t, int64_t, int64_t> numbering, bool on_device) {
             const auto [first, run, stride] = numbering;
-            return plan.bind(index, gradient, entry, slots, {first, run, stride});
+            return plan.bind(index, gradient, entry, slots, {first, run, stride}, on_device);
           },
-          "index"_a, "gradient"_a, "entry"_a, "slots"_a, "numbering"_a)
+          "index"_a, "gradient"_a, "entry"_a, "slots"_a, "numbering"_a, "on_device"_a)
       .def("compare", &lucid::Plan::compare)
       .def("remember", &lucid::Plan::remember, "state"_a)
       .def("steps", &lucid::Plan::steps)
       .def("params", &lucid::Plan::params)
+      .def("device_rows",
+           [](const lucid::Plan& plan) {
+             std::vector<DeviceRowTuple> found;
+             for (const lucid::DeviceRow& row : plan.device_rows()) {
+               found.emplace_back(row.row, row.device.type, row.device.index, static_cast<int>(row.compute),
+                                  static_cast<int>(row.gradient), static_cast<int>(row.param_format),
+                                  static_cast<int>(row.moment_format), row.amsgrad, row.dims, row.numbered,
+                                  row.whole_rows, row.wide, row.elements);
+             }
+             return found;
+           })
+      .def_prop_ro("device_structure", &lucid::Plan::device_structure)
+      .def(
+          "write_device_rows",
+          [](const lucid::Plan& plan, uintptr_t table, uintptr_t layouts) {
+            plan.write_device_rows(reinterpret_cast<int64_t*>(table), reinterpret_cast<int64_t*>(layouts));
+          },
+          "table"_a, "layouts"_a)
+      .def(
+          "write_device_step",
+          [](const lucid::Plan& plan, uintptr_t table) {
+            return plan.write_device_step(reinterpret_cast<int64_t*>(table));
+          },
+          "table"_a)
+      .def("only_device",
+           [](const lucid::Plan& plan) {
+             const lucid::DLDevice device = plan.only_device();
+             return std::make_pair(device.type, device.index);
+           })
+      .def("guess", &lucid::Plan::guess)
+      .def("settle", &lucid::Plan::settle, "drift"_a, "keep"_a)
+      .def("step_counts", &lucid::Plan::step_counts)
+      .def_prop_ro("serial", &lucid::Plan::serial)
       .def("measure", &lucid::Plan::measure, "threads"_a)
       .def("square_sum", &lucid::Plan::square_sum)
       .def("squares", &lucid::Plan::squares)
       .def(
           "run",
-          [](lucid::Plan& plan, const std::vector<ScalarsTuple>& scalars, int threads, bool observe,
+          [](lucid::Plan& plan, const std::vector<ScalarsTuple>& scalars, int threads, bool observe, bool count,
              nb::list state_box) {
             std::vector<lucid::HostScalars> host;
             for (const ScalarsTuple& one : scalars) {
               host.push_back(std::apply([](auto... field) { return lucid::HostScalars{field...}; }, one));
             }
-            plan.run(host, threads, observe, state_box);
+            plan.run(host, threads, observe, count, state_box);
           },
-          "scalars"_a, "threads"_a, "observe"_a, "state_box"_a)
+          "scalars"_a, "threads"_a, "observe"_a, "count"_a, "state_box"_a)
       .def("observed",
            [](const lucid::Plan& plan) {
              std::vector<std::pair<int, ObservedTuple>> found;

@@ -7,8 +7,9 @@
 namespace lucid {
 
 struct DLDevice {
-  int32_t type;  // 1 is the CPU
+  int32_t type;  // 1 is the CPU, 2 CUDA, 10 ROCm
   int32_t index;
+  bool operator==(const DLDevice&) const = default;
 };
 
 struct DLDataType {

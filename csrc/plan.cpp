@@ -44,6 +44,9 @@ constexpr int quiet_steps_after_failure = 1024;
 // Elements below which a step keeps the interpreter's lock: a fraction of a millisecond.
 constexpr int64_t worth_unlocking = 1 << 19;
 
+// Bytes that a thread of a device best reads at once.
+constexpr uintptr_t wide_load = 16;
+
 }  // namespace
 
 Plan::Plan(nb::list groups) {
@@ -74,7 +77,7 @@ bool Plan::same_groups(nb::list groups) const {
 }
 
 bool Plan::same_tensor(const Tensor& known, const DLTensor& tensor) const {
-  if (!on_cpu(tensor) || tensor.ndim != known.ndim || tensor.byte_offset != 0 || !(tensor.dtype == known.type)) {
+  if (!(tensor.device == known.device) || tensor.ndim != known.ndim || tensor.byte_offset != 0 || !(tensor.dtype == known.type)) {
     return false;
   }
   const int64_t* shape = dims_.data() + known.shape;
@@ -102,6 +105,7 @@ Plan::Tensor Plan::known(const DLTensor& tensor, PyObject* object, int16_t role)
   dims_.insert(dims_.end(), tensor.strides, tensor.strides + tensor.ndim);
   return {object,
           tensor.data,
+          tensor.device,
           span_in_bytes(tensor),
           shape,
           shape + static_cast<uint32_t>(tensor.ndim),
@@ -148,6 +152,10 @@ void Plan::gather_gradient(Row& row) {
   if (!row.look && row.may_be_lazy) row.look = is_lazy_view(gradient);
   if (row.look) return;
   row.work.address[grad] = tensor.data;
+  if (row.wide && reinterpret_cast<uintptr_t>(tensor.data) % wide_load != 0) {
+    row.wide = false;
+    ++device_structure_;
+  }
   row.near_gradient = reinterpret_cast<uintptr_t>(tensor.shape);
   row.look =
       !read(param, &tensor) || !same_tensor(tensors_[row.first], tensor) || (row.is_complex && is_lazy_view(param));
@@ -197,7 +205,7 @@ bool Plan::gather_state(PyObject* state) {
               !(row.is_complex && is_lazy_view(value));
     }
     if (!same) {
-      row.bound = false;
+      unbind(row);
       row.look = row.active;
     } else if (row.active && !row.look) {
       hold_slots(row);
@@ -216,10 +224,12 @@ bool Plan::unreachable(PyObject* state) const {
   const SeenSlot* slot = seen_slots_.data();
   for (const SeenEntry& seen : seen_entries_) {
     if (seen.row < 0) continue;
-    const Py_ssize_t own = rows_[static_cast<size_t>(seen.row)].holds_slots ? 2 : 1;
+    const Row& row = rows_[static_cast<size_t>(seen.row)];
     if (Py_REFCNT(seen.entry) != 1) return false;
     for (const SeenSlot* end = slot + seen.slots; slot != end; ++slot) {
       if (slot->tensor < 0) continue;
+      const bool guessed = row.guessed && tensors_[row.first + static_cast<size_t>(slot->tensor)].role == step_role;
+      const Py_ssize_t own = 1 + row.holds_slots + guessed;
       if (Py_REFCNT(slot->value) != own || has_weak_references(slot->value)) return false;
       PyObject* const local = local_of(slot->value);
       if (local != slot->value && (Py_REFCNT(local) != 1 || has_weak_references(local))) return false;
@@ -255,7 +265,7 @@ nb::object Plan::gather(nb::list groups, nb::list state_box) try {
   if (changed_ || (!sealed_ && !gather_state(state))) {
     changed_ = true;
     for (Row& row : rows_) {
-      row.bound &= row.active;  // the others' state may be another when they take part again
+      if (!row.active) unbind(row);  // its state may be another when it takes part again
       row.look = row.active;
     }
   } else if (!sealed_ && ++quiet_ >= quiet_steps) {
@@ -274,10 +284,18 @@ nb::object Plan::gather(nb::list groups, nb::list state_box) try {
   throw;
 }
 
-nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dict slots, Numbering numbering) {
+void Plan::unbind(Row& row) {
+  device_structure_ += row.bound && row.on_device;
+  row.bound = false;
+}
+
+nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dict slots, Numbering numbering,
+                      bool on_device) {
   Row& row = rows_.at(index);
   drop_slots(row);
-  row.bound = false;
+  unbind(row);
+  row.on_device = on_device;
+  row.wide = on_device;
 
   struct Found {
     PyObject* object;
@@ -299,9 +317,13 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
   std::vector<DLTensor> read_tensors(found.size());
   for (size_t k = 0; k < found.size(); ++k) {
     DLTensor& tensor = read_tensors[k];
-    if (!read(local_of(found[k].object), &tensor) || !on_cpu(tensor) || tensor.byte_offset != 0) {
-      return nb::str("its memory cannot be read as a plain CPU tensor's");
+    const bool on_host = found[k].role < 0 || !on_device;
+    if (!read(local_of(found[k].object), &tensor) || !(on_host ? on_cpu(tensor) : has_addresses(tensor)) ||
+        tensor.byte_offset != 0) {
+      return nb::str(on_host ? "its memory cannot be read as a plain CPU tensor's"
+                             : "its memory cannot be read as a plain tensor's");
     }
+    if (!on_host) row.wide &= reinterpret_cast<uintptr_t>(tensor.data) % wide_load == 0;
     if (tensor.data == nullptr && elements(tensor) > 0) return nb::str("it, its gradient or its state has no memory");
     if (!aligned(tensor)) return nb::str("an address is not a multiple of its element's size");
   }
@@ -310,7 +332,7 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
   row.is_complex = is_complex(parameter.dtype);
   Type type, moments = Type::float32;
   if (!real_type(parameter.dtype, &type) || !real_type(read_tensors[1].dtype, &work.gradient)) {
-    return nb::str("the CPU engine does not know its dtype");
+    return nb::str("no engine knows its dtype");
   }
   work.compute = type == Type::float64 ? type : Type::float32;
   work.own_gradient = work.gradient == type;
@@ -333,7 +355,7 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
     if (role < shaped_operands) work.size[role] = static_cast<int8_t>(tensor.dtype.bits / (row.is_complex ? 16 : 8));
     has_lower |= role == lower;
     if (role == exp_avg && work.moment_format == MomentFormat::plain && !real_type(tensor.dtype, &moments)) {
-      return nb::str("the CPU engine does not know the dtype of its state");
+      return nb::str("no engine knows the dtype of its state");
     }
     if (role >= shaped_operands) continue;
     int64_t* to = strides.data() + role * ndim;
@@ -368,7 +390,7 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
       }
     }
   }
-  const bool readable = work.gradient == work.compute || work.own_gradient;
+  const bool readable = on_device || work.gradient == work.compute || work.own_gradient;
   work.layout = readable && layout.all_contiguous() ? nullptr : &layout;
   row.work = work;
 
@@ -392,6 +414,7 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
   Py_XSETREF(row.gradient, gradient.ptr());
   hold_slots(row);
   sealed_ &= !changed_;
+  device_structure_ += on_device;
   row.bound = true;
   row.active = true;
   row.look = false;
@@ -530,12 +553,124 @@ int64_t Plan::collect() {
   active_.clear();
   int64_t total = 0;
   for (size_t i = 0; i < rows_.size(); ++i) {
-    if (!rows_[i].active) continue;
+    if (!rows_[i].active || rows_[i].on_device) continue;
     works_.push_back(&rows_[i].work);
     active_.push_back(static_cast<int>(i));
     total += rows_[i].work.elements;
   }
   return total;
+}
+
+std::vector<DeviceRow> Plan::device_rows() const {
+  std::vector<DeviceRow> found;
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const Row& row = rows_[i];
+    if (!row.bound || !row.on_device) continue;
+    const Work& work = row.work;
+    const Numbering* numbering = work.numbering;
+    const int64_t first = numbering == nullptr ? 0 : numbering->first;
+    const bool one_run = numbering == nullptr || numbering->run >= work.elements;
+    found.push_back({static_cast<int>(i), tensors_[row.first].device, work.compute, work.gradient, work.param_format,
+                     work.moment_format, work.amsgrad,
+                     work.layout == nullptr ? 0 : static_cast<int>(std::max<size_t>(1, work.layout->sizes.size())),
+                     !one_run || first + work.elements > int64_t{1} << 32,
+                     work.row % block == 0, row.wide, work.elements});
+  }
+  return found;
+}
+
+void Plan::write_device_rows(int64_t* table, int64_t* layouts) const {
+  int64_t* const first_layout = layouts;
+  for (const Row& row : rows_) {
+    if (!row.bound || !row.on_device) continue;
+    const Work& work = row.work;
+    for (int o = 0; o < max_operands; ++o) table[o] = reinterpret_cast<int64_t>(work.address[o]);
+    table[grad] = 0;  // write_device_step() has them
+    table[column_elements] = work.elements;
+    table[column_row] = work.row;
+    const Numbering numbering = work.numbering == nullptr ? Numbering{0, int64_t{1} << 62, 0} : *work.numbering;
+    table[column_first] = numbering.first;
+    table[column_run] = numbering.run;
+    table[column_stride] = numbering.stride;
+    table[column_layout] = layouts - first_layout;
+    table += device_columns;
+    if (work.layout == nullptr) continue;
+    const Layout& layout = *work.layout;
+    const size_t dims = std::max<size_t>(1, layout.sizes.size());
+    for (size_t k = 0; k < dims; ++k) *layouts++ = layout.sizes.empty() ? 1 : layout.sizes[k];
+    for (const auto& strides : layout.strides) {
+      for (size_t k = 0; k < dims; ++k) *layouts++ = k < strides.size() ? strides[k] : 0;
+    }
+  }
+}
+
+bool Plan::write_device_step(int64_t* table) const {
+  const auto rows = static_cast<size_t>(
+      std::count_if(rows_.begin(), rows_.end(), [](const Row& row) { return row.bound && row.on_device; }));
+  bool changed = false;
+  const auto put = [&](int64_t* to, int64_t value) {
+    changed |= *to != value;
+    *to = value;
+  };
+  for (const Row& row : rows_) {
+    if (!row.bound || !row.on_device) continue;
+    put(table, row.active ? reinterpret_cast<int64_t>(row.work.address[grad]) : 0);
+    if (row.active) put(table + rows, row.work.scalars);
+    if (row.stream != nullptr) put(table + 2 * rows, static_cast<int64_t>(mixed(static_cast<uint64_t>(*row.stream))));
+    ++table;
+  }
+  return changed;
+}
+
+DLDevice Plan::only_device() const {
+  DLDevice only{0, 0};
+  for (const Row& row : rows_) {
+    if (!row.active) continue;
+    if (!row.on_device) return {0, 0};
+    const DLDevice device = tensors_[row.first].device;
+    if (only.type != 0 && !(only == device)) return {0, 0};
+    only = device;
+  }
+  return only;
+}
+
+bool Plan::guess() {
+  if (guessed_.empty()) {
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      Row& row = rows_[i];
+      if (!row.active) continue;
+      guessed_.emplace_back(static_cast<int>(i), nb::borrow(tensors_[row.first + 2].object));
+      row.guessed = true;
+    }
+    return true;
+  }
+  size_t known = 0;
+  for (const Row& row : rows_) {
+    if (!row.active) continue;
+    if (!row.guessed || known == guessed_.size() || !guessed_[known].second.is(tensors_[row.first + 2].object)) {
+      return false;
+    }
+    ++known;
+  }
+  return known == guessed_.size();
+}
+
+void Plan::settle(int64_t drift, bool keep) {
+  for (auto& [row, step] : guessed_) {
+    rows_[static_cast<size_t>(row)].guessed = keep;
+    DLTensor tensor;
+    if (!read(step.ptr(), &tensor) || !on_cpu(tensor) || tensor.data == nullptr || tensor.dtype.bits != 32) continue;
+    *static_cast<float*>(tensor.data) += static_cast<float>(drift);
+  }
+  if (!keep) guessed_.clear();
+}
+
+nb::list Plan::step_counts() const {
+  nb::list found;
+  for (const Row& row : rows_) {
+    if (row.active) found.append(nb::make_tuple(row.group, nb::handle(tensors_[row.first + 2].object)));
+  }
+  return found;
 }
 
 void Plan::measure(int threads) {
@@ -564,14 +699,14 @@ std::vector<std::pair<int, RowObserved>> Plan::observed() const {
   return found;
 }
 
-void Plan::run(const std::vector<HostScalars>& scalars, int threads, bool observe, nb::list state_box) {
+void Plan::run(const std::vector<HostScalars>& scalars, int threads, bool observe, bool count, nb::list state_box) {
   if (unread_ && PyList_GET_ITEM(state_box.ptr(), 1) != Py_False && !still_same(PyList_GET_ITEM(state_box.ptr(), 0))) {
     throw std::runtime_error(
         "another thread changed the optimizer's state during step(), so nothing was updated; "
         "let one thread change it while no other steps");
   }
   for (Row& row : rows_) {
-    if (row.active && row.stream != nullptr) {
+    if (row.active && !row.on_device && row.stream != nullptr) {
       row.work.key = draw_key(*row.stream, static_cast<int64_t>(*row.step) + 1);
     }
   }
@@ -591,7 +726,7 @@ void Plan::run(const std::vector<HostScalars>& scalars, int threads, bool observ
   }
   // update() throws before its first write or not at all.
   for (const Row& row : rows_) {
-    if (row.active) *row.step += 1;
+    if (row.active && count) *row.step += 1;
   }
   ran_ = true;
 }

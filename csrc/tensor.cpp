@@ -98,6 +98,10 @@ bool is_lazy_view(PyObject* tensor) {
 
 bool on_cpu(const DLTensor& tensor) { return tensor.device.type == 1; }
 
+bool has_addresses(const DLTensor& tensor) {
+  return tensor.device.type == 1 || tensor.device.type == 2 || tensor.device.type == 10;
+}
+
 bool aligned(const DLTensor& tensor) {
   const int64_t part = tensor.dtype.code == 5 ? element_size(tensor.dtype) / 2 : element_size(tensor.dtype);
   return reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(part) == 0;

@@ -37,6 +37,8 @@ PyObject* gradient_of(PyObject* param);
 bool is_lazy_view(PyObject* tensor);
 
 bool on_cpu(const DLTensor& tensor);
+// A kind of device whose memory has addresses that a kernel there can be given: CUDA or ROCm, or the CPU.
+bool has_addresses(const DLTensor& tensor);
 bool aligned(const DLTensor& tensor);
 int64_t elements(const DLTensor& tensor);
 // From the first element to behind the last.

@@ -46,7 +46,7 @@ def tensors_in(value):
 
 def on(name):
     """The context in which steps run on the engine `name`."""
-    return {"cpu": contextlib.nullcontext, "reference": engine.only_reference}[name]()
+    return contextlib.nullcontext() if name == "cpu" else engine.only(name)
 
 
 def canonical(tensor):

@@ -41,7 +41,7 @@ def test_the_engine_in_use_is_named():
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = optim.AdamW([param])
     assert optimizer.engine_for(param) == "cpu"
-    with engine.only_reference():
+    with engine.only("reference"):
         assert optimizer.engine_for(param) == "reference"
 
 

@@ -320,7 +320,7 @@ def test_a_change_takes_effect_at_the_next_step(change, steps):
         wanted = defined_step(params[0], optimizer.state[params[0]], **hyper)
         other = defined_step(params[1], optimizer.state[params[1]])
         if only_reference:
-            with engine.only_reference():
+            with engine.only("reference"):
                 optimizer.step()
         else:
             optimizer.step()

@@ -1,8 +1,8 @@
 """The plan: which rows a step updates, on which engines, as one unit.
 
-A step is `gather`, `bind` for every row that needs a look and `compare` after them, `measure` if anyone wants to know
-the gradients' norm, `steps`, `run`, `release`. Nothing that the user sees is written before `run`, and `run` leaves
-nothing half done.
+A step is `gather`, `bind` for every row that needs a look and `compare` after them, `settle` unless the device decides,
+`steps`, `measure` if the host wants to know the gradients' norm, `run`, `release`. Nothing that the user sees is written
+before `run`, and `run` leaves nothing half done.
 """
 
 from __future__ import annotations
@@ -10,52 +10,62 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .observed import Observed
 from .row import Row
-from .scalars import Scalars
+from .scalars import Decision, Recipe
 
-_only_reference = False
+if TYPE_CHECKING:
+    from .cuda.device import DevicePlan, Unread
+
+_only: str | None = None  # the engine that runs everything, for tests
 
 
 def name_for(device: torch.device) -> str:
-    """Return the name of the engine that updates parameters on `device`."""
-    if device.type == "cpu" and cpu.missing is None and not _only_reference:
+    """Return the name of the engine that updates parameters on `device`: "cpu", "cuda" or "reference"."""
+    if _only is not None:
+        return _only
+    if device.type == "cpu" and cpu.missing is None:
         return "cpu"
+    if device.type == "cuda" and cuda.missing is None:
+        return "cuda"
     return "reference"
 
 
 @contextmanager
-def only_reference() -> Iterator[None]:
-    """Run every step inside on the reference engine, to compare another with it."""
-    global _only_reference
-    before, _only_reference = _only_reference, True
+def only(name: str) -> Iterator[None]:
+    """Run every step inside on one engine, to compare another with it: "reference", or "cuda" where it interprets."""
+    global _only
+    before, _only = _only, name
     try:
         yield
     finally:
-        _only_reference = before
+        _only = before
 
 
 class Plan:
     """The rows of one optimizer.
 
-    The CPU engine keeps its rows from step to step and names those that are not as they were; rows of other
-    engines are looked at anew each time.
+    The CPU and CUDA engines' rows are kept from step to step, and those are named that are not as they were; rows of the
+    reference engine are looked at anew each time.
     """
 
     def __init__(self, groups: list[list[Tensor]]) -> None:
-        self._native = cpu.Plan(groups) if name_for(torch.device("cpu")) == "cpu" else None
-        self._only_reference = _only_reference
+        self._native = None if cpu.missing is not None or _only == "reference" else cpu.Plan(groups)
+        self._device: DevicePlan | None = None
+        self._only = _only
         self._ids = [id(param) for group in groups for param in group]
         self._rows: list[Row] = []
         self._updates: list[reference.Update] = []
         self._squares: list[tuple[int, float]] = []
+        self._observed: list[tuple[int, Unread]] = []
         self._writing = False
+        self._launched = False
 
     def gather(self, groups: list[list[Tensor]], state_box: list[Any]) -> list[int] | None:
         """Begin a step: the numbers of the rows to bind, or None where this plan is of other parameters.
@@ -64,7 +74,7 @@ class Plan:
         long as nobody was given it and nobody holds a part of it, it is as it was and need not be read again.
         """
         self.release()
-        if self._only_reference != _only_reference:
+        if self._only != _only:
             return None
         if self._native is not None:
             return self._native.gather(groups, state_box)
@@ -75,14 +85,21 @@ class Plan:
 
     def bind(self, row: Row) -> None:
         """Let a checked row take part in this step."""
-        engine = name_for(row.param.device)
-        if engine == "cpu" and self._native is not None:
-            fault = self._native.bind(row.index, row.gradient, row.entry, {"step": row.step} | row.slots, row.numbering)
+        device = row.gradient.device
+        engine = name_for(device)
+        if engine != "reference" and self._native is not None:
+            slots = {"step": row.step} | row.slots
+            on_device = engine == "cuda"
+            fault = self._native.bind(row.index, row.gradient, row.entry, slots, row.numbering, on_device)
             if fault is not None:
                 raise ValueError(f"{row.name} cannot be updated: {fault}")
+            if on_device and self._device is None:
+                from .cuda.device import DevicePlan
+
+                self._device = DevicePlan(self._native)
             return
-        if not _only_reference:
-            _warn_of_reference(row.param.device)
+        if _only is None:
+            _warn_of_reference(device)
         self._rows.append(row)
 
     def compare(self) -> None:
@@ -90,8 +107,45 @@ class Plan:
         if self._native is not None:
             self._native.compare()
 
+    # What is left to a device
+
+    @property
+    def deciding(self) -> torch.device | None:
+        """The GPU on which all rows of this step are, which can decide what becomes of it; None where they are not."""
+        if self._native is None or self._device is None or self._rows:
+            return None
+        kind, index = self._native.only_device()
+        if not kind:
+            return None
+        return torch.device("cpu") if kind == 1 else torch.device("cuda", index)
+
+    def guess(self) -> bool:
+        """Take this step's counts for a guess that the device corrects; False where those of other rows are one."""
+        return self._device is not None and self._device.guess()
+
+    def settle(self) -> int:
+        """Wait for the device where step counts are a guess, and correct them; return how many steps it left out."""
+        return 0 if self._device is None else self._device.settle()
+
+    @property
+    def guessing(self) -> bool:
+        """Whether step counts are a guess."""
+        return self._device is not None and self._device.guessing
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps have been captured, which may have been run since."""
+        return self._device is not None and self._device.captured
+
+    def decided(self) -> tuple[Tensor, Tensor]:
+        """Return the norm of all gradients, where it was measured, and their scale, as the device has decided."""
+        assert self._device is not None
+        return self._device.decided()
+
+    # The step
+
     def steps(self) -> list[tuple[int, float]]:
-        """Return (group, step count) for each of the scalars that `run` wants, in its order."""
+        """Return (group, step count) for each of the recipes that `run` wants, in its order."""
         native = [] if self._native is None else self._native.steps()
         return native + [(row.group, row.step.item() + 1) for row in self._rows]
 
@@ -100,10 +154,12 @@ class Plan:
         if self._native is not None:
             self._native.measure(torch.get_num_threads())
         self._squares = [(row.index, reference.squares(row)) for row in self._rows]
+        if self._device is not None:
+            self._squares += self._device.squares()
 
     def square_sum(self) -> float:
-        """Return the sum of what was measured, which does not depend on threads or SIMD levels."""
-        if self._native is not None and not self._rows:
+        """Return the sum of what was measured, which does not depend on threads, SIMD levels or engines."""
+        if self._native is not None and not self._squares:
             return self._native.square_sum()
         return reference.ordered_sum([square for _, square in self.squares()])
 
@@ -112,32 +168,43 @@ class Plan:
         native = [] if self._native is None else self._native.squares()
         return sorted(native + self._squares)
 
-    def run(self, scalars: Sequence[Scalars], state_box: list[Any], *, observe: bool) -> list[tuple[int, Observed]]:
+    def run(
+        self, recipes: Sequence[Recipe], verdict: float | Decision, state_box: list[Any], *, observe: bool
+    ) -> list[tuple[int, Observed | Unread]]:
         """Update every row, or none if an exception comes before the first write.
 
-        Returns what each row's step was like, by row number, if it is to `observe`.
+        ``verdict``: what gradients are multiplied with, or what is left to the device. Returns what each row's step was
+        like, by row number, if it is to `observe`.
         """
-        own = len(scalars) - len(self._rows)
-        observed: list[tuple[int, Observed]] = []
+        scalars = [] if not isinstance(verdict, float) else [recipe.scalars(verdict) for recipe in recipes]
+        own = len(recipes) - len(self._rows)
+        count = isinstance(verdict, float) or not verdict.captured
+        observed: list[tuple[int, Observed | Unread]] = []
         if self._rows:
-            self._updates, observed = reference.compute(self._rows, scalars[own:], observe=observe)
+            self._updates, seen = reference.compute(self._rows, scalars[own:], observe=observe)
+            observed += seen
+        if self._device is not None:
+            self._device.prepare(recipes[:own], verdict, observe=observe)
         if self._native is not None:
             self._native.remember(state_box[0])
             torch.autograd.graph.increment_version(self._native.params())
         try:
-            self._write(scalars[:own], state_box, observe)
+            self._write(scalars[:own], state_box, observe, count)
         except BaseException:  # an interrupt between two writes: finish them first
             if self.ran:
-                self._write(scalars[:own], state_box, observe)
+                self._write(scalars[:own], state_box, observe, count)
             raise
         if observe and self._native is not None:
             observed += self._native.observed()
-        return observed
+        return observed + self._observed
 
-    def _write(self, scalars: Sequence[Scalars], state_box: list[Any], observe: bool) -> None:
+    def _write(self, scalars: Sequence[Any], state_box: list[Any], observe: bool, count: bool) -> None:
         self._writing = True
         if self._native is not None and not self._native.ran:
-            self._native.run(list(scalars), torch.get_num_threads(), observe, state_box)
+            self._native.run(list(scalars), torch.get_num_threads(), observe, count, state_box)
+        if self._device is not None and not self._launched:
+            self._launched = True
+            self._observed = self._device.run(counted=count)
         if self._updates:
             reference.commit(self._updates)
 
@@ -148,7 +215,8 @@ class Plan:
 
     def release(self) -> None:
         """End the step; let go of its gradients."""
-        self._rows, self._updates, self._writing = [], [], False
+        self._rows, self._updates, self._squares, self._observed = [], [], [], []
+        self._writing = self._launched = False
         if self._native is not None:
             self._native.release()
 
@@ -161,7 +229,8 @@ def _warn_of_reference(device: torch.device) -> None:
     if device.type in _warned_of:
         return
     _warned_of.add(device.type)
-    reason = cpu.missing if device.type == "cpu" else f"there is none for {device.type} devices yet"
+    known = {"cpu": cpu.missing, "cuda": cuda.missing}
+    reason = known.get(device.type) or f"there is none for {device.type} devices yet"
     warnings.warn(
         f"lucid.optim updates parameters on {device.type} with its slow reference engine: {reason}",
         RuntimeWarning,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,7 +10,7 @@ from .formats import NAMES, StateFormatName
 from .gradients import NonFinite
 from .groups import ParamGroup, pair
 from .optimizer import Hyperparameters, Optimizer, Params
-from .values import as_float, checked_flag, number_in, one_of, shown
+from .values import checked_flag, checked_lr, checked_number, one_of, shown
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -159,17 +157,15 @@ class AdamW(Optimizer):
         self._hyperparameters(defaults)
         super().__init__(params, defaults, max_grad_norm=max_grad_norm, nonfinite=nonfinite, shard_group=shard_group)
 
-    def _hyperparameters(self, group: ParamGroup) -> Hyperparameters:
+    def _hyperparameters(self, group: ParamGroup, *, reads: bool = True) -> Hyperparameters:
         try:
             lr = group["lr"]
-            if isinstance(lr, Tensor) and (number := number_in(lr)) is not None:
-                lr = number
             return Hyperparameters(
-                lr=_number("lr", lr),
-                beta1=_number("beta1", group["beta1"], below=1.0),
-                beta2=_number("beta2", group["beta2"], below=1.0),
-                eps=_number("eps", group["eps"]),
-                weight_decay=_number("weight_decay", group["weight_decay"]),
+                lr=lr if isinstance(lr, Tensor) and not reads else checked_lr(lr),
+                beta1=checked_number("beta1", group["beta1"], below=1.0),
+                beta2=checked_number("beta2", group["beta2"], below=1.0),
+                eps=checked_number("eps", group["eps"]),
+                weight_decay=checked_number("weight_decay", group["weight_decay"]),
                 amsgrad=checked_flag("amsgrad", group["amsgrad"]),
                 maximize=checked_flag("maximize", group["maximize"]),
                 state_format=one_of("state_format", group["state_format"], NAMES),
@@ -178,15 +174,6 @@ class AdamW(Optimizer):
             )
         except KeyError as error:
             raise ValueError(f"a parameter group has no {error}; set it, or add the group anew") from None
-
-
-def _number(name: str, value: Any, below: float = math.inf) -> float:
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-        raise TypeError(f"{name}: expected a number{' or a 0-dim Tensor' * (name == 'lr')}, got {shown(value)}")
-    number = as_float(value)
-    if not 0.0 <= number < below:
-        raise ValueError(f"{name}: expected a number in [0, {below:g}), got {shown(value)}")
-    return number
 
 
 def _seed(value: Any) -> int:

@@ -89,8 +89,7 @@ class StepInBackward:
             raise
         param.grad = None
         if outcome.skipped:
-            optimizer._skipped_in_backward += 1
-            optimizer._skipped_alone[param] = optimizer._skipped_alone.get(param, 0) + 1
+            optimizer._left_out_in_backward(param, 1)
         optimizer._seen |= outcome.observed
 
     def _leave_to_step(self) -> None:

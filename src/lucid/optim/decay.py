@@ -16,8 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import Parameter, is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .adamw import _number
-from .values import checked_flag
+from .values import checked_number, checked_flag
 
 _BIAS = re.compile(r"(^|_)bias(es)?\d*(_|$)")  # in a parameter's own name: in_proj_bias, bias_hh_l0, bias_k
 _NORM = re.compile(r"norm(ali[sz]ation)?(\d+d)?$", re.IGNORECASE)  # in a class's name, as in all of torch's
@@ -167,7 +166,7 @@ def decay_groups(
             f"model: expected a torch.nn.Module, got {type(model).__name__}; give the model itself, since its modules "
             "tell what its parameters are"
         )
-    own: dict[str, Any] = {} if weight_decay is None else {"weight_decay": _number("weight_decay", weight_decay)}
+    own: dict[str, Any] = {} if weight_decay is None else {"weight_decay": checked_number("weight_decay", weight_decay)}
     undecayed = {"bias", "norm", "scalar", "1-dimensional"}
     if not checked_flag("decay_embeddings", decay_embeddings):
         undecayed.add("embedding")

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from lucid import engine
 from lucid.engine import codecs, shards
+from lucid.engine.scalars import MAX_STEP
 
 from .values import as_float, number_in, shown
 
 STEP = "step"
 STREAM = "stream"
-MAX_STEP = 2**24  # where float32 stops counting; every count of ours is below it
 
 StateFormatName = Literal["fp32", "bf16", "8bit"]
 NAMES: tuple[StateFormatName, ...] = ("fp32", "bf16", "8bit")

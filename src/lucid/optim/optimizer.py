@@ -31,13 +31,15 @@ from .values import checked_flag, one_of, shown
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from lucid.engine.cuda.device import Unread
+
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
 class Hyperparameters(NamedTuple):
     """A group's hyperparameters as the step uses them, checked."""
 
-    lr: float
+    lr: float | Tensor  # a tensor only where it was not to be read yet
     beta1: float
     beta2: float
     eps: float
@@ -101,11 +103,12 @@ class Optimizer(torch.optim.Optimizer):
         self._whole = Part()
         self._backward: StepInBackward | None = None
         self._accumulating = 0
-        self._seen: dict[Tensor, engine.Observed] = {}
-        self._scale = 1.0
+        self._seen: dict[Tensor, engine.Observed | Unread] = {}
+        self._scale: float | Tensor = 1.0
         self._skipped_in_backward = 0
         self._skipped_alone: dict[Tensor, int] = {}  # of these, by parameter
-        self._grad_norm: float | None = None
+        self._grad_norm: float | Tensor | None = None
+        self._guessing: list[Part] = []  # whose step counts a device has to confirm
         self._state_box: list[Any] = [defaultdict(dict), True]
         self._unlock()
 
@@ -122,20 +125,50 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def state(self) -> defaultdict[Any, Any]:
         """The state of each parameter, a dict of tensors; created at its first gradient or by `init_state`."""
+        self._settle()
+        return self._opened_state()
+
+    def _opened_state(self) -> defaultdict[Any, Any]:
         state: defaultdict[Any, Any] = self._state_box[0]
         self._state_box[1] = True  # whoever has it may change it: the next step looks
         return state
+
+    def _settle(self) -> None:
+        """Wait for devices that decide by themselves which steps are taken, and count these."""
+        if not self._guessing or engine.cuda.is_capturing():
+            return
+        for part in list(self._guessing):
+            part.settle()
+            self._count_left_out(part)
+
+    def _count_left_out(self, part: Part) -> None:
+        """Count the steps that a device has left out; remember the part if there may be more."""
+        bare = self._bare
+        left_out, part.left_out = part.left_out, 0
+        if part.only is None:
+            bare._skipped_steps += left_out
+        elif left_out:
+            group, place = part.only
+            bare._left_out_in_backward(bare.param_groups[group]["params"][place], left_out)
+        guessing = part.plan is not None and part.plan.guessing
+        if guessing != (part in bare._guessing):
+            (bare._guessing.append if guessing else bare._guessing.remove)(part)
+
+    def _left_out_in_backward(self, param: Tensor, count: int) -> None:
+        self._skipped_in_backward += count
+        self._skipped_alone[param] = self._skipped_alone.get(param, 0) + count
 
     @state.setter
     def state(self, value: defaultdict[Any, Any]) -> None:
         if not isinstance(value, dict):
             raise TypeError(f"state: expected a dict of each parameter's state, got {shown(value)}")
+        self._settle()
         self._state_box = [value, True]
 
     # Groups
 
-    def _hyperparameters(self, group: ParamGroup) -> Hyperparameters:
-        """Return the group's hyperparameters; raise where one is out of range."""
+    def _hyperparameters(self, group: ParamGroup, *, reads: bool = True) -> Hyperparameters:
+        """Return the group's hyperparameters; raise where one is out of range. `reads`: a learning rate in a tensor too."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -249,7 +282,10 @@ class Optimizer(torch.optim.Optimizer):
                 raise RuntimeError("step() was called from within itself, by an interrupt handler perhaps")
             self._stepping = True
             try:
-                return part.update(self, state_box)
+                try:
+                    return part.update(self, state_box)
+                finally:
+                    self._count_left_out(part)
             except BaseException:  # GradScaler removes them after a step that returns, else takes them for the user's
                 vars(self).pop("grad_scale", None)
                 vars(self).pop("found_inf", None)
@@ -284,14 +320,19 @@ class Optimizer(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients of the last step, unscaled and before it was clipped: a 0-dim float64 tensor.
 
+        It is on the GPU where that has used it by itself, so that nothing waits for it, and on the CPU otherwise.
         None where the last step did not measure it: it does under ``max_grad_norm``, of which infinity never clips, and
         under ``nonfinite="skip"`` and ``"error"``.
         """
-        return None if self._grad_norm is None else torch.tensor(self._grad_norm, dtype=torch.float64, device="cpu")
+        norm = self._grad_norm
+        if isinstance(norm, Tensor):
+            return norm.clone()
+        return None if norm is None else torch.tensor(norm, dtype=torch.float64, device="cpu")
 
     @property
     def skipped_steps(self) -> int:
         """How many steps were not taken since gradients were not finite; in backward each parameter's counts."""
+        self._settle()
         return self._bare._skipped_steps + self._skipped_in_backward
 
     @property
@@ -406,7 +447,8 @@ class Optimizer(torch.optim.Optimizer):
         """
         if not self._seen:
             raise RuntimeError("statistics: no step has been observed; call observe() before step()")
-        return summed_up(self._bare, self._seen, self._scale)
+        self._settle()
+        return summed_up(self._bare, self._seen, float(self._scale))
 
     def _known_as(self, seed: int, number: int, group: int, index: int) -> KnownAs:
         """What the draws of parameter number `index` of a group, `number` over all, are keyed with."""
@@ -575,7 +617,7 @@ class Optimizer(torch.optim.Optimizer):
         return twin
 
     def engine_for(self, param: Tensor) -> str:
-        """Return the name of the engine that updates `param`: ``"cpu"`` or ``"reference"``."""
+        """Return the name of the engine that updates `param`: ``"cpu"``, ``"cuda"`` or ``"reference"``."""
         return engine.name_for(param.device)
 
 

@@ -15,8 +15,11 @@ from .agreement import Agreement, Finding
 from .formats import MAX_STEP, STEP, STREAM, StateFormatName
 from .gradients import Judged, clip_factor, fault, found_inf_in, scale_of
 from .groups import ParamGroup, checked_params
+from .values import checked_lr, is_on
 
 if TYPE_CHECKING:
+    from lucid.engine.cuda.device import Unread
+
     from .optimizer import Hyperparameters, Optimizer
 
 
@@ -38,12 +41,15 @@ def members_of(groups: list[ParamGroup]) -> list[Member]:
 
 
 class Outcome(NamedTuple):
-    """What an update did: the gradients' norm if it was measured, the scale they came with, what was observed."""
+    """What an update did: the gradients' norm if it was measured, the scale they came with, what was observed.
+
+    Where the device decided, norm and scale are there, and whether it skipped the step is known from `Part.settle`.
+    """
 
     skipped: bool
-    norm: float | None
-    scale: float
-    observed: dict[Tensor, engine.Observed]
+    norm: float | Tensor | None
+    scale: float | Tensor
+    observed: dict[Tensor, engine.Observed | Unread]
 
 
 class _NewState(NamedTuple):
@@ -64,6 +70,8 @@ class Part:
     def __init__(self, only: tuple[int, int] | None = None) -> None:
         self.only = only
         self.updated = False  # by the last update(), also if that was interrupted afterwards
+        self.left_out = 0  # steps that a device has left out, and that nobody has counted yet
+        self._retired: list[engine.Plan] = []
         self._first_group = 0 if only is None else only[0]  # of the plan's groups
         self.plan: engine.Plan | None = None
         self._agreement: Agreement
@@ -79,24 +87,36 @@ class Part:
         new: list[_NewState] = []
         try:
             try:
-                scale = scale_of(vars(optimizer).get("grad_scale"))
-                found_inf = found_inf_in(vars(optimizer).get("found_inf"))
                 plan, params, hyperparameters = self._prepared(optimizer, state_box, new)
-                steps = [(group, _checked_count(step, group + self._first_group)) for group, step in plan.steps()]
+                decision = self._decision(optimizer, plan, hyperparameters, new)
+                if decision is None or (plan.captured and not decision.captured):
+                    self.settle()
+                scale = scale_of(vars(optimizer).get("grad_scale")) if decision is None else 1.0
+                found_inf = decision is None and found_inf_in(vars(optimizer).get("found_inf"))
+                device = None if decision is None else plan.deciding
+                hyperparameters = [
+                    hyper if is_on(device, hyper.lr) else hyper._replace(lr=checked_lr(hyper.lr))
+                    for hyper in hyperparameters
+                ]
+                recipes = [
+                    _recipe(group, hyperparameters[group], _checked_count(step, group + self._first_group))
+                    for group, step in plan.steps()
+                ]
             except Exception:
                 self._tell_others(optimizer)
                 raise
-            judged = self._judged(optimizer, plan, scale, found_inf)
+            judged = Judged(None, 1.0, False)
+            if decision is None:
+                judged = self._judged(optimizer, plan, scale, found_inf)
             if judged.skip:
                 return Outcome(True, judged.norm, scale, {})
-            scalars = [_scalars(hyperparameters[group], step, judged.factor) for group, step in steps]
-            if self.only is None and self._is_initialising(state_box[0], new, hyperparameters):
+            if decision is None and self.only is None and self._is_initialising(state_box[0], new, hyperparameters):
                 _adopt(optimizer, state_box, new)
                 return Outcome(False, judged.norm, scale, {})
             had = [(item.param in state_box[0], dict(item.entry)) for item in new]
             try:
                 _adopt(optimizer, state_box, new)
-                observed = plan.run(scalars, state_box, observe=optimizer._observing)
+                observed = plan.run(recipes, decision or judged.factor, state_box, observe=optimizer._observing)
             except BaseException:
                 if not plan.ran:
                     _abandon(optimizer, state_box, new, had)
@@ -109,14 +129,18 @@ class Part:
         if optimizer._observing:
             observed = self._agreement.observed(observed)
         every = _flat(params) if observed else []
-        return Outcome(False, judged.norm, scale, {every[row]: seen for row, seen in observed})
+        seen = {every[row]: values for row, values in observed}
+        if decision is None:
+            return Outcome(False, judged.norm, scale, seen)
+        norm, device_scale = plan.decided()
+        return Outcome(False, norm if decision.measures else None, device_scale, seen)
 
     def _prepared(
         self, optimizer: Optimizer, state_box: list[Any], new: list[_NewState]
     ) -> tuple[engine.Plan, list[list[Tensor]], list[Hyperparameters]]:
         """Return the plan with all rows of this step bound to it, and each group's parameters and hyperparameters."""
         groups = optimizer._checked_groups(None if self.only is None else self.only[0])
-        hyperparameters = [optimizer._hyperparameters(group) for group in groups]
+        hyperparameters = [optimizer._hyperparameters(group, reads=False) for group in groups]
         kept = [hyper.kept for hyper in hyperparameters]
         params = [group["params"] for group in groups]
         if self.only is not None:
@@ -126,6 +150,7 @@ class Part:
         if self.plan is not None and self._planned == kept:
             looks = self.plan.gather(params, state_box)
         if self.plan is None or looks is None:
+            self._retire()
             checked_params(_flat(params))
             self._agreement = Agreement(_flat(params), optimizer._shard_group)
             self.plan, self._planned = engine.Plan(params), kept
@@ -138,6 +163,60 @@ class Part:
                 self._agreement = Agreement(every, optimizer._shard_group)
             self.plan.compare()
         return self.plan, params, hyperparameters
+
+    def _decision(
+        self, optimizer: Optimizer, plan: engine.Plan, hyperparameters: list[Hyperparameters], new: list[_NewState]
+    ) -> engine.Decision | None:
+        """What this step leaves to the device, so that nothing has to wait for it; None where the host decides."""
+        device = plan.deciding
+        captured = engine.cuda.is_capturing()
+        if device is None or self._agreement:
+            if captured:
+                raise RuntimeError(
+                    "step() is being captured in a CUDA graph, which needs all parameters that have gradients on one GPU, "
+                    "updated by the CUDA engine, and not spread over processes"
+                )
+            return None
+        scale, found_inf = (vars(optimizer).get(name) for name in ("grad_scale", "found_inf"))
+        told = [value for value in (scale, found_inf, *(hyper.lr for hyper in hyperparameters)) if is_on(device, value)]
+        if captured:
+            self._check_capture(optimizer, new)
+        elif new or optimizer.nonfinite == "error" or not (told or _is_judging(optimizer)):
+            return None
+        if not is_on(device, scale):
+            scale = scale_of(scale)
+        if found_inf is not None and not is_on(device, found_inf):
+            if found_inf_in(found_inf):
+                return None
+            found_inf = None
+        if not plan.guess():
+            self.left_out += 0 if captured else plan.settle()
+            if not plan.guess():
+                return None
+        return engine.Decision(scale, found_inf, optimizer.max_grad_norm, optimizer.nonfinite == "skip", captured)
+
+    def _check_capture(self, optimizer: Optimizer, new: list[_NewState]) -> None:
+        if new:
+            raise RuntimeError(
+                "step() is being captured in a CUDA graph, but some parameters have no state yet, which would be made "
+                "anew each time the graph is run; take a step before, or call init_state()"
+            )
+        if optimizer.nonfinite == "error":
+            raise RuntimeError(
+                'step() is being captured in a CUDA graph, which cannot raise: nonfinite="error" does not work there; '
+                'set nonfinite="skip"'
+            )
+
+    def _retire(self) -> None:
+        """Let go of a plan of other parameters, but not of what a captured step needs that may be run again."""
+        self.settle()
+        if self.plan is not None and self.plan.captured:
+            self._retired.append(self.plan)
+
+    def settle(self) -> None:
+        """Wait for the device where it decides which steps are taken, and count them."""
+        if self.plan is not None:
+            self.left_out += self.plan.settle()
 
     def _members(self, groups: list[ParamGroup]) -> list[Member]:
         """The part's parameters in the order of its plan's rows."""
@@ -274,7 +353,7 @@ def _states(optimizer: Optimizer, state_box: list[Any]) -> list[dict[Any, Any]]:
     """The part's state and, where that is only a piece of it, the optimizer's."""
     if state_box is optimizer._state_box:
         return [state_box[0]]
-    return [state_box[0], optimizer.state]
+    return [state_box[0], optimizer._opened_state()]
 
 
 def _checked_count(step: float, group: int) -> float:
@@ -287,14 +366,14 @@ def _checked_count(step: float, group: int) -> float:
     return step
 
 
-def _scalars(hyper: Hyperparameters, step: float, factor: float) -> engine.Scalars:
-    return engine.Scalars.of(
+def _recipe(group: int, hyper: Hyperparameters, step: float) -> engine.Recipe:
+    return engine.Recipe(
+        group=group,
         lr=hyper.lr,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
         eps=hyper.eps,
         weight_decay=hyper.weight_decay,
         maximize=hyper.maximize,
-        factor=factor,
         step=step,
     )

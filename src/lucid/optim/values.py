@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,33 @@ def as_float(number: Any) -> float:
         return float(number)
     except OverflowError:
         return math.inf if number > 0 else -math.inf
+
+
+def checked_number(name: str, value: Any, below: float = math.inf) -> float:
+    """Return a hyperparameter as a float; raise unless it is in [0, below)."""
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise TypeError(f"{name}: expected a number{' or a 0-dim Tensor' * (name == 'lr')}, got {shown(value)}")
+    number = as_float(value)
+    if not 0.0 <= number < below:
+        raise ValueError(f"{name}: expected a number in [0, {below:g}), got {shown(value)}")
+    return number
+
+
+def checked_lr(value: Any) -> float:
+    """Return a learning rate, a number or a tensor of one, as a float; this waits for the device that it is on."""
+    number = number_in(value) if isinstance(value, Tensor) else None
+    return checked_number("lr", value if number is None else number)
+
+
+def is_on(device: torch.device | None, value: Any) -> TypeGuard[Tensor]:
+    """Whether `value` is one real number on `device`, which the device can read by itself."""
+    return (
+        isinstance(value, Tensor)
+        and value.device == device
+        and value.numel() == 1
+        and not value.is_complex()
+        and _readable(value)
+    )
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Name]) -> Name:

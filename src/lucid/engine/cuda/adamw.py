@@ -1,0 +1,53 @@
+"""The AdamW rule in Triton: section 3 of the numerics contract, line by line as in ``csrc/adamw.h``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def quotient(x, y):
+    """The correctly rounded x / y."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
+def square_root(x):
+    """The correctly rounded square root."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def mean(a, x, weight, from_average):
+    """a + (1 - beta) (x - a), or x + beta (a - x) where beta < 1/2: `weight` is 1 - beta, or beta."""
+    base = tl.where(from_average, a, x)
+    other = tl.where(from_average, x, a)
+    return base + weight * (other - base)
+
+
+@triton.jit
+def maximum(a, b):
+    """The larger; a NaN wins."""
+    return tl.where((b > a) | (b != b), b, a)
+
+
+@triton.jit
+def adamw(weight1, from_average1, weight2, from_average2, d, k, s, e, f, theta, gradient, m, v, w, amsgrad: tl.constexpr):
+    """One step of some elements: the new theta, m, v and w, and what those who observe it want: the root, the update."""
+    g = f * gradient
+    m = mean(m, g, weight1, from_average1)
+    v = mean(v, g * g, weight2, from_average2)
+    if amsgrad:
+        w = maximum(w, v)
+    else:
+        w = v
+    root = square_root(w)
+    update = d * theta + quotient(k * m, root * s + e)
+    return theta - update, m, v, w, root, update

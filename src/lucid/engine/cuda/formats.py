@@ -1,0 +1,219 @@
+"""How values are stored in fewer bits, in Triton: line by line as in ``csrc/formats.h``, the same bits."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .adamw import quotient
+
+# What a row's kind is made of, numbered as in csrc/kernels.h.
+FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = (tl.constexpr(number) for number in range(4))
+PLAIN, BFLOAT16_ALONE, BFLOAT16_RESIDUAL, FLOAT16_ALONE, FLOAT16_MASTER = (tl.constexpr(number) for number in range(5))
+PLAIN_MOMENTS, BFLOAT16_MOMENTS, EIGHT_BIT = (tl.constexpr(number) for number in range(3))
+
+BLOCK = tl.constexpr(128)  # elements of a row that share a scale
+
+_INFINITY = tl.constexpr(0x7F800000)
+_QUIET_NAN = tl.constexpr(0x7FC00000)
+_TWO = tl.constexpr(0x40000000)  # the bits of 2.0
+_SIGN = tl.constexpr(0x80000000)
+
+_SHIFT = tl.constexpr(19)
+_SIGNED_LARGEST = tl.constexpr(494.0)  # z from 2 to 496
+_UNSIGNED_OFFSET = tl.constexpr(1.9375)  # so that the lowest code is above zero
+_UNSIGNED_LARGEST = tl.constexpr(126974.0625)  # z from 2 to 126976
+_LEAST_SCALE = tl.constexpr(2.0**-126)
+
+
+@triton.jit
+def bits_of(x):
+    return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def float_of(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load(at, mask, masked: tl.constexpr):
+    if masked:
+        return tl.load(at, mask=mask, other=0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def store(at, x, mask, masked: tl.constexpr):
+    if masked:
+        tl.store(at, x, mask=mask)
+    else:
+        tl.store(at, x)
+
+
+# Draws
+
+
+@triton.jit
+def mixed(x):
+    """64 bits, each of which depends on all of x: the finalizer of splitmix64."""
+    x = x + 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def draws(key, number):
+    """32 bits for each element, of which the upper 16 are the draw: a number times an odd key plus another key.
+
+    `number`: uint32 where all are below 2^32, else int64.
+    """
+    if number.dtype == tl.uint32:
+        keys = mixed(key)
+        low = number
+    else:
+        keys = mixed(key + (number >> 32).to(tl.uint64))
+        low = number.to(tl.uint32)
+    return low * (keys.to(tl.uint32) | 1) + (keys >> 32).to(tl.uint32)
+
+
+# Sixteen bits
+
+
+@triton.jit
+def load_upper(at, mask, masked: tl.constexpr):
+    """16-bit integers as the upper halves of 32 bits."""
+    return load(at, mask, masked).to(tl.uint32) << 16
+
+
+@triton.jit
+def nearest_bfloat16(x):
+    """To the nearest, ties to even, where a NaN becomes a quiet one."""
+    bits = bits_of(x)
+    rounded = tl.where(x != x, _QUIET_NAN, bits + 0x7FFF + ((bits >> 16) & 1))
+    return (rounded >> 16).to(tl.uint16)
+
+
+@triton.jit
+def drawn_bfloat16(x, drawn, positive: tl.constexpr):
+    """Stochastically. A finite value stays finite, and with `positive` one above zero stays so."""
+    bits = bits_of(x)
+    magnitude = bits & 0x7FFFFFFF
+    rounded = tl.minimum(magnitude + (drawn >> 16), 0x7F7FFFFF)
+    if positive:
+        rounded = tl.where(magnitude > 0, tl.maximum(rounded, 0x10000), rounded)
+    special = tl.where(magnitude > _INFINITY, _QUIET_NAN, _INFINITY)
+    rounded = tl.where(magnitude >= _INFINITY, special.to(tl.uint32), rounded)
+    return ((rounded | (bits & _SIGN)) >> 16).to(tl.uint16)
+
+
+# How a parameter is loaded and stored. `at`: where it is, `at_lower`: where its residual or master is.
+
+
+@triton.jit
+def load_param(at, at_lower, mask, masked: tl.constexpr, form: tl.constexpr):
+    if form == PLAIN:
+        return load(at, mask, masked)
+    elif form == FLOAT16_ALONE:
+        return load(at, mask, masked).to(tl.float32)
+    elif form == BFLOAT16_ALONE:
+        return float_of(load_upper(at, mask, masked))
+    elif form == BFLOAT16_RESIDUAL:
+        alone = load_upper(at, mask, masked)
+        both = alone + load(at_lower, mask, masked).to(tl.int32).to(tl.uint32, bitcast=True)
+        master = float_of(both)
+        return tl.where(master != master, float_of(alone), master)
+    else:
+        half = load(at, mask, masked)
+        master = load(at_lower, mask, masked)
+        alone = half.to(tl.float32)
+        rounded = master.to(tl.float16)
+        same = rounded.to(tl.uint16, bitcast=True) == half.to(tl.uint16, bitcast=True)
+        return tl.where(same | ((master != master) & (alone != alone)), master, alone)
+
+
+@triton.jit
+def store_param(at, at_lower, theta, mask, masked: tl.constexpr, form: tl.constexpr):
+    if form == PLAIN:
+        store(at, theta, mask, masked)
+    elif form == FLOAT16_ALONE:
+        store(at, theta.to(tl.float16), mask, masked)
+    elif form == BFLOAT16_ALONE:
+        store(at, nearest_bfloat16(theta), mask, masked)
+    elif form == BFLOAT16_RESIDUAL:
+        bits = tl.where(theta != theta, _QUIET_NAN, bits_of(theta))
+        store(at, ((bits + 0x8000) >> 16).to(tl.uint16), mask, masked)
+        store(at_lower, bits.to(tl.int16), mask, masked)
+    else:
+        store(at_lower, theta, mask, masked)
+        store(at, theta.to(tl.float16), mask, masked)
+
+
+@triton.jit
+def load_gradient(at, mask, masked: tl.constexpr, kind: tl.constexpr, compute: tl.constexpr):
+    """In the compute type, each rounded at most once."""
+    if kind == BFLOAT16:
+        x = float_of(load_upper(at, mask, masked))
+    else:
+        x = load(at, mask, masked)
+    if compute == FLOAT64:
+        return x.to(tl.float64)
+    else:
+        return x.to(tl.float32)
+
+
+# Eight bits: of a float32 z the lowest three or four bits of its exponent and the upper four of its mantissa, and for
+# exp_avg the sign. z less an offset is the value, in units of the block's scale.
+
+
+@triton.jit
+def decoded_signed(code, scale):
+    bits = code.to(tl.uint32)
+    z = float_of(((bits & 0x7F) << _SHIFT) + _TWO)
+    return (z - 2.0) * float_of(bits_of(scale) ^ ((bits & 0x80) << 24))
+
+
+@triton.jit
+def decoded_unsigned(code, scale):
+    return (float_of((code.to(tl.uint32) << _SHIFT) + _TWO) - _UNSIGNED_OFFSET) * scale
+
+
+@triton.jit
+def scale_of(bits, largest: tl.constexpr):
+    """The scale of blocks whose magnitudes have these bits, NaN where one is not finite, and its inverse, or 0."""
+    most = tl.max(bits, axis=1, keep_dims=True)
+    scale = quotient(float_of(most), tl.full(most.shape, largest, tl.float32))
+    scale = tl.where(scale < _LEAST_SCALE, _LEAST_SCALE, scale)
+    scale = tl.where(most == 0, 0.0, scale)
+    scale = tl.where(most < _INFINITY, scale, float_of(tl.full(most.shape, _QUIET_NAN, tl.uint32)))
+    inverse = quotient(tl.full(most.shape, 1.0, tl.float32), scale)
+    return scale, tl.where(scale > 0, inverse, 0.0)
+
+
+@triton.jit
+def below_code(drawn):
+    """What is added to the bits of z below a code before they are cut off: 16 random ones and a half of what they leave."""
+    return ((drawn >> 13) & 0x7FFF8) | 4
+
+
+@triton.jit
+def encoded_signed(x, drawn):
+    """Codes of the rows of a tile, each a block, and their scales."""
+    bits = bits_of(x)
+    magnitude = bits & 0x7FFFFFFF
+    scale, inverse = scale_of(magnitude, _SIGNED_LARGEST)
+    z = float_of(magnitude) * inverse + 2.0
+    code = ((bits_of(z) + below_code(drawn)) >> _SHIFT) & 0x7F
+    code = tl.where(scale == scale, code | ((bits >> 24) & 0x80), 0)
+    return code.to(tl.uint8), scale
+
+
+@triton.jit
+def encoded_unsigned(x, drawn):
+    """As `encoded_signed`, of values that are not below zero."""
+    scale, inverse = scale_of(bits_of(x), _UNSIGNED_LARGEST)
+    z = x * inverse + _UNSIGNED_OFFSET
+    code = (tl.maximum(bits_of(z), _TWO) + below_code(drawn)) >> _SHIFT
+    return tl.where(scale == scale, code, 0).to(tl.uint8), scale

@@ -1,0 +1,451 @@
+"""The kernels: an update of all rows of one kind, the squares of their gradients, and what is decided by these.
+
+Addresses come from tables, so that one launch is for any number of rows (``table.py`` makes them). Everything that is
+counted in elements is int64: a parameter may have more than 2^31.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .adamw import adamw, quotient, square_root
+from .formats import (
+    BFLOAT16,
+    BFLOAT16_ALONE,
+    BFLOAT16_MOMENTS,
+    BFLOAT16_RESIDUAL,
+    BLOCK,
+    EIGHT_BIT,
+    FLOAT16,
+    FLOAT16_MASTER,
+    FLOAT32,
+    FLOAT64,
+    PLAIN,
+    PLAIN_MOMENTS,
+    decoded_signed,
+    decoded_unsigned,
+    draws,
+    drawn_bfloat16,
+    encoded_signed,
+    encoded_unsigned,
+    float_of,
+    load,
+    load_gradient,
+    load_param,
+    load_upper,
+    mixed,
+    store,
+    store_param,
+)
+
+# The columns of the table of rows, as in csrc/plan.h.
+PARAM, GRAD, LOWER, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, EXP_AVG_SCALE, EXP_AVG_SQ_SCALE = (
+    tl.constexpr(number) for number in range(8)
+)
+ELEMENTS, ROW, FIRST, RUN, STRIDE, LAYOUT = (tl.constexpr(number) for number in range(8, 14))
+COLUMNS = tl.constexpr(16)
+
+# What a step's table of scalars holds: whether the step is left out, then a set for each group and step count, in the
+# order of lucid.engine.scalars.Scalars, and the step count.
+BETA1, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, D, K, S, E, F, COUNT = (tl.constexpr(number) for number in range(10))
+SET = tl.constexpr(16)  # float64 of each
+
+# What sets are made of where that is left to the device: as above but for these, and where the numbers 1 - beta^t are.
+LR, WEIGHT_DECAY, SIGN, LR_AT, LR_IS_DOUBLE, POWERS1, LENGTH1, POWERS2, LENGTH2, EPS = (
+    tl.constexpr(number) for number in (4, 5, 6, 7, 8, 10, 11, 12, 13, 14)
+)
+
+# A sum of squares is made of chunks, and a chunk's of lanes: element i of it is added to lane i % LANES.
+CHUNK = tl.constexpr(4096)
+LANES = tl.constexpr(32)
+
+
+@triton.jit
+def scalar(at, compute: tl.constexpr):
+    """A number of the host's, rounded once to the compute type."""
+    if compute == FLOAT64:
+        return tl.load(at)
+    else:
+        return tl.load(at).to(tl.float32)
+
+
+@triton.jit
+def weight(at, beta: tl.constexpr, compute: tl.constexpr):
+    """What a mean is weighted with, and whether it starts from the average."""
+    from_average = tl.load(at + beta) >= 0.5
+    return scalar(at + beta + from_average.to(tl.int32), compute), from_average
+
+
+@triton.jit
+def place(address, kind: tl.constexpr, start, lane, layout, operand: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr):
+    """Where elements `start` + `lane` of an operand are; `dims` 0: one after the other."""
+    at = address.to(tl.pointer_type(kind))
+    if dims == 0:
+        if wide:
+            at = tl.multiple_of(at, 16)
+        return at + start + lane
+    else:
+        rest = start + lane
+        offset = tl.zeros(lane.shape, tl.int64)
+        for dim in tl.static_range(dims - 1, -1, -1):
+            size = tl.load(layout + dim)
+            offset += rest % size * tl.load(layout + (operand + 1) * dims + dim)
+            rest = rest // size
+        return at + offset
+
+
+@triton.jit
+def numbers(row, start, lane, numbered: tl.constexpr):
+    """The numbers by which elements draw."""
+    first = tl.load(row + FIRST)
+    if numbered:
+        run = tl.load(row + RUN)
+        index = start + lane
+        return first + index // run * tl.load(row + STRIDE) + index % run
+    else:
+        return (first + start).to(tl.uint32) + lane.to(tl.uint32)
+
+
+@triton.jit
+def largest(x, mask):
+    """The largest of values that are not below zero; a NaN wins."""
+    x = tl.where(mask, x, 0.0)
+    if x.dtype == tl.float64:
+        return tl.max(tl.ravel(x.to(tl.uint64, bitcast=True)), axis=0).to(tl.float64, bitcast=True)
+    else:
+        return tl.max(tl.ravel(x.to(tl.uint32, bitcast=True)), axis=0).to(tl.float32, bitcast=True).to(tl.float64)
+
+
+@triton.jit
+def sum_of_squares(x, mask):
+    return tl.sum(tl.ravel(tl.where(mask, x * x, 0.0)), axis=0).to(tl.float64)
+
+
+@triton.jit
+def update_chunk(
+    row, gradient_at, stream, scalars, layouts, observed, start, lane, mask, block, block_mask,
+    gradient: tl.constexpr, compute: tl.constexpr, form: tl.constexpr, moments: tl.constexpr, amsgrad: tl.constexpr,
+    dims: tl.constexpr, numbered: tl.constexpr, wide: tl.constexpr, observe: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """Update the elements of a tile: those from `start` on; with eight bits, each row of it is a block."""
+    real: tl.constexpr = tl.float64 if compute == FLOAT64 else tl.float32
+    if form == PLAIN:
+        stored: tl.constexpr = real
+    elif form == BFLOAT16_ALONE or form == BFLOAT16_RESIDUAL:
+        stored: tl.constexpr = tl.uint16
+    else:
+        stored: tl.constexpr = tl.float16
+    if gradient == FLOAT32:
+        given: tl.constexpr = tl.float32
+    elif gradient == FLOAT64:
+        given: tl.constexpr = tl.float64
+    elif gradient == FLOAT16:
+        given: tl.constexpr = tl.float16
+    else:
+        given: tl.constexpr = tl.uint16
+    kept: tl.constexpr = real if moments == PLAIN_MOMENTS else (tl.uint16 if moments == BFLOAT16_MOMENTS else tl.uint8)
+    flat: tl.constexpr = 0 if moments == EIGHT_BIT else dims  # codes are one after the other
+
+    layout = layouts + tl.load(row + LAYOUT)
+    at_param = place(tl.load(row + PARAM), stored, start, lane, layout, PARAM, dims, wide)
+    at_grad = place(gradient_at, given, start, lane, layout, GRAD, dims, wide)
+    at_m = place(tl.load(row + EXP_AVG), kept, start, lane, layout, EXP_AVG, flat, wide)
+    at_v = place(tl.load(row + EXP_AVG_SQ), kept, start, lane, layout, EXP_AVG_SQ, flat, wide)
+    at_lower = at_param
+    if form == BFLOAT16_RESIDUAL:
+        at_lower = place(tl.load(row + LOWER), tl.int16, start, lane, layout, LOWER, dims, wide)
+    elif form == FLOAT16_MASTER:
+        at_lower = place(tl.load(row + LOWER), tl.float32, start, lane, layout, LOWER, dims, wide)
+
+    theta = load_param(at_param, at_lower, mask, masked, form)
+    g = load_gradient(at_grad, mask, masked, gradient, compute)
+    if moments == PLAIN_MOMENTS:
+        m = load(at_m, mask, masked)
+        v = load(at_v, mask, masked)
+    elif moments == BFLOAT16_MOMENTS:
+        m = float_of(load_upper(at_m, mask, masked))
+        v = float_of(load_upper(at_v, mask, masked))
+    else:
+        at_m_scale = tl.load(row + EXP_AVG_SCALE).to(tl.pointer_type(tl.float32)) + block
+        at_v_scale = tl.load(row + EXP_AVG_SQ_SCALE).to(tl.pointer_type(tl.float32)) + block
+        m = decoded_signed(load(at_m, mask, masked), load(at_m_scale, block_mask, masked))
+        v = decoded_unsigned(load(at_v, mask, masked), load(at_v_scale, block_mask, masked))
+    w = v
+    if amsgrad:
+        at_w = place(tl.load(row + MAX_EXP_AVG_SQ), real, start, lane, layout, MAX_EXP_AVG_SQ, dims, wide)
+        w = load(at_w, mask, masked)
+
+    weight1, from_average1 = weight(scalars, BETA1, compute)
+    weight2, from_average2 = weight(scalars, BETA2, compute)
+    d = scalar(scalars + D, compute)
+    k = scalar(scalars + K, compute)
+    s = scalar(scalars + S, compute)
+    e = scalar(scalars + E, compute)
+    f = scalar(scalars + F, compute)
+    theta, m, v, w, root, update = adamw(
+        weight1, from_average1, weight2, from_average2, d, k, s, e, f, theta, g, m, v, w, amsgrad
+    )
+    if observe:
+        ratio = tl.where(m == 0, 0.0, quotient(tl.abs(m), root))
+        tl.store(observed + 0, sum_of_squares(g, mask))
+        tl.store(observed + 1, sum_of_squares(update, mask))
+        tl.store(observed + 2, sum_of_squares(theta, mask))
+        tl.store(observed + 3, largest(ratio, mask))
+
+    store_param(at_param, at_lower, theta, mask, masked, form)
+    if amsgrad:
+        store(at_w, w, mask, masked)
+    if moments == PLAIN_MOMENTS:
+        store(at_m, m, mask, masked)
+        store(at_v, v, mask, masked)
+    else:
+        key = mixed(stream.to(tl.uint64, bitcast=True) + tl.load(scalars + COUNT).to(tl.uint64))
+        drawn = draws(key, numbers(row, start, lane, numbered))
+        if moments == BFLOAT16_MOMENTS:
+            store(at_m, drawn_bfloat16(m, drawn, False), mask, masked)
+            store(at_v, drawn_bfloat16(v, drawn, True), mask, masked)
+        else:
+            if masked:
+                m = tl.where(mask, m, 0.0)
+                v = tl.where(mask, v, 0.0)
+            m_code, m_scale = encoded_signed(m, drawn)
+            v_code, v_scale = encoded_unsigned(v, drawn)
+            store(at_m, m_code, mask, masked)
+            store(at_v, v_code, mask, masked)
+            store(at_m_scale, m_scale, block_mask, masked)
+            store(at_v_scale, v_scale, block_mask, masked)
+
+
+@triton.jit
+def update(
+    rows, step, scalars, chunks, layouts, observed, row_count,
+    gradient: tl.constexpr, compute: tl.constexpr, form: tl.constexpr, moments: tl.constexpr, amsgrad: tl.constexpr,
+    dims: tl.constexpr, numbered: tl.constexpr, whole_rows: tl.constexpr, wide: tl.constexpr, observe: tl.constexpr,
+    tile: tl.constexpr,
+):  # fmt: skip
+    """Update all rows of one kind, a tile of one of them in each program.
+
+    ``rows``: int64[rows, COLUMNS]. ``step``: int64[4, rows], gradients' addresses, sets of scalars, hashes of streams.
+    ``scalars``: float64. ``chunks``: int64 for each program, the row in the lower half and which of its tiles in the
+    upper. ``layouts``: int64. ``observed``: float64[programs, 4]. ``compute`` ... ``wide``: the kind.
+    """
+    program = tl.program_id(0)
+    chunk = tl.load(chunks + program)
+    number = chunk & 0xFFFFFFFF
+    gradient_at = tl.load(step + number)
+    if (gradient_at == 0) | (tl.load(scalars) != 0.0):
+        return
+    which = tl.load(step + row_count + number)
+    stream = tl.load(step + 2 * row_count.to(tl.int64) + number)
+    scalars += (which + 1) * SET
+    observed += program.to(tl.int64) * 4
+    row = rows + number * COLUMNS
+    elements = tl.load(row + ELEMENTS)
+    tile_number = chunk >> 32
+    if moments == EIGHT_BIT:
+        blocks: tl.constexpr = tile // BLOCK
+        in_tile = tl.arange(0, blocks)[:, None]
+        in_block = tl.arange(0, BLOCK)[None, :]
+        block = tile_number * blocks + in_tile
+        if whole_rows:
+            start = tile_number * tile
+            lane = in_tile * BLOCK + in_block
+            mask = start + lane < elements
+            block_mask = block * BLOCK < elements
+        else:
+            length = tl.load(row + ROW)
+            in_row = tl.cdiv(length, BLOCK)
+            inner = block % in_row * BLOCK + in_block
+            start = tile_number * 0
+            lane = block // in_row * length + inner
+            mask = (inner < length) & (lane < elements)
+            block_mask = block // in_row * length < elements
+    else:
+        start = tile_number * tile
+        lane = tl.arange(0, tile)
+        mask = start + lane < elements
+        block = 0
+        block_mask = mask
+    if (start + tile <= elements) & (whole_rows or moments != EIGHT_BIT):
+        update_chunk(
+            row, gradient_at, stream, scalars, layouts, observed, start, lane, mask, block, block_mask,
+            gradient, compute, form, moments, amsgrad, dims, numbered, wide, observe, False,
+        )  # fmt: skip
+    else:
+        update_chunk(
+            row, gradient_at, stream, scalars, layouts, observed, start, lane, mask, block, block_mask,
+            gradient, compute, form, moments, amsgrad, dims, numbered, wide, observe, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def folded(lanes, count: tl.constexpr):
+    """The lanes of `count` chunks by halves: 0 and 16, 1 and 17, ... then 0 and 8, ..."""
+    half = tl.sum(tl.reshape(lanes, [count, 2, 16]), axis=1)
+    half = tl.sum(tl.reshape(half, [count, 2, 8]), axis=1)
+    half = tl.sum(tl.reshape(half, [count, 2, 4]), axis=1)
+    half = tl.sum(tl.reshape(half, [count, 2, 2]), axis=1)
+    return tl.sum(half, axis=1)
+
+
+@triton.jit
+def squares(
+    rows, step, chunks, layouts, sums, row_count, sum_count,
+    gradient: tl.constexpr, compute: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr, together: tl.constexpr,
+):  # fmt: skip
+    """Sum up the squares of rows' gradients, `together` chunks of one in each program, and find the largest entries.
+
+    ``chunks``: int64[2, programs], as above, and where the first chunk's sum belongs. ``sums``: float64[3, sum_count],
+    sums of chunks, the largest |g| of those computed in float32, and of those in float64; infinity where one is no
+    number.
+    """
+    program = tl.program_id(0)
+    chunk = tl.load(chunks + program)
+    to = tl.load(chunks + tl.num_programs(0) + program)
+    number = chunk & 0xFFFFFFFF
+    row = rows + number * COLUMNS
+    elements = tl.load(row + ELEMENTS)
+    gradient_at = tl.load(step + number)
+    if gradient_at == 0:
+        return
+    if gradient == FLOAT32:
+        given: tl.constexpr = tl.float32
+    elif gradient == FLOAT64:
+        given: tl.constexpr = tl.float64
+    elif gradient == FLOAT16:
+        given: tl.constexpr = tl.float16
+    else:
+        given: tl.constexpr = tl.uint16
+    real: tl.constexpr = tl.float64 if compute == FLOAT64 else tl.float32
+    layout = layouts + tl.load(row + LAYOUT)
+    start = (chunk >> 32) * (together * CHUNK)
+    lane = tl.arange(0, together)[:, None] * CHUNK + tl.arange(0, LANES)[None, :]
+    lanes = tl.zeros([together, LANES], tl.float64)
+    most = tl.zeros([together, LANES], real)
+    for _ in range(0, CHUNK // LANES):
+        at = place(gradient_at, given, start, lane, layout, GRAD, dims, wide)
+        x = load_gradient(at, start + lane < elements, True, gradient, compute)
+        wide_x = x.to(tl.float64)
+        lanes += wide_x * wide_x
+        size = tl.abs(x)
+        most = tl.maximum(most, tl.where(size == size, size, float("inf")))
+        lane += LANES
+    part = tl.arange(0, together)
+    own = start + part * CHUNK < elements
+    tl.store(sums + to + part, folded(lanes, together), mask=own)
+    if compute == FLOAT64:
+        tl.store(sums + 2 * sum_count + to + part, tl.max(most, axis=1), mask=own)
+    else:
+        tl.store(sums + sum_count + to + part, tl.max(most, axis=1).to(tl.float64), mask=own)
+
+
+@triton.jit
+def sum_chunk(values, value_count, order, begin, count, ordered: tl.constexpr):
+    """Sum up a chunk of up to 4,096 sums in the order of their lanes, and find the largest of each of the two others."""
+    lanes = tl.zeros([1, LANES], tl.float64)
+    most32 = tl.zeros([1, LANES], tl.float64)
+    most64 = tl.zeros([1, LANES], tl.float64)
+    lane = tl.arange(0, LANES)[None, :]
+    for first in range(0, count, LANES):
+        own = first + lane < count
+        if ordered:
+            which = tl.load(order + begin + first + lane, mask=own, other=0)
+        else:
+            which = begin + first + lane
+        lanes += tl.load(values + which, mask=own, other=0)
+        most32 = tl.maximum(most32, tl.load(values + value_count + which, mask=own, other=0))
+        most64 = tl.maximum(most64, tl.load(values + 2 * value_count + which, mask=own, other=0))
+    return tl.sum(folded(lanes, 1), axis=0), tl.max(tl.ravel(most32), axis=0), tl.max(tl.ravel(most64), axis=0)
+
+
+@triton.jit
+def sum_up(values, sums, segments, order, value_count, sum_count, ordered: tl.constexpr):
+    """Sum up segments of up to 4,096 sums; ``segments``: int64[3, programs], where each begins, its count, where to."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    begin = tl.load(segments + program)
+    count = tl.load(segments + programs + program)
+    to = tl.load(segments + 2 * programs + program)
+    total, most32, most64 = sum_chunk(values, value_count, order, begin, count, ordered)
+    tl.store(sums + to, total)
+    tl.store(sums + sum_count + to, most32)
+    tl.store(sums + 2 * sum_count + to, most64)
+
+
+# The words of what decides, and of what is kept on the device from step to step.
+SETS, SUMS, MAX_NORM, SKIPS, SCALE_AT, FOUND_INF_AT, COUNTS, SCALE_GIVEN = (tl.constexpr(number) for number in range(8))
+DRIFT, SKIPPED, NORM, SCALE = (tl.constexpr(number) for number in range(4))
+
+
+@triton.jit
+def decide(config, kept, sums, scalars, sum_count, measured: tl.constexpr):
+    """Decide what becomes of this step, and make its scalars.
+
+    ``config``: int64, words of which some are float64s: SETS, how many sets of scalars follow from word SET on; SUMS, of
+    how many sums (up to 4,096) the sum of squares is made; MAX_NORM; SKIPS, whether gradients that are not finite leave
+    the step out; the addresses of float32 scale and found_inf, or 0, and the scale where it has no address; COUNTS,
+    whether step counts of the host stand still while this is run again and again. ``kept``: int64, how far the host's step counts are behind, steps left out, and
+    of the last step, as float64, the norm, and the scale of the gradients.
+    """
+    floats = config.to(tl.pointer_type(tl.float64))
+    kept_floats = kept.to(tl.pointer_type(tl.float64))
+    scale = tl.load(floats + SCALE_GIVEN)
+    scale_at = tl.load(config + SCALE_AT)
+    if scale_at != 0:
+        scale = tl.load(scale_at.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    found_at = tl.load(config + FOUND_INF_AT)
+    skip = tl.load(config + SETS) < 0
+    if found_at != 0:
+        skip = tl.load(found_at.to(tl.pointer_type(tl.float32))) != 0.0
+    skip = skip | (scale <= 0.0) | (scale == float("inf")) | (scale != scale)
+    factor = 1.0 / scale
+    if measured:
+        square, most32, most64 = sum_chunk(sums, sum_count, config, 0, tl.load(config + SUMS), False)
+        norm = tl.sqrt(square) / scale
+        bound = tl.load(floats + MAX_NORM)
+        clip = tl.where((bound == float("inf")) | (norm + 1e-6 <= bound), 1.0, bound / (norm + 1e-6))
+        factor = clip / scale
+        large = most32.to(tl.float32) * factor.to(tl.float32) >= 18446744073709551616.0  # 2^64
+        large = large | (most64 * factor >= 1.3407807929942597e154)  # 2^512
+        finite = (most32 < float("inf")) & (most64 < float("inf")) & (norm < float("inf")) & (factor == factor)
+        fine = (square * factor * factor < 1.7014118346046923e38) | (finite & (large == 0))  # 2^127
+        skip = skip | ((tl.load(config + SKIPS) != 0) & (fine == 0))
+        tl.store(kept_floats + NORM, norm)
+
+    drift = tl.load(kept + DRIFT)
+    sets = tl.load(config + SETS)
+    for number in range(0, sets):
+        at = floats + (number + 1) * SET
+        words = config + (number + 1) * SET
+        to = scalars + (number + 1) * SET
+        lr = tl.load(at + LR)
+        lr_at = tl.load(words + LR_AT)
+        if lr_at != 0:
+            if tl.load(words + LR_IS_DOUBLE) != 0:
+                lr = tl.load(lr_at.to(tl.pointer_type(tl.float64)))
+            else:
+                lr = tl.load(lr_at.to(tl.pointer_type(tl.float32))).to(tl.float64)
+            skip = skip | (lr < 0.0) | (lr == float("inf")) | (lr != lr)
+        count = tl.load(at + 9).to(tl.int64) + drift
+        powers1 = tl.load(words + POWERS1).to(tl.pointer_type(tl.float64))
+        powers2 = tl.load(words + POWERS2).to(tl.pointer_type(tl.float64))
+        power1 = tl.load(powers1 + tl.minimum(count, tl.load(words + LENGTH1) - 1))
+        power2 = tl.load(powers2 + tl.minimum(count, tl.load(words + LENGTH2) - 1))
+        for word in tl.static_range(4):
+            tl.store(to + word, tl.load(at + word))
+        tl.store(to + D, lr * tl.load(at + WEIGHT_DECAY))
+        tl.store(to + K, lr / power1)
+        tl.store(to + S, 1.0 / tl.sqrt(power2))
+        tl.store(to + E, tl.load(at + EPS))
+        tl.store(to + F, factor * tl.load(at + SIGN))
+        tl.store(to + COUNT, count.to(tl.float64))
+
+    tl.store(scalars, skip.to(tl.float64))
+    tl.store(kept_floats + SCALE, tl.where(skip, tl.load(kept_floats + SCALE), scale))
+    tl.store(kept + SKIPPED, tl.load(kept + SKIPPED) + skip.to(tl.int64))
+    if tl.load(config + COUNTS) != 0:
+        drift += (skip == 0).to(tl.int64)
+    else:
+        drift -= skip.to(tl.int64)
+    tl.store(kept + DRIFT, drift)
