@@ -70,7 +70,7 @@ class _Tables:
         self._device = device
         self._held: list[Tensor] | None = [] if captured else None
         self._count = max(1, len(rows.rows))
-        self._updates = rows.launches(device)
+        self._updates = rows.launches(device, launcher.geometry)
         self._table, self._layouts, *self._programs = self._put(
             [rows.table, rows.layouts, *(each.programs.packed for each in self._updates)]
         )
@@ -83,7 +83,7 @@ class _Tables:
         self._config = launcher.empty(0)
         self._launches: dict[bool, list[_Launch]] = {}
         self._measuring: _Measuring | None = None
-        self._buffers: list[Tensor] = []  # of what is observed, float64[programs, 4] of each launch
+        self._buffers: list[Tensor] = []  # of what is observed, float64[programs, tiles, 4] of each launch
         self._observed: dict[int, Observed] = {}
         self._total_sums = self._scalars
 
@@ -201,7 +201,7 @@ class _Tables:
     def updates(self, observe: bool) -> list[_Launch]:
         """Return the launches that update all rows."""
         if observe and not self._buffers:
-            sizes = [4 * len(each.programs.rows) for each in self._updates]
+            sizes = [4 * each.geometry.tiles * len(each.programs.rows) for each in self._updates]
             self._buffers = [self.launcher.empty(size).zero_().view(torch.float64) for size in sizes]
         if observe:
             self._observed = {}
@@ -210,8 +210,9 @@ class _Tables:
             for number, (each, programs) in enumerate(zip(self._updates, self._programs, strict=True)):
                 observed = self._buffers[number] if observe else self._scalars
                 args = (self._table, self._now, self._scalars, programs, self._layouts, observed, self._count)
-                kind = (*each.kind, observe, each.kind.tile)
-                found.append(self._prepared(launch.update, len(each.programs.rows), args, kind, each.kind.warps))
+                tile, tiles, warps = each.geometry
+                kind = (*each.kind, observe, tile, tiles)
+                found.append(self._prepared(launch.update, len(each.programs.rows), args, kind, warps))
             self._launches[observe] = found
         return self._launches[observe]
 
@@ -221,8 +222,9 @@ class _Tables:
             sums = np.zeros((self._count, 4), np.float64)
             for each, buffer in zip(self._updates, self._buffers, strict=True):
                 found = buffer.view(-1, 4).cpu().numpy()
-                np.add.at(sums[:, :3], each.programs.rows, found[:, :3])
-                np.maximum.at(sums[:, 3], each.programs.rows, found[:, 3])
+                rows = each.programs.rows.repeat(each.geometry.tiles)
+                np.add.at(sums[:, :3], rows, found[:, :3])
+                np.maximum.at(sums[:, 3], rows, found[:, 3])
             self._observed = {place: Observed(*row) for place, row in enumerate(sums.tolist())}
         return self._observed
 
@@ -306,7 +308,7 @@ class DevicePlan:
             self._version += 1
         self._version += native.write_device_step(self._step.ctypes.data)
         found = []
-        for device in rows.devices():
+        for device in rows.devices:
             launcher = launcher_for(device)
             with launcher.current():
                 tables = self._tables.get(device)
@@ -419,18 +421,23 @@ def _powers(beta: float, launcher: Launcher) -> Tensor:
     return staged
 
 
+# Without signal's own conversion of numbers to enumerations and back, which takes longer than a launch.
+_handler_of = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+_handle = getattr(signal.signal, "__wrapped__", signal.signal)
+
+
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Keep Ctrl-C for afterwards: between two launches it would leave a step half taken."""
-    before = signal.getsignal(signal.SIGINT)
+    before = _handler_of(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
     came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    _handle(signal.SIGINT, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        _handle(signal.SIGINT, before)
     if came:
         signal.raise_signal(signal.SIGINT)

@@ -151,19 +151,6 @@ def store_param(at, at_lower, theta, mask, masked: tl.constexpr, form: tl.conste
         store(at, theta.to(tl.float16), mask, masked)
 
 
-@triton.jit
-def load_gradient(at, mask, masked: tl.constexpr, kind: tl.constexpr, compute: tl.constexpr):
-    """In the compute type, each rounded at most once."""
-    if kind == BFLOAT16:
-        x = float_of(load_upper(at, mask, masked))
-    else:
-        x = load(at, mask, masked)
-    if compute == FLOAT64:
-        return x.to(tl.float64)
-    else:
-        return x.to(tl.float32)
-
-
 # Eight bits: of a float32 z the lowest three or four bits of its exponent and the upper four of its mantissa, and for
 # exp_avg the sign. z less an offset is the value, in units of the block's scale.
 

@@ -31,7 +31,6 @@ from .formats import (
     encoded_unsigned,
     float_of,
     load,
-    load_gradient,
     load_param,
     load_upper,
     mixed,
@@ -96,6 +95,31 @@ def place(address, kind: tl.constexpr, start, lane, layout, operand: tl.constexp
 
 
 @triton.jit
+def load_gradient(
+    address, start, lane, layout, mask,
+    gradient: tl.constexpr, compute: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """In the compute type, each rounded at most once."""
+    if gradient == FLOAT32:
+        given: tl.constexpr = tl.float32
+    elif gradient == FLOAT64:
+        given: tl.constexpr = tl.float64
+    elif gradient == FLOAT16:
+        given: tl.constexpr = tl.float16
+    else:
+        given: tl.constexpr = tl.uint16
+    at = place(address, given, start, lane, layout, GRAD, dims, wide)
+    if gradient == BFLOAT16:
+        x = float_of(load_upper(at, mask, masked))
+    else:
+        x = load(at, mask, masked)
+    if compute == FLOAT64:
+        return x.to(tl.float64)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def numbers(row, start, lane, numbered: tl.constexpr):
     """The numbers by which elements draw."""
     first = tl.load(row + FIRST)
@@ -123,12 +147,13 @@ def sum_of_squares(x, mask):
 
 
 @triton.jit
-def update_chunk(
-    row, gradient_at, stream, scalars, layouts, observed, start, lane, mask, block, block_mask,
+def update_tile(
+    param_at, gradient_at, lower_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key, observed,
+    weight1, from_average1, weight2, from_average2, d, k, s, e, f, start, lane, mask, block, block_mask,
     gradient: tl.constexpr, compute: tl.constexpr, form: tl.constexpr, moments: tl.constexpr, amsgrad: tl.constexpr,
     dims: tl.constexpr, numbered: tl.constexpr, wide: tl.constexpr, observe: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Update the elements of a tile: those from `start` on; with eight bits, each row of it is a block."""
+    """Update elements `start` + `lane` of a row; with eight bits, each row of the tile is a block."""
     real: tl.constexpr = tl.float64 if compute == FLOAT64 else tl.float32
     if form == PLAIN:
         stored: tl.constexpr = real
@@ -136,30 +161,20 @@ def update_chunk(
         stored: tl.constexpr = tl.uint16
     else:
         stored: tl.constexpr = tl.float16
-    if gradient == FLOAT32:
-        given: tl.constexpr = tl.float32
-    elif gradient == FLOAT64:
-        given: tl.constexpr = tl.float64
-    elif gradient == FLOAT16:
-        given: tl.constexpr = tl.float16
-    else:
-        given: tl.constexpr = tl.uint16
     kept: tl.constexpr = real if moments == PLAIN_MOMENTS else (tl.uint16 if moments == BFLOAT16_MOMENTS else tl.uint8)
     flat: tl.constexpr = 0 if moments == EIGHT_BIT else dims  # codes are one after the other
 
-    layout = layouts + tl.load(row + LAYOUT)
-    at_param = place(tl.load(row + PARAM), stored, start, lane, layout, PARAM, dims, wide)
-    at_grad = place(gradient_at, given, start, lane, layout, GRAD, dims, wide)
-    at_m = place(tl.load(row + EXP_AVG), kept, start, lane, layout, EXP_AVG, flat, wide)
-    at_v = place(tl.load(row + EXP_AVG_SQ), kept, start, lane, layout, EXP_AVG_SQ, flat, wide)
+    at_param = place(param_at, stored, start, lane, layout, PARAM, dims, wide)
+    at_m = place(m_at, kept, start, lane, layout, EXP_AVG, flat, wide)
+    at_v = place(v_at, kept, start, lane, layout, EXP_AVG_SQ, flat, wide)
     at_lower = at_param
     if form == BFLOAT16_RESIDUAL:
-        at_lower = place(tl.load(row + LOWER), tl.int16, start, lane, layout, LOWER, dims, wide)
+        at_lower = place(lower_at, tl.int16, start, lane, layout, LOWER, dims, wide)
     elif form == FLOAT16_MASTER:
-        at_lower = place(tl.load(row + LOWER), tl.float32, start, lane, layout, LOWER, dims, wide)
+        at_lower = place(lower_at, tl.float32, start, lane, layout, LOWER, dims, wide)
 
     theta = load_param(at_param, at_lower, mask, masked, form)
-    g = load_gradient(at_grad, mask, masked, gradient, compute)
+    g = load_gradient(gradient_at, start, lane, layout, mask, gradient, compute, dims, wide, masked)
     if moments == PLAIN_MOMENTS:
         m = load(at_m, mask, masked)
         v = load(at_v, mask, masked)
@@ -167,22 +182,15 @@ def update_chunk(
         m = float_of(load_upper(at_m, mask, masked))
         v = float_of(load_upper(at_v, mask, masked))
     else:
-        at_m_scale = tl.load(row + EXP_AVG_SCALE).to(tl.pointer_type(tl.float32)) + block
-        at_v_scale = tl.load(row + EXP_AVG_SQ_SCALE).to(tl.pointer_type(tl.float32)) + block
+        at_m_scale = m_scale_at.to(tl.pointer_type(tl.float32)) + block
+        at_v_scale = v_scale_at.to(tl.pointer_type(tl.float32)) + block
         m = decoded_signed(load(at_m, mask, masked), load(at_m_scale, block_mask, masked))
         v = decoded_unsigned(load(at_v, mask, masked), load(at_v_scale, block_mask, masked))
     w = v
     if amsgrad:
-        at_w = place(tl.load(row + MAX_EXP_AVG_SQ), real, start, lane, layout, MAX_EXP_AVG_SQ, dims, wide)
+        at_w = place(w_at, real, start, lane, layout, MAX_EXP_AVG_SQ, dims, wide)
         w = load(at_w, mask, masked)
 
-    weight1, from_average1 = weight(scalars, BETA1, compute)
-    weight2, from_average2 = weight(scalars, BETA2, compute)
-    d = scalar(scalars + D, compute)
-    k = scalar(scalars + K, compute)
-    s = scalar(scalars + S, compute)
-    e = scalar(scalars + E, compute)
-    f = scalar(scalars + F, compute)
     theta, m, v, w, root, update = adamw(
         weight1, from_average1, weight2, from_average2, d, k, s, e, f, theta, g, m, v, w, amsgrad
     )
@@ -200,7 +208,6 @@ def update_chunk(
         store(at_m, m, mask, masked)
         store(at_v, v, mask, masked)
     else:
-        key = mixed(stream.to(tl.uint64, bitcast=True) + tl.load(scalars + COUNT).to(tl.uint64))
         drawn = draws(key, numbers(row, start, lane, numbered))
         if moments == BFLOAT16_MOMENTS:
             store(at_m, drawn_bfloat16(m, drawn, False), mask, masked)
@@ -217,66 +224,95 @@ def update_chunk(
             store(at_v_scale, v_scale, block_mask, masked)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count"])
 def update(
-    rows, step, scalars, chunks, layouts, observed, row_count,
+    rows, step, scalars, programs, layouts, observed, row_count,
     gradient: tl.constexpr, compute: tl.constexpr, form: tl.constexpr, moments: tl.constexpr, amsgrad: tl.constexpr,
     dims: tl.constexpr, numbered: tl.constexpr, whole_rows: tl.constexpr, wide: tl.constexpr, observe: tl.constexpr,
-    tile: tl.constexpr,
+    tile: tl.constexpr, tiles: tl.constexpr,
 ):  # fmt: skip
-    """Update all rows of one kind, a tile of one of them in each program.
+    """Update all rows of one kind, `tiles` tiles of one of them in each program.
 
-    ``rows``: int64[rows, COLUMNS]. ``step``: int64[4, rows], gradients' addresses, sets of scalars, hashes of streams.
-    ``scalars``: float64. ``chunks``: int64 for each program, the row in the lower half and which of its tiles in the
-    upper. ``layouts``: int64. ``observed``: float64[programs, 4]. ``compute`` ... ``wide``: the kind.
+    ``rows``: int64[rows, COLUMNS]. ``step``: int64[3, rows], gradients' addresses, sets of scalars, hashes of streams.
+    ``scalars``: float64. ``programs``: int64, the row in the lower half and which of its parts in the upper.
+    ``layouts``: int64. ``observed``: float64[programs, tiles, 4]. ``gradient`` ... ``wide``: the kind.
     """
-    program = tl.program_id(0)
-    chunk = tl.load(chunks + program)
-    number = chunk & 0xFFFFFFFF
+    program = tl.load(programs + tl.program_id(0))
+    number = program & 0xFFFFFFFF
     gradient_at = tl.load(step + number)
     if (gradient_at == 0) | (tl.load(scalars) != 0.0):
         return
     which = tl.load(step + row_count + number)
-    stream = tl.load(step + 2 * row_count.to(tl.int64) + number)
-    scalars += (which + 1) * SET
-    observed += program.to(tl.int64) * 4
+    stream = tl.load(step + 2 * row_count + number)
     row = rows + number * COLUMNS
     elements = tl.load(row + ELEMENTS)
-    tile_number = chunk >> 32
-    if moments == EIGHT_BIT:
-        blocks: tl.constexpr = tile // BLOCK
-        in_tile = tl.arange(0, blocks)[:, None]
-        in_block = tl.arange(0, BLOCK)[None, :]
-        block = tile_number * blocks + in_tile
-        if whole_rows:
-            start = tile_number * tile
-            lane = in_tile * BLOCK + in_block
-            mask = start + lane < elements
-            block_mask = block * BLOCK < elements
-        else:
-            length = tl.load(row + ROW)
-            in_row = tl.cdiv(length, BLOCK)
-            inner = block % in_row * BLOCK + in_block
-            start = tile_number * 0
-            lane = block // in_row * length + inner
-            mask = (inner < length) & (lane < elements)
-            block_mask = block // in_row * length < elements
-    else:
-        start = tile_number * tile
+    param_at = tl.load(row + PARAM)
+    lower_at = tl.load(row + LOWER)
+    m_at = tl.load(row + EXP_AVG)
+    v_at = tl.load(row + EXP_AVG_SQ)
+    w_at = tl.load(row + MAX_EXP_AVG_SQ)
+    m_scale_at = tl.load(row + EXP_AVG_SCALE)
+    v_scale_at = tl.load(row + EXP_AVG_SQ_SCALE)
+    layout = layouts + tl.load(row + LAYOUT)
+
+    scalars += (which + 1) * SET
+    weight1, from_average1 = weight(scalars, BETA1, compute)
+    weight2, from_average2 = weight(scalars, BETA2, compute)
+    d = scalar(scalars + D, compute)
+    k = scalar(scalars + K, compute)
+    s = scalar(scalars + S, compute)
+    e = scalar(scalars + E, compute)
+    f = scalar(scalars + F, compute)
+    key = mixed(stream.to(tl.uint64, bitcast=True) + tl.load(scalars + COUNT).to(tl.uint64))
+
+    first_tile = (program >> 32) * tiles
+    observed += tl.program_id(0).to(tl.int64) * (tiles * 4)
+    if moments != EIGHT_BIT:
         lane = tl.arange(0, tile)
-        mask = start + lane < elements
-        block = 0
-        block_mask = mask
-    if (start + tile <= elements) & (whole_rows or moments != EIGHT_BIT):
-        update_chunk(
-            row, gradient_at, stream, scalars, layouts, observed, start, lane, mask, block, block_mask,
-            gradient, compute, form, moments, amsgrad, dims, numbered, wide, observe, False,
-        )  # fmt: skip
+        last_tile = tl.cdiv(elements, tile)
     else:
-        update_chunk(
-            row, gradient_at, stream, scalars, layouts, observed, start, lane, mask, block, block_mask,
-            gradient, compute, form, moments, amsgrad, dims, numbered, wide, observe, True,
-        )  # fmt: skip
+        in_tile = tl.arange(0, tile // BLOCK)[:, None]
+        in_block = tl.arange(0, BLOCK)[None, :]
+        lane = in_tile * BLOCK + in_block
+        length = tl.load(row + ROW)
+        in_row = tl.cdiv(length, BLOCK)
+        last_tile = tl.cdiv(elements // length * in_row, tile // BLOCK)
+    if ((first_tile + tiles) * tile <= elements) & (whole_rows or moments != EIGHT_BIT):
+        for turn in range(0, tiles):
+            start = (first_tile + turn) * tile
+            block = 0
+            if moments == EIGHT_BIT:
+                block = (first_tile + turn) * (tile // BLOCK) + in_tile
+            update_tile(
+                param_at, gradient_at, lower_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key,
+                observed + turn * 4, weight1, from_average1, weight2, from_average2, d, k, s, e, f,
+                start, lane, lane >= 0, block, block,
+                gradient, compute, form, moments, amsgrad, dims, numbered, wide, observe, False,
+            )  # fmt: skip
+    else:
+        for turn in range(0, tl.minimum(last_tile - first_tile, tiles).to(tl.int32)):
+            start = (first_tile + turn) * tile
+            if moments != EIGHT_BIT:
+                block = 0
+                mask = start + lane < elements
+                block_mask = mask
+                update_tile(
+                    param_at, gradient_at, lower_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key,
+                    observed + turn * 4, weight1, from_average1, weight2, from_average2, d, k, s, e, f,
+                    start, lane, mask, block, block_mask,
+                    gradient, compute, form, moments, amsgrad, dims, numbered, wide, observe, True,
+                )  # fmt: skip
+            else:
+                block = (first_tile + turn) * (tile // BLOCK) + in_tile
+                inner = block % in_row * BLOCK + in_block
+                index = block // in_row * length + inner
+                block_mask = block // in_row * length < elements
+                update_tile(
+                    param_at, gradient_at, lower_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key,
+                    observed + turn * 4, weight1, from_average1, weight2, from_average2, d, k, s, e, f,
+                    start * 0, index, (inner < length) & block_mask, block, block_mask,
+                    gradient, compute, form, moments, amsgrad, dims, numbered, wide, observe, True,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -289,43 +325,33 @@ def folded(lanes, count: tl.constexpr):
     return tl.sum(half, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count", "sum_count"])
 def squares(
-    rows, step, chunks, layouts, sums, row_count, sum_count,
+    rows, step, programs, layouts, sums, row_count, sum_count,
     gradient: tl.constexpr, compute: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr, together: tl.constexpr,
 ):  # fmt: skip
     """Sum up the squares of rows' gradients, `together` chunks of one in each program, and find the largest entries.
 
-    ``chunks``: int64[2, programs], as above, and where the first chunk's sum belongs. ``sums``: float64[3, sum_count],
+    ``programs``: int64[2, programs], as above, and where the first chunk's sum belongs. ``sums``: float64[3, sum_count],
     sums of chunks, the largest |g| of those computed in float32, and of those in float64; infinity where one is no
     number.
     """
-    program = tl.program_id(0)
-    chunk = tl.load(chunks + program)
-    to = tl.load(chunks + tl.num_programs(0) + program)
-    number = chunk & 0xFFFFFFFF
+    program = tl.load(programs + tl.program_id(0))
+    to = tl.load(programs + tl.num_programs(0) + tl.program_id(0))
+    number = program & 0xFFFFFFFF
     row = rows + number * COLUMNS
     elements = tl.load(row + ELEMENTS)
     gradient_at = tl.load(step + number)
     if gradient_at == 0:
         return
-    if gradient == FLOAT32:
-        given: tl.constexpr = tl.float32
-    elif gradient == FLOAT64:
-        given: tl.constexpr = tl.float64
-    elif gradient == FLOAT16:
-        given: tl.constexpr = tl.float16
-    else:
-        given: tl.constexpr = tl.uint16
     real: tl.constexpr = tl.float64 if compute == FLOAT64 else tl.float32
     layout = layouts + tl.load(row + LAYOUT)
-    start = (chunk >> 32) * (together * CHUNK)
+    start = (program >> 32) * (together * CHUNK)
     lane = tl.arange(0, together)[:, None] * CHUNK + tl.arange(0, LANES)[None, :]
     lanes = tl.zeros([together, LANES], tl.float64)
     most = tl.zeros([together, LANES], real)
     for _ in range(0, CHUNK // LANES):
-        at = place(gradient_at, given, start, lane, layout, GRAD, dims, wide)
-        x = load_gradient(at, start + lane < elements, True, gradient, compute)
+        x = load_gradient(gradient_at, start, lane, layout, start + lane < elements, gradient, compute, dims, wide, True)
         wide_x = x.to(tl.float64)
         lanes += wide_x * wide_x
         size = tl.abs(x)
@@ -359,7 +385,7 @@ def sum_chunk(values, value_count, order, begin, count, ordered: tl.constexpr):
     return tl.sum(folded(lanes, 1), axis=0), tl.max(tl.ravel(most32), axis=0), tl.max(tl.ravel(most64), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["value_count", "sum_count"])
 def sum_up(values, sums, segments, order, value_count, sum_count, ordered: tl.constexpr):
     """Sum up segments of up to 4,096 sums; ``segments``: int64[3, programs], where each begins, its count, where to."""
     program = tl.program_id(0)
@@ -378,7 +404,7 @@ SETS, SUMS, MAX_NORM, SKIPS, SCALE_AT, FOUND_INF_AT, COUNTS, SCALE_GIVEN = (tl.c
 DRIFT, SKIPPED, NORM, SCALE = (tl.constexpr(number) for number in range(4))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sum_count"])
 def decide(config, kept, sums, scalars, sum_count, measured: tl.constexpr):
     """Decide what becomes of this step, and make its scalars.
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .kernels import decide, squares, sum_up, update
+from .table import EIGHT_BIT, PLAIN, Geometry, Kind
 
 __all__ = ["GPU", "Interpreter", "decide", "squares", "sum_up", "update"]
 
@@ -26,6 +27,15 @@ class GPU:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def geometry(self, kind: Kind) -> Geometry:
+        """Return how elements are shared out.
+
+        Four elements a thread leave room in its registers, so that enough threads are there to hide the memory's
+        latency; where drawing and encoding take much beforehand, it serves several tiles.
+        """
+        tile = 128 if kind.moments == EIGHT_BIT else 512
+        return Geometry(tile, 1 if kind.moments == PLAIN else 8, tile // 128)
 
     def current(self) -> AbstractContextManager[Any]:
         """Make this device the current one, within."""
@@ -69,6 +79,9 @@ class Interpreter:
     """Triton's interpreter, on tensors of the CPU."""
 
     device = torch.device("cpu")
+
+    def geometry(self, kind: Kind) -> Geometry:
+        return Geometry(2048, 2, 1)  # each tile takes as long, whatever its size
 
     def current(self) -> AbstractContextManager[Any]:
         return nullcontext()

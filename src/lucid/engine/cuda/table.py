@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -67,15 +68,13 @@ class Kind(NamedTuple):
             row.wide,
         )
 
-    @property
-    def tile(self) -> int:
-        """Elements of a program."""
-        return 1024 if self.moments != EIGHT_BIT and self.dims == 0 else 2048
 
-    @property
-    def warps(self) -> int:
-        """Of a program."""
-        return 4
+class Geometry(NamedTuple):
+    """How elements are shared out: how many a program updates at once, how often it does so, by how many warps."""
+
+    tile: int
+    tiles: int
+    warps: int
 
 
 class Gradients(NamedTuple):
@@ -115,6 +114,7 @@ class Launch(NamedTuple):
     """An update of rows of one kind."""
 
     kind: Kind
+    geometry: Geometry
     programs: Programs
 
 
@@ -151,16 +151,14 @@ class Rows:
         self.table: Table = np.zeros((len(self.rows), COLUMNS), np.int64)
         self.layouts: Table = np.zeros(max(1, dims * (1 + OPERANDS)), np.int64)
         native.write_device_rows(self.table.ctypes.data, self.layouts.ctypes.data)
+        # (type, index) of each device that rows are on.
+        self.devices = list(dict.fromkeys((row.device_type, row.device_index) for row in self.rows))
         self._elements: Table = np.array([row.elements for row in self.rows], np.int64)
 
     def _of_device(self, type_and_index: tuple[int, int]) -> list[int]:
         return [n for n, row in enumerate(self.rows) if (row.device_type, row.device_index) == type_and_index]
 
-    def devices(self) -> list[tuple[int, int]]:
-        """Return (type, index) of the devices that rows are on."""
-        return list(dict.fromkeys((row.device_type, row.device_index) for row in self.rows))
-
-    def launches(self, device: tuple[int, int]) -> list[Launch]:
+    def launches(self, device: tuple[int, int], geometry_of: Callable[[Kind], Geometry]) -> list[Launch]:
         """Return the launches that update the rows of a device, in order: one for each kind.
 
         Where rows share memory, one for each row.
@@ -171,15 +169,17 @@ class Rows:
         found = []
         for (_, kind), numbers in by_kind.items():
             rows = np.array(numbers, np.int64)
+            geometry = geometry_of(kind)
+            part = geometry.tile * geometry.tiles
             if kind.whole_rows:
-                parts = -(-self._elements[rows] // kind.tile)
+                parts = -(-self._elements[rows] // part)
             else:
                 length = self.table[rows, 9]
                 blocks = self._elements[rows] // np.maximum(length, 1) * -(-length // BLOCK)
-                parts = -(-blocks // (kind.tile // BLOCK))
+                parts = -(-blocks // (part // BLOCK))
             programs = Programs.of(rows, parts)
             if len(programs.rows):
-                found.append(Launch(kind, programs))
+                found.append(Launch(kind, geometry, programs))
         return found
 
     def squares(self, device: tuple[int, int], together: int) -> tuple[list[tuple[Gradients, Programs, Table]], Table]:
