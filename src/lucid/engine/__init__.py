@@ -5,7 +5,7 @@ every other engine equals bit for bit. A row's engine is chosen by its parameter
 """
 
 from . import cpu, cuda, shards
-from .observed import Observed
+from .observed import Observed, Seen
 from .plan import Plan, name_for, only
 from .reference import ordered_sum
 from .row import COMPUTE, Row, check_memory, check_param, checked_gradient, has_memory, is_plain
@@ -19,6 +19,7 @@ __all__ = [
     "Recipe",
     "Row",
     "Scalars",
+    "Seen",
     "check_memory",
     "check_param",
     "checked_gradient",

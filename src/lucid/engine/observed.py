@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -16,3 +17,7 @@ class Observed(NamedTuple):
     update: float
     param: float
     ratio: float
+
+
+# The numbers of an `Observed`, which may still be on a device: to iterate over them waits for it.
+Seen = Iterable[float]

@@ -1,8 +1,8 @@
 """The plan: which rows a step updates, on which engines, as one unit.
 
-A step is `gather`, `bind` for every row that needs a look and `compare` after them, `settle` unless the device decides,
-`steps`, `measure` if the host wants to know the gradients' norm, `run`, `release`. Nothing that the user sees is written
-before `run`, and `run` leaves nothing half done.
+A step is `gather`, `bind` for every row that needs a look and `compare` after them, `settle` unless the device decides
+what becomes of it, `steps`, `measure` if the host wants to know the gradients' norm, `run`, `release`. Nothing that the
+user sees is written before `run`, and `run` leaves nothing half done.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from . import cpu, cuda, reference
-from .observed import Observed
+from .observed import Seen
 from .row import Row
 from .scalars import Decision, Recipe
 
 if TYPE_CHECKING:
-    from .cuda.device import DevicePlan, Unread
+    from .cuda.device import DevicePlan
 
 _only: str | None = None  # the engine that runs everything, for tests
 
@@ -51,8 +51,8 @@ def only(name: str) -> Iterator[None]:
 class Plan:
     """The rows of one optimizer.
 
-    The CPU and CUDA engines' rows are kept from step to step, and those are named that are not as they were; rows of the
-    reference engine are looked at anew each time.
+    Those of the CPU and CUDA engines are kept from step to step, and those are named that are not as they were; rows of
+    the reference engine are looked at anew each time.
     """
 
     def __init__(self, groups: list[list[Tensor]]) -> None:
@@ -63,7 +63,7 @@ class Plan:
         self._rows: list[Row] = []
         self._updates: list[reference.Update] = []
         self._squares: list[tuple[int, float]] = []
-        self._observed: list[tuple[int, Unread]] = []
+        self._observed: list[tuple[int, Seen]] = []
         self._writing = False
         self._launched = False
 
@@ -170,7 +170,7 @@ class Plan:
 
     def run(
         self, recipes: Sequence[Recipe], verdict: float | Decision, state_box: list[Any], *, observe: bool
-    ) -> list[tuple[int, Observed | Unread]]:
+    ) -> list[tuple[int, Seen]]:
         """Update every row, or none if an exception comes before the first write.
 
         ``verdict``: what gradients are multiplied with, or what is left to the device. Returns what each row's step was
@@ -179,7 +179,7 @@ class Plan:
         scalars = [] if not isinstance(verdict, float) else [recipe.scalars(verdict) for recipe in recipes]
         own = len(recipes) - len(self._rows)
         count = isinstance(verdict, float) or not verdict.captured
-        observed: list[tuple[int, Observed | Unread]] = []
+        observed: list[tuple[int, Seen]] = []
         if self._rows:
             self._updates, seen = reference.compute(self._rows, scalars[own:], observe=observe)
             observed += seen

@@ -81,13 +81,13 @@ class Agreement:
         """Return the worst finding of any process."""
         return self._together([0.0] * len(self._kinds), finding)[1]
 
-    def observed(self, rows: Sequence[tuple[int, engine.Observed]]) -> list[tuple[int, engine.Observed]]:
+    def observed(self, rows: Sequence[tuple[int, engine.Seen]]) -> list[tuple[int, engine.Seen]]:
         """Return what the updates of parameters were like, of each by its row number, from what those of parts were."""
         if not self._meshes:
             return list(rows)
         table = torch.zeros(len(self._kind_of), 4, dtype=torch.float64, device="cpu")
         for row, seen in rows:
-            table[row] = torch.tensor(seen, dtype=torch.float64, device="cpu")
+            table[row] = torch.tensor(list(seen), dtype=torch.float64, device="cpu")
         for group, kinds in self._levels():
             own = [row for row, kind in enumerate(self._kind_of) if kind in kinds]
             parts = torch.stack(_exchanged(table[own].flatten().tolist(), group)).view(len(own), 4, -1)

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import Parameter, is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .values import checked_number, checked_flag
+from .values import checked_flag, checked_number
 
 _BIAS = re.compile(r"(^|_)bias(es)?\d*(_|$)")  # in a parameter's own name: in_proj_bias, bias_hh_l0, bias_k
 _NORM = re.compile(r"norm(ali[sz]ation)?(\d+d)?$", re.IGNORECASE)  # in a class's name, as in all of torch's

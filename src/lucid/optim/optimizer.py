@@ -31,8 +31,6 @@ from .values import checked_flag, one_of, shown
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from lucid.engine.cuda.device import Unread
-
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
@@ -103,7 +101,7 @@ class Optimizer(torch.optim.Optimizer):
         self._whole = Part()
         self._backward: StepInBackward | None = None
         self._accumulating = 0
-        self._seen: dict[Tensor, engine.Observed | Unread] = {}
+        self._seen: dict[Tensor, engine.Seen] = {}
         self._scale: float | Tensor = 1.0
         self._skipped_in_backward = 0
         self._skipped_alone: dict[Tensor, int] = {}  # of these, by parameter
@@ -127,6 +125,13 @@ class Optimizer(torch.optim.Optimizer):
         """The state of each parameter, a dict of tensors; created at its first gradient or by `init_state`."""
         self._settle()
         return self._opened_state()
+
+    @state.setter
+    def state(self, value: defaultdict[Any, Any]) -> None:
+        if not isinstance(value, dict):
+            raise TypeError(f"state: expected a dict of each parameter's state, got {shown(value)}")
+        self._settle()
+        self._state_box = [value, True]
 
     def _opened_state(self) -> defaultdict[Any, Any]:
         state: defaultdict[Any, Any] = self._state_box[0]
@@ -158,17 +163,13 @@ class Optimizer(torch.optim.Optimizer):
         self._skipped_in_backward += count
         self._skipped_alone[param] = self._skipped_alone.get(param, 0) + count
 
-    @state.setter
-    def state(self, value: defaultdict[Any, Any]) -> None:
-        if not isinstance(value, dict):
-            raise TypeError(f"state: expected a dict of each parameter's state, got {shown(value)}")
-        self._settle()
-        self._state_box = [value, True]
-
     # Groups
 
     def _hyperparameters(self, group: ParamGroup, *, reads: bool = True) -> Hyperparameters:
-        """Return the group's hyperparameters; raise where one is out of range. `reads`: a learning rate in a tensor too."""
+        """Return the group's hyperparameters; raise where one is out of range.
+
+        `reads`: also a learning rate in a tensor, which waits for the device that it is on.
+        """
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

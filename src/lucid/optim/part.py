@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from lucid import engine
+from lucid.engine.scalars import MAX_STEP
 
 from .agreement import Agreement, Finding
-from .formats import MAX_STEP, STEP, STREAM, StateFormatName
+from .formats import STEP, STREAM, StateFormatName
 from .gradients import Judged, clip_factor, fault, found_inf_in, scale_of
 from .groups import ParamGroup, checked_params
 from .values import checked_lr, is_on
 
 if TYPE_CHECKING:
-    from lucid.engine.cuda.device import Unread
-
     from .optimizer import Hyperparameters, Optimizer
 
 
@@ -49,7 +48,7 @@ class Outcome(NamedTuple):
     skipped: bool
     norm: float | Tensor | None
     scale: float | Tensor
-    observed: dict[Tensor, engine.Observed | Unread]
+    observed: dict[Tensor, engine.Seen]
 
 
 class _NewState(NamedTuple):
@@ -116,7 +115,7 @@ class Part:
             had = [(item.param in state_box[0], dict(item.entry)) for item in new]
             try:
                 _adopt(optimizer, state_box, new)
-                observed = plan.run(recipes, decision or judged.factor, state_box, observe=optimizer._observing)
+                seen = plan.run(recipes, decision or judged.factor, state_box, observe=optimizer._observing)
             except BaseException:
                 if not plan.ran:
                     _abandon(optimizer, state_box, new, had)
@@ -127,13 +126,13 @@ class Part:
                 self.plan.release()
             self._looked_at.clear()
         if optimizer._observing:
-            observed = self._agreement.observed(observed)
-        every = _flat(params) if observed else []
-        seen = {every[row]: values for row, values in observed}
+            seen = self._agreement.observed(seen)
+        every = _flat(params) if seen else []
+        observed = {every[row]: values for row, values in seen}
         if decision is None:
-            return Outcome(False, judged.norm, scale, seen)
-        norm, device_scale = plan.decided()
-        return Outcome(False, norm if decision.measures else None, device_scale, seen)
+            return Outcome(False, judged.norm, scale, observed)
+        norm, scale_there = plan.decided()
+        return Outcome(False, norm if decision.measures else None, scale_there, observed)
 
     def _prepared(
         self, optimizer: Optimizer, state_box: list[Any], new: list[_NewState]
@@ -173,18 +172,18 @@ class Part:
         if device is None or self._agreement:
             if captured:
                 raise RuntimeError(
-                    "step() is being captured in a CUDA graph, which needs all parameters that have gradients on one GPU, "
-                    "updated by the CUDA engine, and not spread over processes"
+                    "step() is being captured in a CUDA graph, which needs all parameters that have gradients to be on "
+                    "one GPU, updated by the CUDA engine, and not spread over processes"
                 )
             return None
-        scale, found_inf = (vars(optimizer).get(name) for name in ("grad_scale", "found_inf"))
-        told = [value for value in (scale, found_inf, *(hyper.lr for hyper in hyperparameters)) if is_on(device, value)]
+        given: Any = vars(optimizer).get("grad_scale")
+        found_inf: Any = vars(optimizer).get("found_inf")
+        told = any(is_on(device, value) for value in (given, found_inf, *(hyper.lr for hyper in hyperparameters)))
         if captured:
             self._check_capture(optimizer, new)
         elif new or optimizer.nonfinite == "error" or not (told or _is_judging(optimizer)):
             return None
-        if not is_on(device, scale):
-            scale = scale_of(scale)
+        scale = given if is_on(device, given) else scale_of(given)
         if found_inf is not None and not is_on(device, found_inf):
             if found_inf_in(found_inf):
                 return None

@@ -57,7 +57,7 @@ def _together(each: Iterable[_Sums]) -> _Sums:
     )
 
 
-def summed_up(optimizer: Optimizer, seen: Mapping[Tensor, Iterable[float]], scale: float) -> dict[str, float]:
+def summed_up(optimizer: Optimizer, seen: Mapping[Tensor, engine.Seen], scale: float) -> dict[str, float]:
     """Return the statistics of what was `seen` of parameters, whose gradients came `scale` times too large."""
     state = optimizer._state_box[0]
     numbers: dict[str, float] = {}

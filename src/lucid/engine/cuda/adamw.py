@@ -39,8 +39,10 @@ def maximum(a, b):
 
 
 @triton.jit
-def adamw(weight1, from_average1, weight2, from_average2, d, k, s, e, f, theta, gradient, m, v, w, amsgrad: tl.constexpr):
-    """One step of some elements: the new theta, m, v and w, and what those who observe it want: the root, the update."""
+def adamw(
+    weight1, from_average1, weight2, from_average2, d, k, s, e, f, theta, gradient, m, v, w, amsgrad: tl.constexpr
+):
+    """One step of some elements: the new theta, m, v and w; and for those who observe it the root and the update."""
     g = f * gradient
     m = mean(m, g, weight1, from_average1)
     v = mean(v, g * g, weight2, from_average2)

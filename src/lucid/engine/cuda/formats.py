@@ -181,7 +181,7 @@ def scale_of(bits, largest: tl.constexpr):
 
 @triton.jit
 def below_code(drawn):
-    """What is added to the bits of z below a code before they are cut off: 16 random ones and a half of what they leave."""
+    """What is added to the bits of z below a code before they are cut off: 16 random ones and half of the rest."""
     return ((drawn >> 13) & 0x7FFF8) | 4
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .adamw import adamw, quotient, square_root
+from .adamw import adamw, quotient
 from .formats import (
     BFLOAT16,
     BFLOAT16_ALONE,
@@ -25,8 +25,8 @@ from .formats import (
     PLAIN_MOMENTS,
     decoded_signed,
     decoded_unsigned,
-    draws,
     drawn_bfloat16,
+    draws,
     encoded_signed,
     encoded_unsigned,
     float_of,
@@ -51,8 +51,8 @@ BETA1, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, D, K, S, E, F, COUNT = (tl.const
 SET = tl.constexpr(16)  # float64 of each
 
 # What sets are made of where that is left to the device: as above but for these, and where the numbers 1 - beta^t are.
-LR, WEIGHT_DECAY, SIGN, LR_AT, LR_IS_DOUBLE, POWERS1, LENGTH1, POWERS2, LENGTH2, EPS = (
-    tl.constexpr(number) for number in (4, 5, 6, 7, 8, 10, 11, 12, 13, 14)
+LR, WEIGHT_DECAY, SIGN, LR_AT, POWERS1, LENGTH1, POWERS2, LENGTH2, EPS = (
+    tl.constexpr(number) for number in (4, 5, 6, 7, 10, 11, 12, 13, 14)
 )
 
 # A sum of squares is made of chunks, and a chunk's of lanes: element i of it is added to lane i % LANES.
@@ -77,7 +77,9 @@ def weight(at, beta: tl.constexpr, compute: tl.constexpr):
 
 
 @triton.jit
-def place(address, kind: tl.constexpr, start, lane, layout, operand: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr):
+def place(
+    address, kind: tl.constexpr, start, lane, layout, operand: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr
+):
     """Where elements `start` + `lane` of an operand are; `dims` 0: one after the other."""
     at = address.to(tl.pointer_type(kind))
     if dims == 0:
@@ -332,9 +334,9 @@ def squares(
 ):  # fmt: skip
     """Sum up the squares of rows' gradients, `together` chunks of one in each program, and find the largest entries.
 
-    ``programs``: int64[2, programs], as above, and where the first chunk's sum belongs. ``sums``: float64[3, sum_count],
-    sums of chunks, the largest |g| of those computed in float32, and of those in float64; infinity where one is no
-    number.
+    ``programs``: int64[2, programs], as above, and where the first chunk's sum belongs. ``sums``:
+    float64[3, sum_count], sums of chunks, the largest |g| of those computed in float32, and of those in float64;
+    infinity where one is no number.
     """
     program = tl.load(programs + tl.program_id(0))
     to = tl.load(programs + tl.num_programs(0) + tl.program_id(0))
@@ -351,7 +353,9 @@ def squares(
     lanes = tl.zeros([together, LANES], tl.float64)
     most = tl.zeros([together, LANES], real)
     for _ in range(0, CHUNK // LANES):
-        x = load_gradient(gradient_at, start, lane, layout, start + lane < elements, gradient, compute, dims, wide, True)
+        x = load_gradient(
+            gradient_at, start, lane, layout, start + lane < elements, gradient, compute, dims, wide, True
+        )
         wide_x = x.to(tl.float64)
         lanes += wide_x * wide_x
         size = tl.abs(x)
@@ -368,7 +372,7 @@ def squares(
 
 @triton.jit
 def sum_chunk(values, value_count, order, begin, count, ordered: tl.constexpr):
-    """Sum up a chunk of up to 4,096 sums in the order of their lanes, and find the largest of each of the two others."""
+    """Sum up a chunk of up to 4,096 sums in the order of their lanes; find the largest of each of the two others."""
     lanes = tl.zeros([1, LANES], tl.float64)
     most32 = tl.zeros([1, LANES], tl.float64)
     most64 = tl.zeros([1, LANES], tl.float64)
@@ -408,11 +412,12 @@ DRIFT, SKIPPED, NORM, SCALE = (tl.constexpr(number) for number in range(4))
 def decide(config, kept, sums, scalars, sum_count, measured: tl.constexpr):
     """Decide what becomes of this step, and make its scalars.
 
-    ``config``: int64, words of which some are float64s: SETS, how many sets of scalars follow from word SET on; SUMS, of
-    how many sums (up to 4,096) the sum of squares is made; MAX_NORM; SKIPS, whether gradients that are not finite leave
-    the step out; the addresses of float32 scale and found_inf, or 0, and the scale where it has no address; COUNTS,
-    whether step counts of the host stand still while this is run again and again. ``kept``: int64, how far the host's step counts are behind, steps left out, and
-    of the last step, as float64, the norm, and the scale of the gradients.
+    ``config``: int64, words of which some are float64s: SETS, how many sets of scalars follow from word SET on; SUMS,
+    of how many sums (up to 4,096) the sum of squares is made; MAX_NORM; SKIPS, whether gradients that are not finite
+    leave the step out; the addresses of float32 scale and found_inf, or 0, and the scale where it has no address;
+    COUNTS, whether the host's step counts stand still while this is run again and again. ``kept``: int64, how far the
+    host's step counts are behind and how many steps were left out, and of the last step, as float64, the norm of the
+    gradients and their scale.
     """
     floats = config.to(tl.pointer_type(tl.float64))
     kept_floats = kept.to(tl.pointer_type(tl.float64))
@@ -448,12 +453,9 @@ def decide(config, kept, sums, scalars, sum_count, measured: tl.constexpr):
         lr = tl.load(at + LR)
         lr_at = tl.load(words + LR_AT)
         if lr_at != 0:
-            if tl.load(words + LR_IS_DOUBLE) != 0:
-                lr = tl.load(lr_at.to(tl.pointer_type(tl.float64)))
-            else:
-                lr = tl.load(lr_at.to(tl.pointer_type(tl.float32))).to(tl.float64)
+            lr = tl.load(lr_at.to(tl.pointer_type(tl.float64)))
             skip = skip | (lr < 0.0) | (lr == float("inf")) | (lr != lr)
-        count = tl.load(at + 9).to(tl.int64) + drift
+        count = tl.load(at + COUNT).to(tl.int64) + drift
         powers1 = tl.load(words + POWERS1).to(tl.pointer_type(tl.float64))
         powers2 = tl.load(words + POWERS2).to(tl.pointer_type(tl.float64))
         power1 = tl.load(powers1 + tl.minimum(count, tl.load(words + LENGTH1) - 1))

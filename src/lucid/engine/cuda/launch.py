@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .kernels import decide, squares, sum_up, update
@@ -118,8 +116,3 @@ def launcher_for(device: tuple[int, int]) -> Launcher:
         kind, index = device
         found = _launchers[device] = Interpreter() if kind == 1 else GPU(torch.device("cuda", index))
     return found
-
-
-def is_interpreting() -> bool:
-    """Whether Triton was told, before it was imported, to interpret kernels (TRITON_INTERPRET=1)."""
-    return bool(triton.knobs.runtime.interpret)

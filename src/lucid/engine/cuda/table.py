@@ -122,7 +122,7 @@ class Segments(NamedTuple):
     """Sums to be summed up: where each run of up to CHUNK begins, how many they are, where the result belongs."""
 
     begin: Table
-    count: Table
+    length: Table
     to: Table
 
 
