@@ -39,7 +39,7 @@ NB_MODULE(_cpu, m) {
             const auto [first, run, stride] = numbering;
             return plan.bind(index, gradient, entry, slots, {first, run, stride}, on_device);
           },
-          "index"_a, "gradient"_a, "entry"_a, "slots"_a, "numbering"_a, "on_device"_a)
+          "index"_a, "gradient"_a, "entry"_a, "slots"_a, "numbering"_a, "on_device"_a = false)
       .def("compare", &lucid::Plan::compare)
       .def("remember", &lucid::Plan::remember, "state"_a)
       .def("steps", &lucid::Plan::steps)

@@ -3,6 +3,7 @@
 #include "pool.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <unordered_map>
 #include <utility>
@@ -525,7 +526,8 @@ std::vector<std::pair<int, double>> Plan::steps() {
       group = row.group;
       first_of_group = found.size();
     }
-    const double step = static_cast<double>(*row.step) + 1;
+    const double count = static_cast<double>(*row.step);
+    const double step = std::floor(count) == count ? count + 1 : count;  // one that is not whole is seen to be none
     size_t which = first_of_group;
     while (which < found.size() && found[which].second != step) ++which;
     if (which == found.size()) found.emplace_back(group, step);

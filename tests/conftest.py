@@ -1,4 +1,9 @@
-"""Settings of torch that a test changes are as they were for the next one."""
+"""Settings of torch that a test changes are as they were for the next one; Triton's kernels are interpreted."""
+
+import os
+
+# Read when Triton is imported, here and in children: its kernels run on the CPU. tests/gpu has them compiled.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
@@ -14,6 +19,25 @@ def torch_settings():
     torch.set_flush_denormal(False)
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=["cpu", "cuda", "reference"])
 def engine_name(request):
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Let Triton's interpreter patch its language once for a launch, not for each call of a function in a kernel."""
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        module = self.fn.__module__
+        if module.startswith("triton") and module not in patched:  # a launch patches what kernels' own modules see
+            patched.add(module)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield

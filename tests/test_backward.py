@@ -643,8 +643,11 @@ def test_the_work_of_a_backward_does_not_grow_with_the_square_of_the_groups(monk
     optimizer.step_in_backward()
     read = []
     original = optim.AdamW._hyperparameters
-    monkeypatch.setattr(
-        optim.AdamW, "_hyperparameters", lambda self, group: (read.append(group), original(self, group))[1]
-    )
+
+    def reading(self, group, **how):
+        read.append(group)
+        return original(self, group, **how)
+
+    monkeypatch.setattr(optim.AdamW, "_hyperparameters", reading)
     sum(param.sum() for param in params).backward()
     assert len(read) <= 2 * len(params)

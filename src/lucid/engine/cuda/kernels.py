@@ -51,8 +51,8 @@ BETA1, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, D, K, S, E, F, COUNT = (tl.const
 SET = tl.constexpr(16)  # float64 of each
 
 # What sets are made of where that is left to the device: as above but for these, and where the numbers 1 - beta^t are.
-LR, WEIGHT_DECAY, SIGN, LR_AT, POWERS1, LENGTH1, POWERS2, LENGTH2, EPS = (
-    tl.constexpr(number) for number in (4, 5, 6, 7, 10, 11, 12, 13, 14)
+LR, WEIGHT_DECAY, SIGN, LR_AT, LR_DOUBLE, POWERS1, LENGTH1, POWERS2, LENGTH2, EPS = (
+    tl.constexpr(number) for number in (4, 5, 6, 7, 8, 10, 11, 12, 13, 14)
 )
 
 # A sum of squares is made of chunks, and a chunk's of lanes: element i of it is added to lane i % LANES.
@@ -352,7 +352,7 @@ def squares(
     lane = tl.arange(0, together)[:, None] * CHUNK + tl.arange(0, LANES)[None, :]
     lanes = tl.zeros([together, LANES], tl.float64)
     most = tl.zeros([together, LANES], real)
-    for _ in range(0, CHUNK // LANES):
+    for _ in range(0, tl.minimum(tl.cdiv(elements - start, LANES), CHUNK // LANES).to(tl.int32)):
         x = load_gradient(
             gradient_at, start, lane, layout, start + lane < elements, gradient, compute, dims, wide, True
         )
@@ -404,8 +404,19 @@ def sum_up(values, sums, segments, order, value_count, sum_count, ordered: tl.co
 
 
 # The words of what decides, and of what is kept on the device from step to step.
-SETS, SUMS, MAX_NORM, SKIPS, SCALE_AT, FOUND_INF_AT, COUNTS, SCALE_GIVEN = (tl.constexpr(number) for number in range(8))
-DRIFT, SKIPPED, NORM, SCALE = (tl.constexpr(number) for number in range(4))
+SETS, SUMS, MAX_NORM, SKIPS, SCALE, SCALE_AT, SCALE_DOUBLE, FOUND_INF_AT, COUNTS = (
+    tl.constexpr(number) for number in range(9)
+)
+DRIFT, SKIPPED, NORM, SCALE_WAS = (tl.constexpr(number) for number in range(4))
+
+
+@triton.jit
+def number_at(address, double):
+    """A float32 of the device, or a float64 where it is `double`, as float64."""
+    if double != 0:
+        return tl.load(address.to(tl.pointer_type(tl.float64)))
+    else:
+        return tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["sum_count"])
@@ -414,21 +425,21 @@ def decide(config, kept, sums, scalars, sum_count, measured: tl.constexpr):
 
     ``config``: int64, words of which some are float64s: SETS, how many sets of scalars follow from word SET on; SUMS,
     of how many sums (up to 4,096) the sum of squares is made; MAX_NORM; SKIPS, whether gradients that are not finite
-    leave the step out; the addresses of float32 scale and found_inf, or 0, and the scale where it has no address;
-    COUNTS, whether the host's step counts stand still while this is run again and again. ``kept``: int64, how far the
+    leave the step out; the scale of gradients, or its address and whether that is of a float64; the address of a
+    float32 found_inf, or 0; COUNTS, whether the host's step counts stand still while this is run again and again. ``kept``: int64, how far the
     host's step counts are behind and how many steps were left out, and of the last step, as float64, the norm of the
     gradients and their scale.
     """
     floats = config.to(tl.pointer_type(tl.float64))
     kept_floats = kept.to(tl.pointer_type(tl.float64))
-    scale = tl.load(floats + SCALE_GIVEN)
+    scale = tl.load(floats + SCALE)
     scale_at = tl.load(config + SCALE_AT)
     if scale_at != 0:
-        scale = tl.load(scale_at.to(tl.pointer_type(tl.float32))).to(tl.float64)
+        scale = number_at(scale_at, tl.load(config + SCALE_DOUBLE))
     found_at = tl.load(config + FOUND_INF_AT)
     skip = tl.load(config + SETS) < 0
     if found_at != 0:
-        skip = tl.load(found_at.to(tl.pointer_type(tl.float32))) != 0.0
+        skip = number_at(found_at, 0) != 0.0
     skip = skip | (scale <= 0.0) | (scale == float("inf")) | (scale != scale)
     factor = 1.0 / scale
     if measured:
@@ -453,7 +464,7 @@ def decide(config, kept, sums, scalars, sum_count, measured: tl.constexpr):
         lr = tl.load(at + LR)
         lr_at = tl.load(words + LR_AT)
         if lr_at != 0:
-            lr = tl.load(lr_at.to(tl.pointer_type(tl.float64)))
+            lr = number_at(lr_at, tl.load(words + LR_DOUBLE))
             skip = skip | (lr < 0.0) | (lr == float("inf")) | (lr != lr)
         count = tl.load(at + COUNT).to(tl.int64) + drift
         powers1 = tl.load(words + POWERS1).to(tl.pointer_type(tl.float64))
@@ -470,7 +481,7 @@ def decide(config, kept, sums, scalars, sum_count, measured: tl.constexpr):
         tl.store(to + COUNT, count.to(tl.float64))
 
     tl.store(scalars, skip.to(tl.float64))
-    tl.store(kept_floats + SCALE, tl.where(skip, tl.load(kept_floats + SCALE), scale))
+    tl.store(kept_floats + SCALE_WAS, tl.where(skip, tl.load(kept_floats + SCALE_WAS), scale))
     tl.store(kept + SKIPPED, tl.load(kept + SKIPPED) + skip.to(tl.int64))
     if tl.load(config + COUNTS) != 0:
         drift += (skip == 0).to(tl.int64)

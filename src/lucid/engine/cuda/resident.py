@@ -134,16 +134,17 @@ class Resident:
         numbers[0, 2] = np.inf if decision.max_norm is None else decision.max_norm
         config[0, 3] = decision.skips
         if isinstance(decision.scale, Tensor):
-            config[0, 4] = self._tell(decision.scale)
+            config[0, 5:7] = self._tell(decision.scale)
         else:
-            numbers[0, 7] = decision.scale
+            numbers[0, 4] = decision.scale
         if decision.found_inf is not None:
-            config[0, 5] = self._tell(decision.found_inf)
-        config[0, 6] = decision.captured
+            found_inf = decision.found_inf
+            config[0, 7], _ = self._tell(found_inf if found_inf.dtype == torch.float32 else (found_inf != 0).float())
+        config[0, 8] = decision.captured
         for row, words, recipe in zip(numbers[1:], config[1:], recipes, strict=True):
             row[:4] = recipe.beta1, 1.0 - recipe.beta1, recipe.beta2, 1.0 - recipe.beta2
             if isinstance(recipe.lr, Tensor):
-                words[7] = self._tell(recipe.lr, double=True)
+                words[7:9] = self._tell(recipe.lr)
             else:
                 row[4] = recipe.lr
             row[5:7] = recipe.weight_decay, -1.0 if recipe.maximize else 1.0
@@ -165,12 +166,13 @@ class Resident:
         launches.append(self._prepared(launch.decide, 1, told, (decision.measures,), 1))
         return launches, staged
 
-    def _tell(self, value: Tensor, *, double: bool = False) -> int:
-        """The address of a number on the device, of the type in which the kernel reads it."""
-        wanted = torch.float64 if double else torch.float32
-        number = value.detach() if value.dtype == wanted else value.detach().to(wanted)
+    def _tell(self, value: Tensor) -> tuple[int, bool]:
+        """The address of a number on the device, of a type that the kernel reads, and whether it is a float64."""
+        number = value.detach()
+        if number.dtype not in (torch.float32, torch.float64):
+            number = number.double()
         self._told.append(number)
-        return number.data_ptr()
+        return number.data_ptr(), number.dtype == torch.float64
 
     # Updating
 
