@@ -128,6 +128,11 @@ class Plan:
         return 0 if self._device is None else self._device.settle()
 
     @property
+    def begun(self) -> bool:
+        """Whether the device of this step's rows has taken a step, as one that is captured needs."""
+        return self._device is not None and self._device.begun
+
+    @property
     def guessing(self) -> bool:
         """Whether step counts are a guess."""
         return self._device is not None and self._device.guessing

@@ -180,7 +180,7 @@ class Part:
         found_inf: Any = vars(optimizer).get("found_inf")
         told = any(is_on(device, value) for value in (given, found_inf, *(hyper.lr for hyper in hyperparameters)))
         if captured:
-            self._check_capture(optimizer, new)
+            self._check_capture(optimizer, ready=plan.begun and not new)
         elif new or optimizer.nonfinite == "error" or not (told or _is_judging(optimizer)):
             return None
         scale = given if is_on(device, given) else scale_of(given)
@@ -194,11 +194,11 @@ class Part:
                 return None
         return engine.Decision(scale, found_inf, optimizer.max_grad_norm, optimizer.nonfinite == "skip", captured)
 
-    def _check_capture(self, optimizer: Optimizer, new: list[_NewState]) -> None:
-        if new:
+    def _check_capture(self, optimizer: Optimizer, *, ready: bool) -> None:
+        if not ready:
             raise RuntimeError(
-                "step() is being captured in a CUDA graph, but some parameters have no state yet, which would be made "
-                "anew each time the graph is run; take a step before, or call init_state()"
+                "step() is being captured in a CUDA graph without having been taken before: what it makes at first "
+                "would be made anew each time the graph is run; take a step with the same parameters before"
             )
         if optimizer.nonfinite == "error":
             raise RuntimeError(

@@ -66,7 +66,8 @@ class DevicePlan:
         self._step: Table = np.zeros((3, 1), np.int64)
         self._version = 0
         self._residents: dict[tuple[int, int], Resident] = {}
-        self._kept: Tensor | None = None
+        self._kept: dict[tuple[int, int], Tensor] = {}  # of each device
+        self._deciding = (0, 0)  # the device whose guesses the host's step counts are
         self._captured: list[_Captured] = []
         self._launches: list[tuple[Launcher, list[Launch]]] = []
         self._seen: list[tuple[int, Seen]] = []
@@ -95,6 +96,8 @@ class DevicePlan:
                     resident = Resident(launcher, device, rows, captured=True)
                 elif resident is None or resident.stream != launcher.stream():
                     resident = self._residents[device] = Resident(launcher, device, rows)
+                if device not in self._kept:  # not while a step is captured: it would be zeroed each time that is run
+                    self._kept[device] = launcher.empty(_KEPT).zero_()
                 resident.refresh(self._step, self._version)
                 yield resident
 
@@ -126,10 +129,8 @@ class DevicePlan:
 
     def _deciding(self, resident: Resident, recipes: Sequence[Recipe], decision: Decision) -> list[Launch]:
         """The launches before those that update."""
-        if self._kept is None:
-            self._kept = resident.launcher.empty(_KEPT).zero_()
         measuring = list(resident.measuring().launches) if decision.measures else []
-        deciding, config = resident.decide(decision, recipes, self._kept)
+        deciding, config = resident.decide(decision, recipes, self._kept[resident.device])
         if decision.captured:
             count_of = {(group, count.item() + 1): count for group, count in self._native.step_counts()}
             counts = [count_of[recipe.group, recipe.step] for recipe in recipes]
@@ -158,26 +159,32 @@ class DevicePlan:
 
     def guess(self) -> bool:
         """Take the step counts of this step's rows for a guess; False where those of other rows are one already."""
-        guessed = self._native.guess()
-        self.guessing |= guessed
-        return guessed
+        device = self._native.only_device()
+        if (self.guessing and device != self._deciding) or not self._native.guess():
+            return False
+        self.guessing, self._deciding = True, device
+        return True
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step has been taken on the device of this one's rows, as one that is captured needs."""
+        return self._native.only_device() in self._kept
 
     def settle(self) -> int:
         """Make the host's step counts right, waiting for the device; return how many steps it has left out."""
         if not self.guessing:
             return 0
         self.guessing = self.captured
-        drift, skipped = (0, 0) if self._kept is None else self._kept[: _SKIPPED + 1].tolist()
-        self._native.settle(drift, keep=self.captured)
-        if self._kept is not None:
-            self._kept[: _SKIPPED + 1].zero_()
+        counts = self._kept[self._deciding][: _SKIPPED + 1] if self._deciding in self._kept else torch.zeros(2)
+        drift, skipped = counts.tolist()
+        counts.zero_()
+        self._native.settle(int(drift), keep=self.captured)
         self._keep_up()
         return int(skipped)
 
     def decided(self) -> tuple[Tensor, Tensor]:
         """Return, on the device, the norm of all gradients and their scale in the last step that was decided there."""
-        assert self._kept is not None
-        words = self._kept.view(torch.float64)
+        words = self._kept[self._deciding].view(torch.float64)
         return words[_NORM], words[_SCALE]
 
 

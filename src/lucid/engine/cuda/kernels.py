@@ -426,9 +426,9 @@ def decide(config, kept, sums, scalars, sum_count, measured: tl.constexpr):
     ``config``: int64, words of which some are float64s: SETS, how many sets of scalars follow from word SET on; SUMS,
     of how many sums (up to 4,096) the sum of squares is made; MAX_NORM; SKIPS, whether gradients that are not finite
     leave the step out; the scale of gradients, or its address and whether that is of a float64; the address of a
-    float32 found_inf, or 0; COUNTS, whether the host's step counts stand still while this is run again and again. ``kept``: int64, how far the
-    host's step counts are behind and how many steps were left out, and of the last step, as float64, the norm of the
-    gradients and their scale.
+    float32 found_inf, or 0; COUNTS, whether the host's step counts stand still while this is run again and again.
+    ``kept``: int64, how far the host's step counts are behind and how many steps were left out, and of the last step,
+    as float64, the norm of the gradients and their scale.
     """
     floats = config.to(tl.pointer_type(tl.float64))
     kept_floats = kept.to(tl.pointer_type(tl.float64))

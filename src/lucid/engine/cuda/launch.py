@@ -29,11 +29,13 @@ class GPU:
     def geometry(self, kind: Kind) -> Geometry:
         """Return how elements are shared out.
 
-        Four elements a thread leave room in its registers, so that enough threads are there to hide the memory's
-        latency; where drawing and encoding take much beforehand, it serves several tiles.
+        As measured on an H100 (benchmarks/RESULTS-gpu.md): few elements a thread leave room in its registers, so that
+        enough threads are there to hide the memory's latency; where much comes before drawing and encoding, several
+        tiles share it, and a thread with more elements of a block shares its scales.
         """
-        tile = 128 if kind.moments == EIGHT_BIT else 512
-        return Geometry(tile, 1 if kind.moments == PLAIN else 8, tile // 128)
+        if kind.moments == PLAIN:
+            return Geometry(512, 1, 4)
+        return Geometry(256, 8, 1) if kind.moments == EIGHT_BIT else Geometry(256, 8, 2)
 
     def current(self) -> AbstractContextManager[Any]:
         """Make this device the current one, within."""
