@@ -224,8 +224,8 @@ def test_an_override_holds_until_it_ends(level):
     assert engine.cpu.simd_level() == before
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_levels_threads_and_batches_give_the_references_bits(dtype):
+def whole_grid(dtype):
+    """A problem of every kind of group, length and gradient."""
     others = itertools.cycle(
         [(1e-3, 0.01, 1e-8), (0.1, 0.0, 0.0), (1e30, 1e-3, 1e-40), (0.0, 0.1, 1e-8), (2.0, 3.0, 1e-3)]
     )
@@ -236,7 +236,12 @@ def test_levels_threads_and_batches_give_the_references_bits(dtype):
             {"betas": betas, "maximize": maximize, "amsgrad": amsgrad}
             | {"lr": lr, "weight_decay": weight_decay, "eps": eps}
         )
-    problem = Problem(dtype, groups, COMPLEX_GRADIENTS if dtype.is_complex else REAL_GRADIENTS)
+    return Problem(dtype, groups, COMPLEX_GRADIENTS if dtype.is_complex else REAL_GRADIENTS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_levels_threads_and_batches_give_the_references_bits(dtype):
+    problem = whole_grid(dtype)
     with on("reference"):
         wanted = problem.run()
     for kind in (torch.isnan, torch.isinf, torch.isfinite):

@@ -67,7 +67,7 @@ class DevicePlan:
         self._version = 0
         self._residents: dict[tuple[int, int], Resident] = {}
         self._kept: dict[tuple[int, int], Tensor] = {}  # of each device
-        self._deciding = (0, 0)  # the device whose guesses the host's step counts are
+        self._decider = (0, 0)  # the device whose guesses the host's step counts are
         self._captured: list[_Captured] = []
         self._launches: list[tuple[Launcher, list[Launch]]] = []
         self._seen: list[tuple[int, Seen]] = []
@@ -160,9 +160,9 @@ class DevicePlan:
     def guess(self) -> bool:
         """Take the step counts of this step's rows for a guess; False where those of other rows are one already."""
         device = self._native.only_device()
-        if (self.guessing and device != self._deciding) or not self._native.guess():
+        if (self.guessing and device != self._decider) or not self._native.guess():
             return False
-        self.guessing, self._deciding = True, device
+        self.guessing, self._decider = True, device
         return True
 
     @property
@@ -175,7 +175,7 @@ class DevicePlan:
         if not self.guessing:
             return 0
         self.guessing = self.captured
-        counts = self._kept[self._deciding][: _SKIPPED + 1] if self._deciding in self._kept else torch.zeros(2)
+        counts = self._kept[self._decider][: _SKIPPED + 1] if self._decider in self._kept else torch.zeros(2)
         drift, skipped = counts.tolist()
         counts.zero_()
         self._native.settle(int(drift), keep=self.captured)
@@ -184,7 +184,7 @@ class DevicePlan:
 
     def decided(self) -> tuple[Tensor, Tensor]:
         """Return, on the device, the norm of all gradients and their scale in the last step that was decided there."""
-        words = self._kept[self._deciding].view(torch.float64)
+        words = self._kept[self._decider].view(torch.float64)
         return words[_NORM], words[_SCALE]
 
 
