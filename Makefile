@@ -1,4 +1,4 @@
-# `make help` lists the targets. All but bench-gpu happens in .venv, made from nothing by whichever target needs it.
+# `make help` lists the targets. All but *-gpu happens in .venv, made from nothing by whichever target needs it.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: help setup train train-fsdp compare test test-distributed lint sanitize bench bench-gpu accuracy format clean
+.PHONY: help setup train train-fsdp compare test test-distributed lint sanitize bench test-gpu bench-gpu accuracy format clean
 
 DISTRIBUTED := test_fsdp.py test_agreement.py test_ddp.py test_distributed_checkpoints.py test_backward_replicas.py \
 	test_example_fsdp.py test_accelerate.py test_lightning.py test_transformers.py
@@ -57,6 +57,9 @@ sanitize: setup  ## build the engine with address/undefined-behaviour and thread
 
 bench: setup  ## measure the step beside torch's (and DeepSpeed's where installed); writes benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.step $(if $(ARGS),$(ARGS),--markdown benchmarks/RESULTS.md)
+
+test-gpu:  ## the tests that need a CUDA device, with what PYTHON has installed, this package among it
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/gpu $(ARGS)
 
 bench-gpu:  ## measure on a CUDA device, with what PYTHON has installed, not .venv; writes benchmarks/RESULTS-gpu.md
 	$(PYTHON) -m benchmarks.gpu $(if $(ARGS),$(ARGS),--markdown benchmarks/RESULTS-gpu.md)
