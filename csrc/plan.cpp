@@ -340,8 +340,9 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
   const int ndim = parameter.ndim + row.is_complex;  // a complex number is two reals, one after the other
   work.elements = elements(parameter) * (row.is_complex ? 2 : 1);
   row.shard.reset();
-  if (is_sharded(row.param)) row.shard.reset(new Shard{nb::steal(spec_of(row.param)), {}, numbering});
-  work.numbering = row.shard == nullptr ? nullptr : &row.shard->numbering;
+  if (is_sharded(row.param)) row.shard.reset(new Shard{nb::steal(spec_of(row.param)), {}});
+  row.numbering = numbering;
+  work.numbering = numbering.first == 0 && numbering.run >= work.elements ? nullptr : &row.numbering;
   work.row = parameter.ndim == 0 || parameter.shape[0] == 0 ? work.elements : work.elements / parameter.shape[0];
 
   std::vector<int64_t> shape(static_cast<size_t>(ndim));

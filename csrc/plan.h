@@ -115,7 +115,6 @@ class Plan {
   // What is here of a parameter, and how it is spread: its own spec, and the last that said the same of a gradient.
   struct Shard {
     nb::object spec, gradient_spec;
-    Numbering numbering;
   };
 
   struct Row {
@@ -127,6 +126,7 @@ class Plan {
     float* step = nullptr;
     const int64_t* stream = nullptr;
     Work work = {};
+    Numbering numbering = {};
     size_t first = 0;  // in tensors_: parameter, gradient, step, then the other slots
     int tensors = 0;
     int group;

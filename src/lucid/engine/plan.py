@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, reference
+from . import cpu, cuda, offload, reference
 from .observed import Seen
 from .row import Row
 from .scalars import Decision, Recipe
@@ -58,6 +58,8 @@ class Plan:
     def __init__(self, groups: list[list[Tensor]]) -> None:
         self._native = None if cpu.missing is not None or _only == "reference" else cpu.Plan(groups)
         self._device: DevicePlan | None = None
+        self._offload: offload.Offload | None = None
+        self._groups = groups
         self._only = _only
         self._ids = [id(param) for group in groups for param in group]
         self._rows: list[Row] = []
@@ -65,7 +67,7 @@ class Plan:
         self._squares: list[tuple[int, float]] = []
         self._observed: list[tuple[int, Seen]] = []
         self._writing = False
-        self._launched = False
+        self._launched = self._sent = False
 
     def gather(self, groups: list[list[Tensor]], state_box: list[Any]) -> list[int] | None:
         """Begin a step: the numbers of the rows to bind, or None where this plan is of other parameters.
@@ -87,6 +89,11 @@ class Plan:
         """Let a checked row take part in this step."""
         device = row.gradient.device
         engine = name_for(device)
+        if self._native is not None and engine != "reference" and offload.is_offloaded(row):
+            if self._offload is None:
+                self._offload = offload.Offload(self._groups)
+            self._offload.bind(row)
+            return
         if engine != "reference" and self._native is not None:
             slots = {"step": row.step} | row.slots
             on_device = engine == "cuda"
@@ -112,7 +119,7 @@ class Plan:
     @property
     def deciding(self) -> torch.device | None:
         """The GPU on which all rows of this step are, which can decide what becomes of it; None where they are not."""
-        if self._native is None or self._device is None or self._rows:
+        if self._native is None or self._device is None or self._rows or self._offloaded:
             return None
         kind, index = self._native.only_device()
         if not kind:
@@ -152,7 +159,13 @@ class Plan:
     def steps(self) -> list[tuple[int, float]]:
         """Return (group, step count) for each of the recipes that `run` wants, in its order."""
         native = [] if self._native is None else self._native.steps()
-        return native + [(row.group, row.step.item() + 1) for row in self._rows]
+        offloaded = [] if self._offload is None else self._offload.steps()
+        return native + [(row.group, row.step.item() + 1) for row in self._rows] + offloaded
+
+    @property
+    def _offloaded(self) -> list[Row]:
+        """The rows of this step whose state is on the host, and their parameters elsewhere."""
+        return [] if self._offload is None else self._offload.rows
 
     def measure(self) -> None:
         """Sum up the squares of each gradient of this step."""
@@ -161,6 +174,8 @@ class Plan:
         self._squares = [(row.index, reference.squares(row)) for row in self._rows]
         if self._device is not None:
             self._squares += self._device.squares()
+        if self._offload is not None and self._offload.rows:
+            self._squares += self._offload.squares(self._groups)
 
     def square_sum(self) -> float:
         """Return the sum of what was measured, which does not depend on threads, SIMD levels or engines."""
@@ -182,17 +197,20 @@ class Plan:
         like, by row number, if it is to `observe`.
         """
         scalars = [] if not isinstance(verdict, float) else [recipe.scalars(verdict) for recipe in recipes]
-        own = len(recipes) - len(self._rows)
+        own = len(recipes) - len(self._rows) - len(self._offloaded)
+        last = own + len(self._rows)
         count = isinstance(verdict, float) or not verdict.captured
         observed: list[tuple[int, Seen]] = []
         if self._rows:
-            self._updates, seen = reference.compute(self._rows, scalars[own:], observe=observe)
+            self._updates, seen = reference.compute(self._rows, scalars[own:last], observe=observe)
             observed += seen
         if self._device is not None:
             self._device.prepare(recipes[:own], verdict, observe=observe)
+        if self._offload is not None:
+            self._offload.prepare(scalars[last:])
         if self._native is not None:
             self._native.remember(state_box[0])
-            torch.autograd.graph.increment_version(self._native.params())
+            torch.autograd.graph.increment_version([*self._native.params(), *(row.param for row in self._offloaded)])
         try:
             self._write(scalars[:own], state_box, observe, count)
         except BaseException:  # an interrupt between two writes: finish them first
@@ -209,7 +227,10 @@ class Plan:
             self._native.run(list(scalars), torch.get_num_threads(), observe, count, state_box)
         if self._device is not None and not self._launched:
             self._launched = True
-            self._observed = self._device.run(counted=count)
+            self._observed += self._device.run(counted=count)
+        if self._offload is not None and not self._sent:
+            self._sent = True
+            self._observed += self._offload.run(torch.get_num_threads(), observe=observe)
         if self._updates:
             reference.commit(self._updates)
 
@@ -221,7 +242,9 @@ class Plan:
     def release(self) -> None:
         """End the step; let go of its gradients."""
         self._rows, self._updates, self._squares, self._observed = [], [], [], []
-        self._writing = self._launched = False
+        self._writing = self._launched = self._sent = False
+        if self._offload is not None:
+            self._offload.release()
         if self._native is not None:
             self._native.release()
 

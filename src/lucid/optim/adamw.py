@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -72,6 +72,10 @@ class AdamW(Optimizer):
         Processes that hold different parameters, or different parts of plain ones, as under
         ``ZeroRedundancyOptimizer``, the first FSDP, or pipeline stages: the gradient norm is then of all their
         gradients, and they leave out the same steps. DTensors (FSDP2, tensor parallelism) need none.
+    state_device : {"cpu"}, optional
+        Keep the state of parameters on a GPU in the host's memory, and update them there: chunks of gradients and
+        parameters come over and go back while others are updated. The same bits, at the speed of the host's memory and
+        of the bus. ``docs/gpu.md``.
 
     Attributes
     ----------
@@ -138,6 +142,7 @@ class AdamW(Optimizer):
         nonfinite: NonFinite = "propagate",
         seed: int = 0,
         shard_group: ProcessGroup | None = None,
+        state_device: Literal["cpu"] | None = None,
     ) -> None:
         beta1, beta2 = pair(betas)
         defaults = ParamGroup(
@@ -155,7 +160,14 @@ class AdamW(Optimizer):
             }
         )
         self._hyperparameters(defaults)
-        super().__init__(params, defaults, max_grad_norm=max_grad_norm, nonfinite=nonfinite, shard_group=shard_group)
+        super().__init__(
+            params,
+            defaults,
+            max_grad_norm=max_grad_norm,
+            nonfinite=nonfinite,
+            shard_group=shard_group,
+            state_device=state_device,
+        )
 
     def _hyperparameters(self, group: ParamGroup, *, reads: bool = True) -> Hyperparameters:
         try:

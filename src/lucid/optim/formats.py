@@ -8,7 +8,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -53,14 +53,14 @@ class Slot:
             return ()
         return tuple(param.shape) if self.shape == "param" else (param.shape[0], codecs.blocks(param.shape))
 
-    def new(self, param: Tensor, *, contiguous: bool) -> Tensor:
-        """Return zeros on the parameter's device, in its order of dimensions in memory unless `contiguous`."""
+    def new(self, param: Tensor, device: torch.device, *, contiguous: bool) -> Tensor:
+        """Return zeros on `device`, in the parameter's order of dimensions in memory unless `contiguous`."""
         part = shards.local(param)
         with torch.inference_mode(False), torch.no_grad():  # what is made in that mode could not be updated outside
             if self.shape == "param" and not contiguous:
-                slot = torch.empty_like(part, dtype=self.dtype, requires_grad=False)
+                slot = torch.empty_like(part, dtype=self.dtype, device=device, requires_grad=False)
             else:
-                slot = torch.empty(self.shape_for(part), dtype=self.dtype, device=part.device)
+                slot = torch.empty(self.shape_for(part), dtype=self.dtype, device=device)
             if slot.device.type == "cpu":  # torch's own zeroing is parallel, which hangs a forked child
                 ctypes.memset(slot.data_ptr(), 0, slot.nbytes)
             else:
@@ -123,11 +123,17 @@ class StateFormat:
     """What is kept for one kind of parameter.
 
     ``moments``: how the two moments are stored. ``slots``: every tensor but the step count and amsgrad's maximum.
+    ``device``: where they lie if that is not where the parameter does.
     """
 
     moments: StateFormatName
     slots: Mapping[str, Slot]
     amsgrad_slot: Slot
+    device: torch.device | None = None
+
+    def device_for(self, param: Tensor) -> torch.device:
+        """Return where the state of `param` lies."""
+        return shards.local(param).device if self.device is None else self.device
 
     def slots_with(self, amsgrad: bool) -> dict[str, Slot]:
         """Return the slots of a parameter, in the order in which they are made."""
@@ -159,10 +165,11 @@ class StateFormat:
                     "state_format and master_weights before the first step, or load_state_dict, which converts"
                 )
             tensor = slot.check(value, param, key, name)
-            if tensor.dtype != slot.dtype or (tensor.device != param.device and key != STREAM):
+            device = param.device if self.device is None else self.device
+            if tensor.dtype != slot.dtype or (tensor.device != device and key != STREAM):
                 raise ValueError(
                     f"state {key!r} of {name} is {tensor.dtype} on {tensor.device}, expected "
-                    f"{slot.dtype} on {param.device}; load it with load_state_dict, which converts"
+                    f"{slot.dtype} on {device}; load it with load_state_dict, which converts"
                 )
             if key != STREAM and not shards.alike(tensor, param):
                 raise ValueError(
@@ -225,7 +232,7 @@ class StateFormat:
         if key == STREAM:
             with torch.inference_mode(False):
                 return torch.tensor(_stream_of(*known_as), dtype=torch.int64, device="cpu")
-        return slot.new(param, contiguous=key in _CODES)
+        return slot.new(param, self.device_for(param), contiguous=key in _CODES)
 
 
 def _decoded(param: Tensor, entry: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
@@ -263,14 +270,27 @@ def _stream_of(seed: int, called: str | int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def format_for(param: Tensor, state_format: StateFormatName, master_weights: bool, name: str) -> StateFormat:
-    """Return what is kept for `param`; raise where its dtype is none that is known."""
+def format_for(
+    param: Tensor,
+    state_format: StateFormatName,
+    master_weights: bool,
+    name: str,
+    device: torch.device | None = None,
+) -> StateFormat:
+    """Return what is kept for `param`, on `device` or with it; raise where its dtype is none that is known."""
     if param.dtype not in engine.COMPUTE:
         known = ", ".join(str(dtype) for dtype in engine.COMPUTE)
         raise TypeError(f"{name} has dtype {param.dtype}, expected one of {known}")
     if state_format == "8bit" and not _is_quantized(param.shape):
         state_format = "fp32"
     kept = _format(param.dtype, state_format, master_weights)
+    if device is not None:
+        if shards.is_sharded(param):
+            raise ValueError(
+                f'{name} is spread over processes, for which state_device="cpu" does not work; let FSDP2 keep '
+                "parameters and state on the host (CPUOffloadPolicy), or leave state_device away"
+            )
+        kept = replace(kept, device=device)
     if kept.moments == "8bit":
         shards.check_blocks(param, name)
     if STREAM in kept.slots:

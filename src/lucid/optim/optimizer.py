@@ -10,7 +10,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Optimizer(torch.optim.Optimizer):
         Parameters, (name, Parameter) pairs, or group dicts with ``"params"`` and any hyperparameter.
     defaults : ParamGroup
         The hyperparameters of a group that does not give its own.
-    max_grad_norm, nonfinite, shard_group
+    max_grad_norm, nonfinite, shard_group, state_device
         What a step makes of its gradients, and with whom, see `AdamW`.
     """
 
@@ -75,6 +75,7 @@ class Optimizer(torch.optim.Optimizer):
     _skipped_steps = 0
     _amp_scaling: bool | None = None
     _shard_group: ProcessGroup | None = None
+    _state_device: torch.device | None = None
 
     param_groups: list[ParamGroup]  # type: ignore[assignment]
     defaults: ParamGroup
@@ -87,8 +88,11 @@ class Optimizer(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         nonfinite: NonFinite = "propagate",
         shard_group: ProcessGroup | None = None,
+        state_device: Literal["cpu"] | None = None,
     ) -> None:
         self._begin()
+        if state_device is not None:
+            self._state_device = torch.device(one_of("state_device", state_device, ("cpu",)))
         self._shard_group = checked_group(shard_group)
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
@@ -472,7 +476,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _format(self, param: Tensor, hyper: Hyperparameters, name: str) -> StateFormat:
         """Return what is kept for `param`; raise where it cannot be updated."""
-        kept = format_for(param, hyper.state_format, hyper.master_weights, name)
+        kept = format_for(param, hyper.state_format, hyper.master_weights, name, self._bare._state_device)
         engine.check_param(param, name)
         return kept
 
@@ -619,13 +623,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def engine_for(self, param: Tensor) -> str:
         """Return the name of the engine that updates `param`: ``"cpu"``, ``"cuda"`` or ``"reference"``."""
-        return engine.name_for(param.device)
+        device = self._bare._state_device
+        return engine.name_for(param.device if device is None or param.device.type == "meta" else device)
 
 
 _NOT_TORCH = ("beta1", "beta2", "state_format", "master_weights", "seed")
 
 # What a copy and a pickle keep besides.
-_OPTIONS = ("_max_grad_norm", "_nonfinite", "_observing", "_amp_scaling")
+_OPTIONS = ("_max_grad_norm", "_nonfinite", "_observing", "_amp_scaling", "_state_device")
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
