@@ -348,6 +348,7 @@ def test_capture_of_a_whole_training_step():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_a_first_step_cannot_be_captured():
     params, optimizer = Pair(SHAPES[:2]).theirs
     for param in params:
