@@ -33,14 +33,13 @@ def _steps(dtype: torch.dtype, **options: Any) -> dict[str, Callable[[], object]
 
     here = [Parameter(param.detach().cpu()) for param in params]
     for own, param in zip(here, params, strict=True):
-        assert param.grad is not None
-        own.grad = param.grad.cpu()
+        own.grad = _gradient(param).cpu()
     update = lucid.optim.AdamW(here, 1e-4, **options)
 
     copies = offload.copies_for(device)
     stages = [(copies.staging(offload.CHUNK_BYTES), copies.staging(offload.CHUNK_BYTES)) for _ in range(offload.SLOTS)]
 
-    chunks = [pair for param in params for pair in zip(_cut(param.detach()), _cut(param.grad), strict=True)]
+    chunks = [pair for param in params for pair in zip(_cut(param.detach()), _cut(_gradient(param)), strict=True)]
 
     def copy() -> None:
         def fetch(number: int) -> Tensor:
@@ -64,8 +63,12 @@ def _steps(dtype: torch.dtype, **options: Any) -> dict[str, Callable[[], object]
     return {name: _synchronized(step) for name, step in steps.items()}
 
 
-def _cut(tensor: Tensor | None) -> Sequence[Tensor]:
-    assert tensor is not None
+def _gradient(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad
+
+
+def _cut(tensor: Tensor) -> Sequence[Tensor]:
     size = offload.CHUNK_BYTES // tensor.element_size()
     return [tensor.view(-1)[begin : begin + size] for begin in range(0, tensor.numel(), size)]
 
@@ -79,8 +82,8 @@ def _by_hand(params: Sequence[Tensor], here: Sequence[Parameter]) -> Callable[[]
 
     def step() -> None:
         for param, mine in zip(params, own, strict=True):
-            assert mine.grad is not None and param.grad is not None
-            mine.grad.copy_(param.grad, non_blocking=True)
+            assert mine.grad is not None
+            mine.grad.copy_(_gradient(param), non_blocking=True)
         torch.cuda.synchronize()
         optimizer.step()
         with torch.no_grad():
