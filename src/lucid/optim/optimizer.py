@@ -110,7 +110,7 @@ class Optimizer(torch.optim.Optimizer):
         self._skipped_in_backward = 0
         self._skipped_alone: dict[Tensor, int] = {}  # of these, by parameter
         self._grad_norm: float | Tensor | None = None
-        self._guessing: list[Part] = []  # whose step counts a device has to confirm
+        self._guessing: dict[Part, None] = {}  # whose step counts a device has to confirm
         self._state_box: list[Any] = [defaultdict(dict), True]
         self._unlock()
 
@@ -159,9 +159,10 @@ class Optimizer(torch.optim.Optimizer):
         elif left_out:
             group, place = part.only
             bare._left_out_in_backward(bare.param_groups[group]["params"][place], left_out)
-        guessing = part.plan is not None and part.plan.guessing
-        if guessing != (part in bare._guessing):
-            (bare._guessing.append if guessing else bare._guessing.remove)(part)
+        if part.plan is not None and part.plan.guessing:
+            bare._guessing[part] = None
+        else:
+            bare._guessing.pop(part, None)
 
     def _left_out_in_backward(self, param: Tensor, count: int) -> None:
         self._skipped_in_backward += count

@@ -65,7 +65,7 @@ class DevicePlan:
         self._rows: Rows | None = None
         self._step: Table = np.zeros((3, 1), np.int64)
         self._version = 0
-        self._residents: dict[tuple[int, int], Resident] = {}
+        self._residents: dict[tuple[int, int, int], Resident] = {}  # by device and stream
         self._kept: dict[tuple[int, int], Tensor] = {}  # of each device
         self._decider = (0, 0)  # the device whose guesses the host's step counts are
         self._captured: list[_Captured] = []
@@ -91,11 +91,12 @@ class DevicePlan:
         for device in rows.devices:
             launcher = launcher_for(device)
             with launcher.current():
-                resident = self._residents.get(device)
+                place = (*device, launcher.stream())
+                resident = self._residents.get(place)
                 if captured:
                     resident = Resident(launcher, device, rows, captured=True)
-                elif resident is None or resident.stream != launcher.stream():
-                    resident = self._residents[device] = Resident(launcher, device, rows)
+                elif resident is None:
+                    resident = self._residents[place] = Resident(launcher, device, rows)
                 if device not in self._kept:  # not while a step is captured: it would be zeroed each time that is run
                     self._kept[device] = launcher.empty(_KEPT).zero_()
                 resident.refresh(self._step, self._version)

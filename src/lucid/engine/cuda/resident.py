@@ -47,7 +47,6 @@ class Resident:
 
     def __init__(self, launcher: Launcher, device: tuple[int, int], rows: Rows, *, captured: bool = False) -> None:
         self.launcher, self.device, self.rows = launcher, device, rows
-        self.stream = launcher.stream()
         self._held: list[Tensor] | None = [] if captured else None
         self._count = max(1, len(rows.rows))
         self._updates = rows.launches(device, launcher.geometry)
