@@ -7,6 +7,8 @@ user sees is written before `run`, and `run` leaves nothing half done.
 
 from __future__ import annotations
 
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +60,7 @@ class Plan:
     def __init__(self, groups: list[list[Tensor]]) -> None:
         self._native = None if cpu.missing is not None or _only == "reference" else cpu.Plan(groups)
         self._device: DevicePlan | None = None
+        self.on_device = False  # whether any row was bound to a GPU
         self._offload: offload.Offload | None = None
         self._groups = groups
         self._only = _only
@@ -67,7 +70,7 @@ class Plan:
         self._squares: list[tuple[int, float]] = []
         self._observed: list[tuple[int, Seen]] = []
         self._writing = False
-        self._launched = self._sent = False
+        self._launched = False
 
     def gather(self, groups: list[list[Tensor]], state_box: list[Any]) -> list[int] | None:
         """Begin a step: the numbers of the rows to bind, or None where this plan is of other parameters.
@@ -104,6 +107,7 @@ class Plan:
                 from .cuda.device import DevicePlan
 
                 self._device = DevicePlan(self._native)
+                self.on_device = True
             return
         if _only is None:
             _warn_of_reference(device)
@@ -197,7 +201,8 @@ class Plan:
         like, by row number, if it is to `observe`.
         """
         scalars = [] if not isinstance(verdict, float) else [recipe.scalars(verdict) for recipe in recipes]
-        own = len(recipes) - len(self._rows) - len(self._offloaded)
+        offloaded = self._offloaded
+        own = len(recipes) - len(self._rows) - len(offloaded)
         last = own + len(self._rows)
         count = isinstance(verdict, float) or not verdict.captured
         observed: list[tuple[int, Seen]] = []
@@ -210,7 +215,7 @@ class Plan:
             self._offload.prepare(scalars[last:])
         if self._native is not None:
             self._native.remember(state_box[0])
-            torch.autograd.graph.increment_version([*self._native.params(), *(row.param for row in self._offloaded)])
+            torch.autograd.graph.increment_version(self._native.params() + [row.param for row in offloaded])
         try:
             self._write(scalars[:own], state_box, observe, count)
         except BaseException:  # an interrupt between two writes: finish them first
@@ -225,12 +230,13 @@ class Plan:
         self._writing = True
         if self._native is not None and not self._native.ran:
             self._native.run(list(scalars), torch.get_num_threads(), observe, count, state_box)
-        if self._device is not None and not self._launched:
+        if (self._device is not None or self._offload is not None) and not self._launched:
             self._launched = True
-            self._observed += self._device.run(counted=count)
-        if self._offload is not None and not self._sent:
-            self._sent = True
-            self._observed += self._offload.run(torch.get_num_threads(), observe=observe)
+            with _uninterrupted():
+                if self._device is not None:
+                    self._observed += self._device.run(counted=count)
+                if self._offload is not None:
+                    self._observed += self._offload.run(torch.get_num_threads(), observe=observe)
         if self._updates:
             reference.commit(self._updates)
 
@@ -242,11 +248,33 @@ class Plan:
     def release(self) -> None:
         """End the step; let go of its gradients."""
         self._rows, self._updates, self._squares, self._observed = [], [], [], []
-        self._writing = self._launched = self._sent = False
+        self._writing = self._launched = False
         if self._offload is not None:
             self._offload.release()
         if self._native is not None:
             self._native.release()
+
+
+# Without signal's own conversion of numbers to enumerations and back, which takes longer than a launch.
+_handler_of = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+_handle = getattr(signal.signal, "__wrapped__", signal.signal)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Keep Ctrl-C for afterwards: between two launches it would leave a step half taken."""
+    before = _handler_of(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[int] = []
+    _handle(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        _handle(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 _warned_of: set[str] = set()

@@ -88,15 +88,13 @@ class Part:
             try:
                 plan, params, hyperparameters = self._prepared(optimizer, state_box, new)
                 decision = self._decision(optimizer, plan, hyperparameters, new)
-                if decision is None or (plan.captured and not decision.captured):
+                if plan.on_device and (decision is None or (plan.captured and not decision.captured)):
                     self.settle()
                 scale = scale_of(vars(optimizer).get("grad_scale")) if decision is None else 1.0
                 found_inf = decision is None and found_inf_in(vars(optimizer).get("found_inf"))
-                device = None if decision is None else plan.deciding
-                hyperparameters = [
-                    hyper if is_on(device, hyper.lr) else hyper._replace(lr=checked_lr(hyper.lr))
-                    for hyper in hyperparameters
-                ]
+                for group, hyper in enumerate(hyperparameters):
+                    if isinstance(hyper.lr, Tensor) and (decision is None or not is_on(plan.deciding, hyper.lr)):
+                        hyperparameters[group] = hyper._replace(lr=checked_lr(hyper.lr))
                 recipes = [
                     _recipe(group, hyperparameters[group], _checked_count(step, group + self._first_group))
                     for group, step in plan.steps()
@@ -167,15 +165,15 @@ class Part:
         self, optimizer: Optimizer, plan: engine.Plan, hyperparameters: list[Hyperparameters], new: list[_NewState]
     ) -> engine.Decision | None:
         """What this step leaves to the device, so that nothing has to wait for it; None where the host decides."""
-        device = plan.deciding
-        captured = engine.cuda.is_capturing()
+        device = plan.deciding if plan.on_device else None
         if device is None or self._agreement:
-            if captured:
+            if engine.cuda.is_capturing():
                 raise RuntimeError(
                     "step() is being captured in a CUDA graph, which needs all parameters that have gradients to be on "
                     "one GPU, updated by the CUDA engine, and not spread over processes"
                 )
             return None
+        captured = engine.cuda.is_capturing()
         given: Any = vars(optimizer).get("grad_scale")
         found_inf: Any = vars(optimizer).get("found_inf")
         told = any(is_on(device, value) for value in (given, found_inf, *(hyper.lr for hyper in hyperparameters)))
@@ -366,13 +364,5 @@ def _checked_count(step: float, group: int) -> float:
 
 
 def _recipe(group: int, hyper: Hyperparameters, step: float) -> engine.Recipe:
-    return engine.Recipe(
-        group=group,
-        lr=hyper.lr,
-        beta1=hyper.beta1,
-        beta2=hyper.beta2,
-        eps=hyper.eps,
-        weight_decay=hyper.weight_decay,
-        maximize=hyper.maximize,
-        step=step,
-    )
+    lr, beta1, beta2, eps, weight_decay, _, maximize, *_ = hyper
+    return engine.Recipe(group, lr, beta1, beta2, eps, weight_decay, maximize, step)

@@ -6,10 +6,7 @@ steps are taken, until `DevicePlan.settle`.
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -144,10 +141,9 @@ class DevicePlan:
         ``counted``: whether the host has counted the step, which it does not while one is captured.
         """
         launches, self._launches = self._launches, []
-        with _uninterrupted():
-            for launcher, each in launches:
-                with launcher.current():
-                    _launch(launcher, each)
+        for launcher, each in launches:
+            with launcher.current():
+                _launch(launcher, each)
         if counted:
             self._keep_up()
         return self._seen
@@ -192,25 +188,3 @@ class DevicePlan:
 def _launch(launcher: Launcher, launches: Sequence[Launch]) -> None:
     for each in launches:
         launcher.launch(each.prepared, each.programs, each.args, each.kind)
-
-
-# Without signal's own conversion of numbers to enumerations and back, which takes longer than a launch.
-_handler_of = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
-_handle = getattr(signal.signal, "__wrapped__", signal.signal)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Keep Ctrl-C for afterwards: between two launches it would leave a step half taken."""
-    before = _handler_of(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    came: list[int] = []
-    _handle(signal.SIGINT, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        _handle(signal.SIGINT, before)
-    if came:
-        signal.raise_signal(signal.SIGINT)
