@@ -291,7 +291,7 @@ class Optimizer(torch.optim.Optimizer):
                 try:
                     return part.update(self, state_box)
                 finally:
-                    if part.plan is not None and part.plan.on_device:
+                    if part.left_out or (part.plan is not None and part.plan.on_device):
                         self._count_left_out(part)
             except BaseException:  # GradScaler removes them after a step that returns, else takes them for the user's
                 vars(self).pop("grad_scale", None)
