@@ -78,7 +78,8 @@ bool Plan::same_groups(nb::list groups) const {
 }
 
 bool Plan::same_tensor(const Tensor& known, const DLTensor& tensor) const {
-  if (!(tensor.device == known.device) || tensor.ndim != known.ndim || tensor.byte_offset != 0 || !(tensor.dtype == known.type)) {
+  if (!(tensor.device == known.device) || tensor.ndim != known.ndim || tensor.byte_offset != 0 ||
+      !(tensor.dtype == known.type)) {
     return false;
   }
   const int64_t* shape = dims_.data() + known.shape;
@@ -104,14 +105,10 @@ Plan::Tensor Plan::known(const DLTensor& tensor, PyObject* object, int16_t role)
   const auto shape = static_cast<uint32_t>(dims_.size());
   dims_.insert(dims_.end(), tensor.shape, tensor.shape + tensor.ndim);
   dims_.insert(dims_.end(), tensor.strides, tensor.strides + tensor.ndim);
-  return {object,
-          tensor.data,
-          tensor.device,
-          span_in_bytes(tensor),
-          shape,
-          shape + static_cast<uint32_t>(tensor.ndim),
-          tensor.dtype,
-          static_cast<int16_t>(tensor.ndim),
+  return {object,        tensor.data,
+          tensor.device, span_in_bytes(tensor),
+          shape,         shape + static_cast<uint32_t>(tensor.ndim),
+          tensor.dtype,  static_cast<int16_t>(tensor.ndim),
           role};
 }
 
@@ -576,8 +573,8 @@ std::vector<DeviceRow> Plan::device_rows() const {
     found.push_back({static_cast<int>(i), tensors_[row.first].device, work.compute, work.gradient, work.param_format,
                      work.moment_format, work.amsgrad,
                      work.layout == nullptr ? 0 : static_cast<int>(std::max<size_t>(1, work.layout->sizes.size())),
-                     !one_run || first + work.elements > int64_t{1} << 32,
-                     work.row % block == 0, row.wide, work.elements});
+                     !one_run || first + work.elements > int64_t{1} << 32, work.row % block == 0, row.wide,
+                     work.elements});
   }
   return found;
 }
@@ -617,7 +614,8 @@ bool Plan::write_device_step(int64_t* table) const {
   };
   for (const Row& row : rows_) {
     if (!row.bound || !row.on_device) continue;
-    put(table, row.active ? reinterpret_cast<int64_t>(row.work.address[grad]) : 0);
+    const auto gradient = reinterpret_cast<int64_t>(row.work.address[grad]);
+    put(table, !row.active ? 0 : gradient == 0 ? 1 : gradient);  // an empty one may lie nowhere, and takes part
     if (row.active) put(table + rows, row.work.scalars);
     if (row.stream != nullptr) put(table + 2 * rows, static_cast<int64_t>(mixed(static_cast<uint64_t>(*row.stream))));
     ++table;

@@ -64,15 +64,16 @@ class Plan {
   // (group, step count after this step) for every set of scalars that run() will want, in that order.
   std::vector<std::pair<int, double>> steps();
   nb::list params() const;
-  // What an engine of another device needs of the rows that are bound to it, whether or not they take part in this step.
+  // What an engine of another device needs of the rows that are bound to it, whether or not they take part in this
+  // step.
   std::vector<DeviceRow> device_rows() const;
   // Changes whenever what device_rows() and write_device_rows() give does.
   int64_t device_structure() const { return device_structure_; }
   // Writes a table of them, int64[rows][device_columns], and behind it, one after the other, the layouts of those that
   // are not contiguous: sizes, then the strides of each operand.
   void write_device_rows(int64_t* table, int64_t* layouts) const;
-  // Writes what changes from step to step: gradients' addresses (0 where the row takes no part), the set of scalars, the
-  // hash of the stream of its draws, int64[3][rows]; returns whether anything is not as it was there.
+  // Writes what changes from step to step: gradients' addresses (0 where the row takes no part), the set of scalars,
+  // the hash of the stream of its draws, int64[3][rows]; returns whether anything is not as it was there.
   bool write_device_step(int64_t* table) const;
   // Where all rows of this step are if that is one device of another engine; else a device of type 0.
   DLDevice only_device() const;
@@ -136,9 +137,9 @@ class Plan {
     bool look = false;
     bool holds_slots = false;
     bool is_complex = false;
-    bool on_device = false;   // updated by another engine, from what device_rows() tells
-    bool guessed = false;     // of these: in guessed_
-    bool wide = false;        // of these: every address is a multiple of 16
+    bool on_device = false;    // updated by another engine, from what device_rows() tells
+    bool guessed = false;      // of these: in guessed_
+    bool wide = false;         // of these: every address is a multiple of 16
     bool may_be_lazy = false;  // its gradient, conjugated or negated: then it is asked at each step
 
     Row(PyObject* param_, int group_) : param(param_), param_type(Py_TYPE(param_)), group(group_) {}
@@ -181,9 +182,9 @@ class Plan {
   std::vector<SeenEntry> seen_entries_;
   std::vector<SeenSlot> seen_slots_;
   std::vector<const Work*> works_;
-  std::vector<int> active_;      // the rows of works_
+  std::vector<int> active_;                          // the rows of works_
   std::vector<std::pair<int, nb::object>> guessed_;  // rows, and their step counts
-  std::vector<double> squares_;  // by active row, since measure()
+  std::vector<double> squares_;                      // by active row, since measure()
   std::vector<RowObserved> observed_;
   bool changed_ = false;   // since the last remember()
   bool sealed_ = false;    // unreachable() since the state was last read, so that it need not be read

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, cuda, reference
 from .observed import Observed
 from .row import Row
 from .scalars import Scalars
@@ -94,7 +94,8 @@ class GPUCopies:
         self._sent = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]
 
     def staging(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        with torch.inference_mode(False):
+            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def begin(self) -> None:
         current = torch.cuda.current_stream(self._device)
@@ -122,97 +123,119 @@ class GPUCopies:
         current.wait_stream(self._outward)
 
 
+class _Ready(NamedTuple):
+    """A chunk that is bound to the CPU engine, as the only row of a plan, with where it comes to lie on the host."""
+
+    chunk: _Chunk
+    param: Tensor
+    gradient: Tensor
+    plan: Any
+    state_box: list[Any]
+
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """What is copied to the host, and from where."""
+        return [(self.param, self.chunk.param), (self.gradient, self.chunk.gradient)]
+
+
 class Offload:
     """The rows of a plan whose state is on the host."""
 
     def __init__(self, groups: list[list[Tensor]]) -> None:
-        self._native = cpu.Plan(groups)  # to measure gradients
+        self._groups = groups
+        self._native = cpu.Plan(groups)  # compares them, and measures their gradients
         self._device: DevicePlan | None = None
         self._copies: dict[torch.device, Copies] = {}
         self._stages: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-        self._chunks: list[_Chunk] = []
+        self._ready: dict[torch.device, list[_Ready]] = {}
         self.rows: list[Row] = []
 
     def bind(self, row: Row) -> None:
         """Let a checked row take part in this step."""
+        if not self.rows:
+            self._native.gather(self._groups, [{}, True])
+        there = row.gradient.device.type != "cpu"
+        fault = self._native.bind(
+            row.index, row.gradient, row.entry, {"step": row.step} | row.slots, row.numbering, there
+        )
+        if fault is not None:
+            raise ValueError(f"{row.name} cannot be updated: {fault}")
         self.rows.append(row)
+
+    def compare(self) -> None:
+        """Raise where the state of a row lies in the memory of another."""
+        if self.rows:
+            self._native.compare()
 
     def steps(self) -> list[tuple[int, float]]:
         """Return (group, step count) of each row."""
         return [(row.group, row.step.item() + 1) for row in self.rows]
 
-    def squares(self, groups: list[list[Tensor]]) -> list[tuple[int, float]]:
+    def squares(self) -> list[tuple[int, float]]:
         """Return (row number, sum of the squares of its gradient) of each row, measured where the gradients are."""
-        self._native.gather(groups, [{}, True])
-        for row in self.rows:
-            there = row.gradient.device.type != "cpu"
-            slots = {"step": row.step} | row.slots  # on the host, where nothing looks: they tell the order
-            self._native.bind(row.index, row.gradient, row.entry, slots, row.numbering, there)
-            if there and self._device is None:
-                from .cuda.device import DevicePlan
-
-                self._device = DevicePlan(self._native)
-        try:
+        if all(row.gradient.device.type == "cpu" for row in self.rows):
             self._native.steps()
-            if self._device is not None:
-                return self._device.squares()
             self._native.measure(torch.get_num_threads())
             return self._native.squares()
-        finally:
-            self._native.release()
+        if cuda.missing is not None:
+            return [(row.index, reference.squares(row)) for row in self.rows]
+        if self._device is None:
+            from .cuda.device import DevicePlan
+
+            self._device = DevicePlan(self._native)
+        self._native.steps()
+        return self._device.squares()
 
     def prepare(self, scalars: Sequence[Scalars]) -> None:
-        """Allocate what `run` needs: what can go wrong does so here."""
-        self._chunks = [chunk for row, own in zip(self.rows, scalars, strict=True) for chunk in _chunks(row, own)]
-        sizes: dict[torch.device, int] = {}
-        for chunk in self._chunks:
-            device, size = chunk.param.device, max(chunk.param.nbytes, chunk.gradient.nbytes)
-            sizes[device] = max(size, sizes.get(device, 0))
-        for device, size in sizes.items():
+        """Allocate and bind what `run` needs: what can go wrong does so here."""
+        chunks: dict[torch.device, list[_Chunk]] = {}
+        for row, own in zip(self.rows, scalars, strict=True):
+            chunks.setdefault(row.gradient.device, []).extend(_chunks(row, own))
+        self._ready = {}
+        for device, found in chunks.items():
             if device not in self._copies:
                 self._copies[device] = copies_for(device)
+            size = max((max(chunk.param.nbytes, chunk.gradient.nbytes) for chunk in found), default=0)
             stages = self._stages.get(device)
             if stages is None or len(stages[0][0]) < size:
                 staging = self._copies[device].staging
-                self._stages[device] = [(staging(size), staging(size)) for _ in range(SLOTS)]
+                stages = self._stages[device] = [(staging(size), staging(size)) for _ in range(SLOTS)]
+            self._ready[device] = [_bound(chunk, stages[number % SLOTS]) for number, chunk in enumerate(found)]
 
     def run(self, threads: int, *, observe: bool) -> list[tuple[int, Observed]]:
         """Update every row; return what its step was like, if that is to `observe`."""
         seen: dict[int, Observed] = {}
-        for device, copies in self._copies.items():
-            chunks = [chunk for chunk in self._chunks if chunk.param.device == device]
+        alone = self._native.serial  # some rows share memory: each chunk waits for the one before to be back
+        for device, ready in self._ready.items():
+            copies = self._copies[device]
             copies.begin()
-            staged: list[tuple[Tensor, Tensor]] = []
-            for ahead in range(-1, len(chunks)):
-                if ahead + 1 < len(chunks):
-                    staged.append(self._fetch(copies, device, ahead + 1, chunks[ahead + 1]))
-                if ahead < 0:
-                    continue
-                slot = ahead % SLOTS
+            for number, each in enumerate(ready):
+                slot = number % SLOTS
+                if alone and number:
+                    copies.end()
+                    copies.begin()
+                if alone or not number:
+                    copies.fetch(slot, each.pairs)
+                if not alone and number + 1 < len(ready):
+                    copies.fetch((number + 1) % SLOTS, ready[number + 1].pairs)
                 copies.wait(slot)
-                chunk, (param, gradient) = chunks[ahead], staged[ahead]
-                observed = _update(chunk, param, gradient, threads, observe=observe)
-                copies.send(slot, chunk.param, param)
-                if observed is not None:
-                    before = seen.get(chunk.row.index)
-                    seen[chunk.row.index] = observed if before is None else _together(before, observed)
+                each.plan.run([each.chunk.scalars], threads, observe, True, each.state_box)
+                copies.send(slot, each.chunk.param, each.param)
+                if observe:
+                    index, observed = each.chunk.row.index, Observed(*each.plan.observed()[0][1])
+                    seen[index] = _together(seen[index], observed) if index in seen else observed
             copies.end()
         for row in self.rows:
             row.step.add_(1)
         return list(seen.items())
 
-    def _fetch(self, copies: Copies, device: torch.device, number: int, chunk: _Chunk) -> tuple[Tensor, Tensor]:
-        stages = self._stages[device][number % SLOTS]
-        param, gradient = (
-            stage[: part.nbytes].view(part.dtype).view(part.shape)
-            for stage, part in zip(stages, (chunk.param, chunk.gradient), strict=True)
-        )
-        copies.fetch(number % SLOTS, [(param, chunk.param), (gradient, chunk.gradient)])
-        return param, gradient
-
     def release(self) -> None:
         """End the step; let go of its gradients."""
-        self.rows, self._chunks = [], []
+        for ready in self._ready.values():
+            for each in ready:
+                each.plan.release()
+        self.rows, self._ready = [], {}
+        self._native.release()
 
 
 def copies_for(device: torch.device) -> Copies:
@@ -220,8 +243,11 @@ def copies_for(device: torch.device) -> Copies:
     return GPUCopies(device)
 
 
-def _update(chunk: _Chunk, param: Tensor, gradient: Tensor, threads: int, *, observe: bool) -> Observed | None:
-    """Update a chunk on the host, as a plan of one row."""
+def _bound(chunk: _Chunk, stage: tuple[Tensor, Tensor]) -> _Ready:
+    param, gradient = (
+        whole[: part.nbytes].view(part.dtype).view(part.shape)
+        for whole, part in zip(stage, (chunk.param, chunk.gradient), strict=True)
+    )
     param.grad_dtype = None
     param.grad = gradient
     plan = cpu.Plan([[param]])
@@ -230,13 +256,10 @@ def _update(chunk: _Chunk, param: Tensor, gradient: Tensor, threads: int, *, obs
     plan.gather([[param]], state_box)
     fault = plan.bind(0, gradient, entry, entry, chunk.numbering)
     if fault is not None:
-        raise RuntimeError(f"{chunk.row.name} could not be updated on the host: {fault}")
+        raise ValueError(f"{chunk.row.name} cannot be updated on the host: {fault}")
     plan.steps()
     plan.remember(state_box[0])
-    plan.run([chunk.scalars], threads, observe, True, state_box)
-    observed = Observed(*plan.observed()[0][1]) if observe else None
-    plan.release()
-    return observed
+    return _Ready(chunk, param, gradient, plan, state_box)
 
 
 def _together(one: Observed, other: Observed) -> Observed:

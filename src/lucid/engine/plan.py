@@ -7,17 +7,16 @@ user sees is written before `run`, and `run` leaves nothing half done.
 
 from __future__ import annotations
 
-import signal
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import cpu, cuda, offload, reference
+from .interrupts import uninterrupted
 from .observed import Seen
 from .row import Row
 from .scalars import Decision, Recipe
@@ -70,7 +69,7 @@ class Plan:
         self._squares: list[tuple[int, float]] = []
         self._observed: list[tuple[int, Seen]] = []
         self._writing = False
-        self._launched = False
+        self._launched = self._sent = False
 
     def gather(self, groups: list[list[Tensor]], state_box: list[Any]) -> list[int] | None:
         """Begin a step: the numbers of the rows to bind, or None where this plan is of other parameters.
@@ -92,7 +91,7 @@ class Plan:
         """Let a checked row take part in this step."""
         device = row.gradient.device
         engine = name_for(device)
-        if self._native is not None and engine != "reference" and offload.is_offloaded(row):
+        if self._native is not None and _only != "reference" and offload.is_offloaded(row):
             if self._offload is None:
                 self._offload = offload.Offload(self._groups)
             self._offload.bind(row)
@@ -117,6 +116,8 @@ class Plan:
         """Raise where the state of a row that is bound lies in the memory of another."""
         if self._native is not None:
             self._native.compare()
+        if self._offload is not None:
+            self._offload.compare()
 
     # What is left to a device
 
@@ -153,6 +154,11 @@ class Plan:
         """Whether steps have been captured, which may have been run since."""
         return self._device is not None and self._device.captured
 
+    def forget_captured(self) -> None:
+        """Count the steps of captured ones no longer: what they work on is replaced."""
+        if self._device is not None:
+            self._device.forget_captured()
+
     def decided(self) -> tuple[Tensor, Tensor]:
         """Return the norm of all gradients, where it was measured, and their scale, as the device has decided."""
         assert self._device is not None
@@ -179,7 +185,7 @@ class Plan:
         if self._device is not None:
             self._squares += self._device.squares()
         if self._offload is not None and self._offload.rows:
-            self._squares += self._offload.squares(self._groups)
+            self._squares += self._offload.squares()
 
     def square_sum(self) -> float:
         """Return the sum of what was measured, which does not depend on threads, SIMD levels or engines."""
@@ -228,15 +234,16 @@ class Plan:
 
     def _write(self, scalars: Sequence[Any], state_box: list[Any], observe: bool, count: bool) -> None:
         self._writing = True
-        if self._native is not None and not self._native.ran:
-            self._native.run(list(scalars), torch.get_num_threads(), observe, count, state_box)
-        if (self._device is not None or self._offload is not None) and not self._launched:
-            self._launched = True
-            with _uninterrupted():
-                if self._device is not None:
-                    self._observed += self._device.run(counted=count)
-                if self._offload is not None:
-                    self._observed += self._offload.run(torch.get_num_threads(), observe=observe)
+        elsewhere = self._device is not None or self._offload is not None
+        with uninterrupted() if elsewhere else nullcontext():
+            if self._native is not None and not self._native.ran:
+                self._native.run(list(scalars), torch.get_num_threads(), observe, count, state_box)
+            if self._device is not None and not self._launched:
+                self._launched = True
+                self._observed += self._device.run(counted=count)
+            if self._offload is not None and not self._sent:
+                self._sent = True
+                self._observed += self._offload.run(torch.get_num_threads(), observe=observe)
         if self._updates:
             reference.commit(self._updates)
 
@@ -248,33 +255,11 @@ class Plan:
     def release(self) -> None:
         """End the step; let go of its gradients."""
         self._rows, self._updates, self._squares, self._observed = [], [], [], []
-        self._writing = self._launched = False
+        self._writing = self._launched = self._sent = False
         if self._offload is not None:
             self._offload.release()
         if self._native is not None:
             self._native.release()
-
-
-# Without signal's own conversion of numbers to enumerations and back, which takes longer than a launch.
-_handler_of = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
-_handle = getattr(signal.signal, "__wrapped__", signal.signal)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Keep Ctrl-C for afterwards: between two launches it would leave a step half taken."""
-    before = _handler_of(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    came: list[int] = []
-    _handle(signal.SIGINT, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        _handle(signal.SIGINT, before)
-    if came:
-        signal.raise_signal(signal.SIGINT)
 
 
 _warned_of: set[str] = set()

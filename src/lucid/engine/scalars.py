@@ -100,10 +100,10 @@ class Decision(NamedTuple):
         return self.max_norm is not None or self.skips
 
 
-def powers(beta: float) -> list[float]:
-    """Return 1 − β^t for t = 0, 1, … up to the first that is 1, or the last step that can be counted."""
+def powers(beta: float, steps: int) -> list[float]:
+    """Return 1 − β^t for t = 0, 1, … up to the first that is 1, or to one step less than `steps`."""
     found = [0.0]
-    while found[-1] != 1.0 and len(found) < MAX_STEP:
+    while found[-1] != 1.0 and len(found) < steps:
         found.append(one_minus_power(beta, len(found)))
     return found
 

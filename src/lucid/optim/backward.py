@@ -42,7 +42,10 @@ class StepInBackward:
     def follow(self, optimizer: Optimizer) -> None:
         """Have hooks on all parameters that require gradients now, and on no others; leaves only have such hooks."""
         params = {param: None for group in optimizer.param_groups for param in group["params"]}
-        for param in [param for param in self._handles if param not in params]:
+        gone = [param for param in self._handles if param not in params]
+        if gone:
+            optimizer._settle()
+        for param in gone:
             self._handles.pop(param).remove()
             for known in (self._parts, optimizer._seen, optimizer._skipped_alone):
                 known.pop(param, None)
@@ -114,7 +117,8 @@ class StepInBackward:
         places = {member.param: (member.group, member.place) for member in members_of(groups)}
         if param not in places:
             return None
-        self._parts |= {other: Part(where) for other, where in places.items()}  # all at once: each look-up reads all
+        optimizer._settle()  # what parts before have left to a device
+        self._parts |= {other: Part(where, other) for other, where in places.items()}  # all at once: each reads all
         return self._parts[param]
 
 

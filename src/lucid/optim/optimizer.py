@@ -106,7 +106,8 @@ class Optimizer(torch.optim.Optimizer):
         self._backward: StepInBackward | None = None
         self._accumulating = 0
         self._seen: dict[Tensor, engine.Seen] = {}
-        self._scale: float | Tensor = 1.0
+        self._scale = 1.0
+        self._scale_there: Tensor | None = None  # where a device has decided the last step; 0 before the first it took
         self._skipped_in_backward = 0
         self._skipped_alone: dict[Tensor, int] = {}  # of these, by parameter
         self._grad_norm: float | Tensor | None = None
@@ -135,6 +136,9 @@ class Optimizer(torch.optim.Optimizer):
         if not isinstance(value, dict):
             raise TypeError(f"state: expected a dict of each parameter's state, got {shown(value)}")
         self._settle()
+        for part in self._guessing:
+            part.forget_captured()
+        self._guessing.clear()
         self._state_box = [value, True]
 
     def _opened_state(self) -> defaultdict[Any, Any]:
@@ -144,21 +148,22 @@ class Optimizer(torch.optim.Optimizer):
 
     def _settle(self) -> None:
         """Wait for devices that decide by themselves which steps are taken, and count these."""
-        if not self._guessing or engine.cuda.is_capturing():
+        bare = self._bare
+        if not bare._guessing or engine.cuda.is_capturing():
             return
-        for part in list(self._guessing):
-            part.settle()
-            self._count_left_out(part)
+        with bare._lock:
+            for part in list(bare._guessing):
+                part.settle()
+                bare._count_left_out(part)
 
     def _count_left_out(self, part: Part) -> None:
         """Count the steps that a device has left out; remember the part if there may be more."""
         bare = self._bare
         left_out, part.left_out = part.left_out, 0
-        if part.only is None:
+        if part.param is None:
             bare._skipped_steps += left_out
         elif left_out:
-            group, place = part.only
-            bare._left_out_in_backward(bare.param_groups[group]["params"][place], left_out)
+            bare._left_out_in_backward(part.param, left_out)
         if part.plan is not None and part.plan.guessing:
             bare._guessing[part] = None
         else:
@@ -276,7 +281,11 @@ class Optimizer(torch.optim.Optimizer):
             self._seen |= outcome.observed
             self._backward.after_step(self)
         elif outcome.observed:
-            self._seen, self._scale = outcome.observed, outcome.scale
+            self._seen = outcome.observed
+            if isinstance(outcome.scale, Tensor):
+                self._scale_there = outcome.scale
+            else:
+                self._scale, self._scale_there = outcome.scale, None
         return loss
 
     def _apart(self, part: Part, state_box: list[Any]) -> Outcome:
@@ -288,6 +297,10 @@ class Optimizer(torch.optim.Optimizer):
                 raise RuntimeError("step() was called from within itself, by an interrupt handler perhaps")
             self._stepping = True
             try:
+                for other in [other for other in self._guessing if other is not part]:
+                    if other is self._whole or part is self._whole:  # they have parameters in common
+                        other.settle()
+                        self._count_left_out(other)
                 try:
                     return part.update(self, state_box)
                 finally:
@@ -455,7 +468,8 @@ class Optimizer(torch.optim.Optimizer):
         if not self._seen:
             raise RuntimeError("statistics: no step has been observed; call observe() before step()")
         self._settle()
-        return summed_up(self._bare, self._seen, float(self._scale))
+        there = 0.0 if self._scale_there is None else float(self._scale_there)
+        return summed_up(self._bare, self._seen, there or self._scale)
 
     def _known_as(self, seed: int, number: int, group: int, index: int) -> KnownAs:
         """What the draws of parameter number `index` of a group, `number` over all, are keyed with."""

@@ -63,14 +63,15 @@ class _NewState(NamedTuple):
 class Part:
     """Parameters whose updates happen all or none, and the plan for it that is kept from step to step.
 
-    ``only``: the (group, place) of the one parameter, or None for all.
+    ``only``: the (group, place) of the one `param`, or None for all.
     """
 
-    def __init__(self, only: tuple[int, int] | None = None) -> None:
-        self.only = only
+    def __init__(self, only: tuple[int, int] | None = None, param: Tensor | None = None) -> None:
+        self.only, self.param = only, param
         self.updated = False  # by the last update(), also if that was interrupted afterwards
         self.left_out = 0  # steps that a device has left out, and that nobody has counted yet
         self._retired: list[engine.Plan] = []
+        self._held: list[list[dict[str, Any]]] = []
         self._first_group = 0 if only is None else only[0]  # of the plan's groups
         self.plan: engine.Plan | None = None
         self._agreement: Agreement
@@ -87,6 +88,8 @@ class Part:
         try:
             try:
                 plan, params, hyperparameters = self._prepared(optimizer, state_box, new)
+                if plan.captured:
+                    self._keep_to_captured(plan)
                 decision = self._decision(optimizer, plan, hyperparameters, new)
                 if plan.on_device and (decision is None or (plan.captured and not decision.captured)):
                     self.settle()
@@ -129,6 +132,8 @@ class Part:
         observed = {every[row]: values for row, values in seen}
         if decision is None:
             return Outcome(False, judged.norm, scale, observed)
+        if decision.captured:  # run again, it writes to what is the state now
+            self._held.append([dict(entry) for entry in state_box[0].values() if isinstance(entry, dict)])
         norm, scale_there = plan.decided()
         return Outcome(False, norm if decision.measures else None, scale_there, observed)
 
@@ -187,7 +192,12 @@ class Part:
                 return None
             found_inf = None
         if not plan.guess():
-            self.left_out += 0 if captured else plan.settle()
+            if captured:
+                raise RuntimeError(
+                    "step() is being captured in a CUDA graph, but the last step was of other parameters; take a step "
+                    "with the same parameters before"
+                )
+            self.settle()
             if not plan.guess():
                 return None
         return engine.Decision(scale, found_inf, optimizer.max_grad_norm, optimizer.nonfinite == "skip", captured)
@@ -203,6 +213,20 @@ class Part:
                 'step() is being captured in a CUDA graph, which cannot raise: nonfinite="error" does not work there; '
                 'set nonfinite="skip"'
             )
+
+    def _keep_to_captured(self, plan: engine.Plan) -> None:
+        if not plan.guess():
+            raise RuntimeError(
+                "step() is of other parameters than the steps that were captured in CUDA graphs, whose counts would "
+                "then be wrong; give all of these gradients, or let go of the captured steps: "
+                "optimizer.load_state_dict(optimizer.state_dict()), and capture anew"
+            )
+
+    def forget_captured(self) -> None:
+        """Count the steps of captured ones no longer, since the state that they work on is replaced."""
+        if self.plan is not None and self.plan.captured:
+            self._retired.append(self.plan)
+            self.plan.forget_captured()
 
     def _retire(self) -> None:
         """Let go of a plan of other parameters, but not of what a captured step needs that may be run again."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lucid.engine.interrupts import uninterrupted
 from lucid.engine.observed import Seen
 from lucid.engine.scalars import Decision, Recipe
 
@@ -66,6 +67,8 @@ class DevicePlan:
         self._kept: dict[tuple[int, int], Tensor] = {}  # of each device
         self._decider = (0, 0)  # the device whose guesses the host's step counts are
         self._captured: list[_Captured] = []
+        self._capturing: _Captured | None = None  # in this step
+        self._forgotten: list[_Captured] = []  # which may be run all the same, and find their tables where they were
         self._launches: list[tuple[Launcher, list[Launch]]] = []
         self._seen: list[tuple[int, Seen]] = []
         self.guessing = False  # whether the host's step counts are a guess
@@ -132,7 +135,7 @@ class DevicePlan:
         if decision.captured:
             count_of = {(group, count.item() + 1): count for group, count in self._native.step_counts()}
             counts = [count_of[recipe.group, recipe.step] for recipe in recipes]
-            self._captured.append(_Captured(resident, config, counts))
+            self._capturing = _Captured(resident, config, counts)
         return measuring + deciding
 
     def run(self, *, counted: bool) -> list[tuple[int, Seen]]:
@@ -146,6 +149,9 @@ class DevicePlan:
                 _launch(launcher, each)
         if counted:
             self._keep_up()
+        elif self._capturing is not None:
+            self._captured.append(self._capturing)
+        self._capturing = None
         return self._seen
 
     def _keep_up(self) -> None:
@@ -171,13 +177,24 @@ class DevicePlan:
         """Make the host's step counts right, waiting for the device; return how many steps it has left out."""
         if not self.guessing:
             return 0
-        self.guessing = self.captured
-        counts = self._kept[self._decider][: _SKIPPED + 1] if self._decider in self._kept else torch.zeros(2)
+        counts = (
+            self._kept[self._decider][: _SKIPPED + 1] if self._decider in self._kept else torch.zeros(2, device="cpu")
+        )
         drift, skipped = counts.tolist()
-        counts.zero_()
-        self._native.settle(int(drift), keep=self.captured)
+        with uninterrupted():
+            counts.zero_()
+            self._native.settle(int(drift), keep=self.captured)
+            self.guessing = self.captured
         self._keep_up()
         return int(skipped)
+
+    def forget_captured(self) -> None:
+        """Count the steps of captured ones no longer."""
+        self.settle()
+        self._forgotten += self._captured
+        self._captured.clear()
+        self._native.settle(0, keep=False)
+        self.guessing = False
 
     def decided(self) -> tuple[Tensor, Tensor]:
         """Return, on the device, the norm of all gradients and their scale in the last step that was decided there."""

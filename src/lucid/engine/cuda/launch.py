@@ -35,7 +35,9 @@ class GPU:
         """
         if kind.moments == PLAIN:
             return Geometry(512, 1, 4)
-        return Geometry(256, 8, 1) if kind.moments == EIGHT_BIT else Geometry(256, 8, 2)
+        if kind.moments == EIGHT_BIT:
+            return Geometry(256 if kind.dims == 0 else 128, 8, 1)  # strides take registers
+        return Geometry(256, 8, 2)
 
     def current(self) -> AbstractContextManager[Any]:
         """Make this device the current one, within."""
@@ -49,11 +51,13 @@ class GPU:
 
     def empty(self, words: int) -> Tensor:
         """Return memory for so many numbers of 64 bits."""
-        return torch.empty(words, dtype=torch.int64, device=self.device)
+        with torch.inference_mode(False):  # what is made in that mode could not be written to outside
+            return torch.empty(words, dtype=torch.int64, device=self.device)
 
     def staging(self, words: int) -> Tensor:
         """Return memory of the host that the device can read by itself."""
-        return torch.empty(words, dtype=torch.int64, pin_memory=True)
+        with torch.inference_mode(False):
+            return torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=True)
 
     def upload(self, target: Tensor, staged: Tensor) -> None:
         """Copy, in the order of the stream, and wait for nothing."""
@@ -90,7 +94,8 @@ class Interpreter:
         return 0
 
     def empty(self, words: int) -> Tensor:
-        return torch.empty(words, dtype=torch.int64, device="cpu")
+        with torch.inference_mode(False):
+            return torch.empty(words, dtype=torch.int64, device="cpu")
 
     def staging(self, words: int) -> Tensor:
         return self.empty(words)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lucid.engine.observed import Observed
-from lucid.engine.scalars import Decision, Recipe, Scalars, powers
+from lucid.engine.scalars import MAX_STEP, Decision, Recipe, Scalars, powers
 
 from . import launch
 from .launch import Launcher
@@ -54,7 +54,9 @@ class Resident:
         self._table, self._layouts, *self._programs = self._put([rows.table, rows.layouts, *programs])
         # Gradients, sets of scalars and streams of the rows; which take part; how their sums are summed up.
         self._most_totals = -(-self._count // CHUNK)
-        self._now = launcher.empty(4 * self._count + 3 * self._most_totals)
+        self._order_at = _aligned(3 * self._count)
+        self._segments_at = self._order_at + _aligned(self._count)
+        self._now = launcher.empty(self._segments_at + 3 * self._most_totals)
         self._version = -1
         self._totals = 0
         self._scalars = self._config = launcher.empty(0)
@@ -76,7 +78,7 @@ class Resident:
 
     def _put(self, arrays: Sequence[Table]) -> list[Tensor]:
         """Return the arrays on the device, by one copy."""
-        sizes = [-(-array.size // 16) * 16 for array in arrays]
+        sizes = [_aligned(array.size) for array in arrays]
         ends = np.cumsum(sizes).tolist()
         joined = np.zeros(ends[-1], np.int64)
         for array, size, end in zip(arrays, sizes, ends, strict=True):
@@ -90,11 +92,14 @@ class Resident:
         if version == self._version:
             return
         active = np.flatnonzero(step[0])
-        order = np.zeros(self._count, np.int64)
-        order[: len(active)] = active
         segments, parts, _ = cut(np.array([len(active)]), np.array([0]))
         self._totals = int(parts[0])
-        self._write(self._now, np.concatenate([step.reshape(-1), order, _stacked(segments)]))
+        stacked = _stacked(segments)
+        now = np.zeros(self._segments_at + stacked.size, np.int64)
+        now[: step.size] = step.reshape(-1)
+        now[self._order_at : self._order_at + len(active)] = active
+        now[self._segments_at :] = stacked
+        self._write(self._now, now)
         self._version = version
 
     def active(self, step: Table) -> list[int]:
@@ -149,7 +154,10 @@ class Resident:
             row[5:7] = recipe.weight_decay, -1.0 if recipe.maximize else 1.0
             row[COUNT] = recipe.step
             for at, beta in ((10, recipe.beta1), (12, recipe.beta2)):
-                table = _powers(beta, self.launcher)
+                # Only a captured step comes further than the host's count, which is never too low.
+                table = _powers(beta, _most_steps(0 if decision.captured else recipe.step), self.launcher)
+                if self._held is not None:
+                    self._held.append(table)
                 words[at : at + 2] = table.data_ptr(), len(table)
             row[14] = recipe.eps
         staged = self._write(self._config, config.reshape(-1))
@@ -158,7 +166,7 @@ class Resident:
         if decision.measures:
             row_sums = self.measuring().row_sums
             sums = self._total_sums
-            order, segments = self._now[3 * self._count :], self._now[4 * self._count :]
+            order, segments = self._now[self._order_at :], self._now[self._segments_at :]
             args = (row_sums, sums, segments, order, self._count, self._most_totals)
             launches.append(self._prepared(launch.sum_up, self._totals, args, (True,), 1))
         told = (self._config, kept, _floats(sums), _floats(self._scalars), self._most_totals)
@@ -250,10 +258,22 @@ def _stacked(segments: Segments) -> Table:
     return np.concatenate([segments.begin, segments.length, segments.to])
 
 
-@functools.cache
-def _powers(beta: float, launcher: Launcher) -> Tensor:
+def _aligned(words: int) -> int:
+    """So many and as few more as keep what comes next at a multiple of 128 bytes."""
+    return -(-words // 16) * 16
+
+
+def _most_steps(count: float) -> int:
+    """How many steps a table is for that has to have `count`: few different numbers; 0 for all that can be counted."""
+    return max(4096, 1 << int(count).bit_length()) if count else MAX_STEP
+
+
+# Nobody tells how long the device reads a table. One that 1,024 other steps have not asked for is not read: the device
+# runs no more than that many launches behind.
+@functools.lru_cache(maxsize=1024)
+def _powers(beta: float, steps: int, launcher: Launcher) -> Tensor:
     """1 - beta^t for t = 0, 1, ... until it is 1, in memory of the host that the device reads by itself."""
-    values = powers(beta)
+    values = powers(beta, steps)
     staged = _floats(launcher.staging(len(values)))
     staged.numpy()[:] = values
     return staged
