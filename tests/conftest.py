@@ -10,6 +10,8 @@ import torch
 
 from ranks import ranks  # noqa: F401
 
+collect_ignore = [] if torch.cuda.is_available() else ["gpu"]  # make test-gpu
+
 
 @pytest.fixture(autouse=True)
 def torch_settings():
@@ -26,7 +28,10 @@ def engine_name(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():
-    """Let Triton's interpreter patch its language once for a launch, not for each call of a function in a kernel."""
+    """Let Triton's interpreter patch its language once for a launch, not for each call of a function in a kernel.
+
+    And look up a type's numpy type once, not build a table of all for each value.
+    """
     from triton.runtime import interpreter
 
     patched = set()
@@ -38,6 +43,15 @@ def quick_interpreter():
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
+    slow, numpy_types = interpreter._get_np_dtype, {}
+
+    def numpy_type(kind):
+        name = kind.scalar.name
+        if name not in numpy_types:
+            numpy_types[name] = slow(kind)
+        return numpy_types[name]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        patch.setattr(interpreter, "_get_np_dtype", numpy_type)
         yield

@@ -7,6 +7,7 @@ both: so it is on accelerators, and here by setting it. Both ways go through the
 
 import copy
 import functools
+import itertools
 import math
 import pickle
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from torch.optim import lr_scheduler as schedules
 import lucid.optim as optim
 from bits import World, assert_same, draw, on, results, same, snapshot, through_a_file
 from lucid import engine
+from lucid.engine.cuda.device import DevicePlan
 
 TORCHS = {
     "torch": torch.optim.AdamW,
@@ -32,6 +34,15 @@ ORDERS = ("plain", "unscale_", "unscale_ and clip", "own clip", "unscale_ and ow
 CLIP = 1.5
 
 handed_over = pytest.mark.parametrize("handed", [False, True], ids=["unscaled by GradScaler", "handed over"])
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def engine_name(request):
+    return request.param
+
+
+# Interpreted, a step takes the CUDA engine so long that only what it does by itself is tested on it too.
+every_engine = pytest.mark.parametrize("engine_name", ["cpu", "cuda", "reference"])
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +141,15 @@ def without_scaler(run, **options):
     return optimizer
 
 
+ORDINARY = [
+    *((order, "propagate") for order in ORDERS),
+    *((ORDERS[n], how) for n in (0, 4) for how in ("skip", "error")),
+]
+
+
 @pytest.mark.parametrize(
-    ("order", "nonfinite"),
-    [*((order, "propagate") for order in ORDERS), *((ORDERS[n], how) for n in (0, 4) for how in ("skip", "error"))],
+    ("engine_name", "order", "nonfinite"),
+    [*((name, *case) for name in ("cpu", "reference") for case in ORDINARY), ("cuda", "own clip", "propagate")],
 )
 @handed_over
 def test_scales_and_skipped_steps_are_torchs(handed, order, nonfinite):
@@ -178,6 +195,7 @@ def test_a_model_trains_under_autocast(make):
 # What a step computes
 
 
+@every_engine
 @handed_over
 @pytest.mark.parametrize("scale", [2.0**16, 2.0**-3, 1000.0, 3.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -239,6 +257,7 @@ def test_float16_gradients_are_gradscalers_to_refuse():
     assert same(optimizer.state[params[0]]["exp_avg"], gradient.float() / 2.0**10)
 
 
+@every_engine
 @handed_over
 @pytest.mark.parametrize("scale", [2.0**16, 1000.0])
 @pytest.mark.parametrize("bound", [0.5, 1e4])
@@ -265,6 +284,7 @@ def test_our_clipping_is_of_the_unscaled_gradients(bound, scale, handed):
         assert same(*norms[1:])
 
 
+@every_engine
 def test_the_gradients_stay_as_they_are_where_the_step_unscales():
     params = make_params()
     optimizer = make_ours(params, True, max_grad_norm=0.5)
@@ -281,13 +301,21 @@ def test_the_gradients_stay_as_they_are_where_the_step_unscales():
         assert same(gradient, values)  # GradScaler's check has multiplied by 1
 
 
+@every_engine
 @handed_over
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
-def test_nothing_is_measured_beside_gradscalers_check(monkeypatch, unscale, handed):
+def test_nothing_is_measured_beside_gradscalers_check(monkeypatch, unscale, handed, engine_name):
     calls = []
     for name in ("measure", "squares"):
         own = getattr(engine.Plan, name)
         monkeypatch.setattr(engine.Plan, name, lambda plan, own=own, name=name: calls.append(name) or own(plan))
+    deciding = DevicePlan._deciding  # where no host measures
+
+    def decide(plan, resident, recipes, decision):
+        calls.extend(["measure"] * decision.measures)
+        return deciding(plan, resident, recipes, decision)
+
+    monkeypatch.setattr(DevicePlan, "_deciding", decide)
 
     def train(planted=None, **options):
         calls.clear()
@@ -309,9 +337,11 @@ def test_nothing_is_measured_beside_gradscalers_check(monkeypatch, unscale, hand
     assert not any(train(planted=1))
     assert train(max_grad_norm=1.0)[0] == 3
     assert train(nonfinite="skip")[0] == 3
-    assert train(nonfinite="skip", planted=1)[0] == 2  # GradScaler has seen the overflow already
+    # GradScaler has seen the overflow already; a GPU's finding is not waited for.
+    assert train(nonfinite="skip", planted=1)[0] == (3 if engine_name == "cuda" and handed else 2)
 
 
+@every_engine
 @handed_over
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_statistics_are_of_the_unscaled_gradients(handed, clip):
@@ -340,16 +370,21 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "error"])
-@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
-def test_an_overflow_changes_nothing_but_the_count(form, max_grad_norm, nonfinite):
-    dtype, options = form
+OPTIONS = list(itertools.product(FORMATS, [None, 1.0], ["propagate", "skip", "error"]))
+
+
+@pytest.mark.parametrize(
+    ("engine_name", "form", "max_grad_norm", "nonfinite"),
+    [(name, *case) for name in ("cpu", "reference") for case in OPTIONS] + [("cuda", *case) for case in OPTIONS[::7]],
+)
+def test_an_overflow_changes_nothing_but_the_count(form, max_grad_norm, nonfinite, engine_name):
+    dtype, options = FORMATS[form]
     world = World(dtype, ((70, 64), (7,), (3, 5)), max_grad_norm=max_grad_norm, nonfinite=nonfinite, **options)
     twin = World(dtype, ((70, 64), (7,), (3, 5)), max_grad_norm=max_grad_norm, nonfinite=nonfinite, **options)
     optimizer, late = world.optimizer, world.params[2]
     late.requires_grad_(False)
-    for skipped, step in enumerate((0, 2, 15), start=1):  # without state, with it, and where the plan trusts it
+    stages = (0, 2) if engine_name == "cuda" else (0, 2, 15)
+    for skipped, step in enumerate(stages, start=1):  # without state, with it, and where the plan trusts it
         for each in (world, twin):
             while each.done < step:
                 each.set_gradients()
@@ -369,6 +404,7 @@ def test_an_overflow_changes_nothing_but_the_count(form, max_grad_norm, nonfinit
     assert_same(results(optimizer), results(twin.optimizer))
 
 
+@every_engine
 def test_an_overflow_at_the_first_step_makes_no_state():
     run = Run(lambda params: make_ours(params, True))
     run.step(0)
@@ -405,6 +441,7 @@ def test_one_of_two_optimizers_overflows(handed, others):
     assert logs[0][-1][2:] == (10, 10)
 
 
+@every_engine
 def test_an_optimizer_without_gradients_beside_another():
     """GradScaler then hands over the sum of no checks, a plain 0."""
     idle, busy = make_ours(make_params(), True), make_ours(params := make_params(), True)
@@ -417,6 +454,7 @@ def test_an_optimizer_without_gradients_beside_another():
     assert (steps_of(idle), idle.skipped_steps, steps_of(busy)) == (0, 0, 1)
 
 
+@every_engine
 @handed_over
 def test_what_gradscaler_cannot_know_is_not_its_overflow(handed):
     """A gradient that is finite and too large to be squared: the step's own rule, and the scale stays."""
@@ -439,6 +477,7 @@ def test_what_gradscaler_cannot_know_is_not_its_overflow(handed):
 # Around the steps
 
 
+@every_engine
 @handed_over
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
 def test_gradients_of_several_backward_passes(unscale, handed):
@@ -506,6 +545,7 @@ def test_gradscaler_is_asked_once_a_step(handed):
     assert steps_of(optimizer) == 1
 
 
+@every_engine
 @handed_over
 def test_a_run_is_resumed_with_its_scaler(handed):
     run = Run(lambda params: make_ours(params, handed)).run(0, 30)
@@ -546,6 +586,7 @@ def test_a_copy_goes_on_as_the_original(handed, copied):
 SCALES = [4.0, 4, np.float32(4), torch.tensor(4.0), torch.tensor([4.0], dtype=torch.float64), torch.tensor([[4]])]
 
 
+@every_engine
 @pytest.mark.parametrize("found", [None, 0, False, 0.0, torch.tensor(0.0), torch.zeros(1, 1)], ids=str)
 @pytest.mark.parametrize("scale", SCALES, ids=repr)
 def test_a_scale_set_by_hand(scale, found):
@@ -562,6 +603,7 @@ def test_a_scale_set_by_hand(scale, found):
     assert optimizer.skipped_steps == 0
 
 
+@every_engine
 @pytest.mark.parametrize("found", [1, True, 2.0, -1.0, NAN, INF, torch.tensor(1.0), torch.tensor([2.0])], ids=str)
 def test_anything_but_0_is_an_overflow(found):
     """GradScaler adds up what it found on each device: 2 where two have overflowed."""

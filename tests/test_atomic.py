@@ -8,6 +8,7 @@ with a plan that no longer reads the state; on both engines.
 
 import contextlib
 import functools
+import itertools
 import math
 import random
 import signal
@@ -21,11 +22,27 @@ import lucid.optim as optim
 from bits import SEALED, World, assert_same, in_child, is_sealed, on, peek, results, snapshot
 from lucid import engine
 from lucid.engine import reference
+from lucid.engine.cuda.device import DevicePlan
+from lucid.engine.cuda.launch import Interpreter
 from lucid.optim import formats, part
 
-STAGES = [0, 2, SEALED]
-EVERY_STAGE = pytest.mark.parametrize("stage", STAGES, ids=["first", "warm", "sealed"])
-WITH_STATE = pytest.mark.parametrize("stage", STAGES[1:], ids=["warm", "sealed"])
+STAGES = {0: "first", 2: "warm", SEALED: "sealed"}
+
+
+def at(**stages_of):
+    """Each engine at its stages."""
+    cases = [(name, stage) for name, stages in stages_of.items() for stage in stages]
+    return pytest.mark.parametrize(
+        ("engine_name", "stage"), cases, ids=[f"{name}-{STAGES[stage]}" for name, stage in cases]
+    )
+
+
+# The plan, which reads the state or trusts it, is that of the CPU engine on the CUDA engine too; and what is checked
+# before any engine is asked is alike for all. So these see to it that a refusal leaves no trace in what is the CUDA
+# engine's own, of which a step takes long when it is interpreted.
+EVERY_STAGE = at(cpu=STAGES, cuda=[2], reference=STAGES)
+WITH_STATE = at(cpu=[2, SEALED], cuda=[2], reference=[2, SEALED])
+NOT_ON_CUDA = at(cpu=STAGES, reference=STAGES)
 
 
 def world_at(stage, engine_name, **options):
@@ -196,7 +213,7 @@ NUMBERS = {
 }
 
 
-@EVERY_STAGE
+@NOT_ON_CUDA
 @pytest.mark.parametrize("wrong", NUMBERS)
 @pytest.mark.parametrize("name", ["lr", "beta1", "beta2", "eps", "weight_decay"])
 def test_a_bad_hyperparameter(name, wrong, stage, engine_name):
@@ -210,7 +227,7 @@ def test_a_bad_hyperparameter(name, wrong, stage, engine_name):
     check_refusal(stage, engine_name, spoil, error, name)
 
 
-@EVERY_STAGE
+@NOT_ON_CUDA
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [("beta1", 1.0, ValueError), ("beta2", 1.5, ValueError), ("amsgrad", 1, TypeError), ("maximize", "no", TypeError)],
@@ -224,7 +241,7 @@ def test_a_bad_hyperparameter_of_its_own_range(name, value, error, stage, engine
     check_refusal(stage, engine_name, spoil, error, name)
 
 
-@EVERY_STAGE
+@NOT_ON_CUDA
 @pytest.mark.parametrize("name", ["lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize"])
 def test_a_missing_hyperparameter(name, stage, engine_name):
     def spoil(world):
@@ -241,7 +258,7 @@ def test_a_missing_hyperparameter(name, stage, engine_name):
     check_refusal(stage, engine_name, spoil, ValueError, name)
 
 
-@EVERY_STAGE
+@NOT_ON_CUDA
 @pytest.mark.parametrize("what", ["text", "number", "none"])
 def test_what_is_no_parameter(what, stage, engine_name):
     def spoil(world):
@@ -420,7 +437,7 @@ def test_a_parameter_left_out_after_a_failed_first_step(broken):
 # Exceptions from around and inside the step
 
 
-@EVERY_STAGE
+@NOT_ON_CUDA
 @pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("where", ["closure", "pre-hook"])
 def test_what_runs_before_the_step_raises(where, raised, stage, engine_name):
@@ -476,13 +493,22 @@ PLACES = {
 }
 
 
-@EVERY_STAGE
+ON_DEVICE = {
+    **{place: PLACES[place] for place in ("gather", "bind", "steps", "scalars", "increment_version", "run", "write")},
+    "prepare": (DevicePlan, "prepare"),
+    "upload": (Interpreter, "upload"),
+}
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("engine_name", "stage", "place"),
+    [*itertools.product(["cpu", "reference"], STAGES, PLACES), *itertools.product(["cuda"], [2], ON_DEVICE)],
+)
 def test_an_exception_at_each_place_inside_the_step(place, raised, when, stage, engine_name, monkeypatch):
     """At the first call and at the last: the last parameter's state, the last group's scalars."""
-    owner, name = PLACES[place]
+    owner, name = (PLACES | ON_DEVICE)[place]
     with on(engine_name):
         wanted = results(World().run(stage + 2).optimizer)
         finished = results(World().run(stage + 1).optimizer)
@@ -520,24 +546,31 @@ def test_an_exception_at_each_place_inside_the_step(place, raised, when, stage, 
 
 
 class Interrupts:
-    """Raises KeyboardInterrupt at one of the points at which Python handles signals: calls, and returns from C."""
+    """Ctrl-C at one of the points at which Python handles signals: calls, and returns from C, of these files.
 
-    def __init__(self, at):
+    But within a kernel, which is Python only where it is interpreted.
+    """
+
+    KERNELS = ("cuda/kernels.py", "cuda/formats.py", "cuda/adamw.py")
+
+    def __init__(self, at, files):
         self.left = at
+        self.files = files
         self.where = None
 
     def __call__(self, frame, event, _):
-        if event not in ("call", "c_return") or "lucid" not in frame.f_code.co_filename:
+        file = frame.f_code.co_filename
+        if event not in ("call", "c_return") or self.files not in file or file.endswith(self.KERNELS):
             return
         self.left -= 1
         if self.left == 0:
-            self.where = f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno} ({event})"
+            self.where = f"{file.rpartition('/')[2]}:{frame.f_lineno} ({event})"
             sys.setprofile(None)
-            raise KeyboardInterrupt
+            signal.getsignal(signal.SIGINT)(signal.SIGINT, frame)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that strikes a dying generator
-@EVERY_STAGE
+@at(cpu=STAGES, cuda=[0, 2], reference=STAGES)
 def test_an_interrupt_at_every_point_of_the_step(stage, engine_name):
     """Whole or not at all, and the optimizer goes on working, wherever Ctrl-C strikes."""
     shapes = [(3,), (2, 2)]
@@ -545,11 +578,11 @@ def test_an_interrupt_at_every_point_of_the_step(stage, engine_name):
         wanted = results(World(shapes=shapes, amsgrad=True).run(stage + 3).optimizer)
         finished = results(World(shapes=shapes, amsgrad=True).run(stage + 1).optimizer)
         wrong = []
-        for at in range(1, 2000):
+        for at in range(1, 2000, 3 if engine_name == "cuda" and stage == 0 else 1):
             world = world_at(stage, engine_name, shapes=shapes, amsgrad=True)
             world.set_gradients()
             before = snapshot(world.optimizer)
-            interrupts = Interrupts(at)
+            interrupts = Interrupts(at, "lucid/engine" if engine_name == "cuda" else "lucid")
             sys.setprofile(interrupts)
             try:
                 world.optimizer.step()

@@ -38,15 +38,17 @@ def one_thread():
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+CASES = [(dtype, {"state_format": name}) for dtype in DTYPES for name in ("fp32", "bf16", "8bit")] + [
+    (torch.float32, {"amsgrad": True}),
+    (torch.float32, {"amsgrad": True, "state_format": "8bit"}),
+    (torch.float32, {"maximize": True, "lr": torch.tensor(1e-3)}),
+    (torch.bfloat16, {"state_format": "bf16", "master_weights": False}),
+]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "options"),
-    [(dtype, {"state_format": name}) for dtype in DTYPES for name in ("fp32", "bf16", "8bit")]
-    + [
-        (torch.float32, {"amsgrad": True}),
-        (torch.float32, {"amsgrad": True, "state_format": "8bit"}),
-        (torch.float32, {"maximize": True, "lr": torch.tensor(1e-3)}),
-        (torch.bfloat16, {"state_format": "bf16", "master_weights": False}),
-    ],
+    ("engine_name", "dtype", "options"),
+    [(name, *case) for name in ("cpu", "reference") for case in CASES] + [("cuda", *case) for case in CASES[::5]],
     ids=str,
 )
 def test_the_bits_are_those_of_ordinary_steps(dtype, options, engine_name):

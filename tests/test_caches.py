@@ -9,6 +9,7 @@ to it, and must end with the same bits.
 import contextlib
 import copy
 import gc
+import itertools
 import pickle
 import weakref
 
@@ -768,7 +769,9 @@ def test_thread_counts_batches_and_levels_change_nothing(warm):
 
 
 @pytest.mark.parametrize("mode", ["default device", "default dtype", "inference", "no grad", "enable grad"])
-@pytest.mark.parametrize("warm", [0, 3, SEALED])
+@pytest.mark.parametrize(
+    ("engine_name", "warm"), [("cuda", 3), *itertools.product(["cpu", "reference"], [0, 3, SEALED])]
+)
 def test_modes_of_torch_change_nothing(mode, warm, engine_name):
     def entered():
         if mode == "default device":

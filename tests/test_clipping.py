@@ -223,7 +223,8 @@ def test_each_gradients_norm_is_the_documented_sum(dtype, state_format):
 @pytest.mark.parametrize(("dtype", "state_format"), KINDS, ids=str)
 def test_the_norm_of_all_gradients(dtype, state_format, engine_name):
     """That of the sums of each, summed alike, in the order of the groups."""
-    world = Mixed(dtype, state_format)
+    all_sizes = engine_name != "cuda" or (dtype, state_format) in (KINDS[0], KINDS[5])
+    world = Mixed(dtype, state_format, ROWS if all_sizes else SMALL)
     with on(engine_name):
         found = world.step(math.inf)
     rows = [param for param in world.params if param.grad is not None]
@@ -234,6 +235,7 @@ def test_the_norm_of_all_gradients(dtype, state_format, engine_name):
     assert (found.dtype, found.shape, found.device.type) == (torch.float64, (), "cpu")
 
 
+@pytest.mark.parametrize("engine_name", ["cpu", "reference"])  # test_cuda_bits has as many sums, without their rows
 def test_the_order_of_parameters_counts(engine_name):
     """Of 640 with one entry, each lane has 20. One is large: where it comes first in its lane, the others are lost."""
     gradients = [9e-6] * 640
@@ -384,8 +386,8 @@ def test_the_factor_is_torchs_and_rounds_once(dtype, maximize, engine_name):
     param = Parameter(torch.zeros(3, dtype=dtype))
     optimizer = optim.AdamW([param], betas=(0.0, 0.0), maximize=maximize)
     generator = torch.Generator().manual_seed(5)
-    clipped = 0
-    for number in range(150):
+    clipped, times = 0, 30 if engine_name == "cuda" else 150
+    for number in range(times):
         exponent, distance = (torch.rand(2, generator=generator) * 2 - 1).tolist()
         param.grad = draw(number, (3,), dtype) * 10 ** (7 * exponent)
         scale = (1.0, 65_536.0, 3.7, 1e-3)[number % 4]
@@ -400,7 +402,7 @@ def test_the_factor_is_torchs_and_rounds_once(dtype, maximize, engine_name):
         assert same(optimizer.state[param]["exp_avg"], torch.from_numpy(-wanted if maximize else wanted)), number
         assert bound is None or optimizer.grad_norm.item() == norm
         clipped += factor != 1 / scale
-    assert 50 < clipped < 100
+    assert times / 3 < clipped < times * 2 / 3
 
 
 def test_a_norm_at_the_bound_is_not_clipped(engine_name):
@@ -475,7 +477,7 @@ def relative_distance(left, right):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
 def test_the_same_as_clip_grad_norm_and_a_step(dtype, foreach, engine_name):
     """To 1e-6 of each tensor, which torch's own norm just keeps: of many complex64 numbers it is worse."""
-    rows = SMALL if dtype == torch.complex64 else ROWS
+    rows = SMALL if dtype == torch.complex64 or engine_name == "cuda" else ROWS
     ours, theirs = (Mixed(dtype, rows=rows, gradients=[dtype]) for _ in range(2))
     with on(engine_name):
         for step in range(4):
@@ -497,7 +499,7 @@ def test_the_same_as_clip_grad_norm_and_torchs_adamw(engine_name):
     one = optim.AdamW(ours, max_grad_norm=2.0, **options)
     other = torch.optim.AdamW(theirs, **options)
     norms = []
-    for step in range(20):
+    for step in range(5 if engine_name == "cuda" else 20):
         for k, (left, right) in enumerate(zip(ours, theirs, strict=True)):
             gradient = draw(100 * step + k, left.shape, torch.float64) * 10.0 ** (step % 3 - 2)
             left.grad, right.grad = gradient, gradient.clone()

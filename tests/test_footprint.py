@@ -37,6 +37,58 @@ def test_a_missing_engine_is_named_once(monkeypatch):
     assert optimizer.state[params[1]]["step"] == 2
 
 
+STEPS = """
+import sys, warnings
+warnings.simplefilter("error")
+import torch
+import lucid.optim as optim
+from lucid import engine
+for state_format in ("fp32", "bf16", "8bit"):
+    params = [torch.nn.Parameter(torch.ones(64, 128, dtype=kind)) for kind in (torch.float32, torch.bfloat16)]
+    optimizer = optim.AdamW(params, lr=0.1, state_format=state_format, max_grad_norm=1.0, nonfinite="skip")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert all(optimizer.engine_for(param) == "cpu" and (param < 1).all() for param in params)
+print(*[name for name in sys.modules if name.startswith("lucid.engine.cuda.")], engine.name_for(torch.device("cuda")))
+print(engine.cuda.missing)
+"""
+
+
+def stepped(before=""):
+    """What a process says that steps parameters on the CPU: modules of the CUDA engine, a GPU's engine, why not CUDA.
+
+    Triton itself may be there: torch's dynamo imports it, for which torch's own optimizers ask too.
+    """
+    run = subprocess.run([sys.executable, "-c", before + STEPS], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def test_triton_waits_for_a_gpu():
+    assert stepped() == ["cuda", "None"]
+
+
+def test_steps_where_there_is_no_triton():
+    name, reason = stepped('import sys; sys.modules["triton"] = None')  # as if it were not installed
+    assert name == "reference"
+    assert reason.startswith("Triton is not installed; ")
+
+
+def test_a_missing_gpu_engine_is_named_once(monkeypatch):
+    device = torch.device("cuda")
+    assert engine.name_for(device) == "cuda"
+    monkeypatch.setattr(engine.cuda, "missing", "Triton is away")
+    monkeypatch.setattr(engine.plan, "_warned_of", set())
+    assert engine.name_for(device) == "reference"
+    with pytest.warns(RuntimeWarning, match="on cuda with its slow reference engine: Triton is away") as said:
+        engine.plan._warn_of_reference(device)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.plan._warn_of_reference(torch.device("cuda", 1))
+
+
 def test_the_engine_in_use_is_named():
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = optim.AdamW([param])

@@ -81,12 +81,13 @@ def single(gradient, param=None, **options):
 
 @pytest.mark.parametrize(("dtype", "state_format"), KINDS, ids=str)
 def test_in_every_dtype_and_layout_at_first_last_and_random_positions(dtype, state_format, engine_name):
-    world = Mixed(dtype, state_format, ROWS if engine_name == "cpu" else FEW[-5:], nonfinite="skip")
+    rows = {"cpu": ROWS, "reference": FEW[-5:]}.get(engine_name, FEW[-7:-4])  # whose sums are short
+    world = Mixed(dtype, state_format, rows, nonfinite="skip")
     generator = torch.Generator().manual_seed(3)
     tried = 0
     with on(engine_name):
         world.step()
-        for _ in range(len(world.gradients)):
+        for _ in range(1 if engine_name == "cuda" else len(world.gradients)):
             world.set_gradients()
             before = snapshot(world.optimizer)
             for index in spoilable(world):
@@ -101,7 +102,7 @@ def test_in_every_dtype_and_layout_at_first_last_and_random_positions(dtype, sta
                     assert world.optimizer.skipped_steps == tried, (world.lies[index], where, good.dtype)
                 param.grad = good
             assert snapshot(world.optimizer) == before
-    assert tried > (100 if engine_name == "cpu" else 15)
+    assert tried > {"cpu": 100, "reference": 15}.get(engine_name, 5)
 
 
 @pytest.mark.parametrize("level", LEVELS)
