@@ -170,7 +170,8 @@ def test_a_step_is_one_launch_for_each_kind_however_many_rows(count, options, de
 
 def words_of_step(rows):
     """What a step uploads where gradients are at new addresses: these, sets, streams, an order, and how to sum up."""
-    return 4 * rows + 3 * -(-rows // CHUNK)
+    aligned = [-(-words // 16) * 16 for words in (3 * rows, rows)]
+    return sum(aligned) + 3 * -(-rows // CHUNK)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -911,15 +912,62 @@ def test_gradients_go_after_a_step(device):
 
 def test_tables_of_powers_do_not_pile_up(device):
     """Schedules that cycle momentum have other betas at each step."""
+    device.runs = False
     with on("cuda"):
-        world = World(max_grad_norm=1.0).run(2)
-        for step in range(150):
-            for group in world.optimizer.param_groups:
-                group["betas"] = (0.5 + step * 1e-3, 0.9)
-            world.set_gradients()
-            device.runs = step > 145
+        world = World(shapes=((2,), (2,)), max_grad_norm=1.0).run(1)
+        for step in range(700):
+            for number, group in enumerate(world.optimizer.param_groups):
+                group["betas"] = (0.1 + (2 * step + number) / 3000, 0.5)
             world.optimizer.step()
-        assert resident._powers.cache_info().currsize <= 128
+        counts = resident._powers.cache_info()
+    assert counts.misses == 1400
+    assert counts.currsize <= 1024
+
+
+class Lent(np.ndarray):
+    """Memory of the host that is overwritten as soon as it is given back."""
+
+    def __del__(self):
+        if self.base is not None:
+            self.base.fill(-77)
+
+
+class Lending(Device):
+    """Looks, when steps are decided, whether the tables of powers that are read then are still there."""
+
+    def __init__(self):
+        super().__init__(runs=False)
+        self.lent, self.read = [], 0
+
+    def staging(self, words):
+        self.lent.append(np.zeros(words, np.int64))
+        return torch.from_numpy(self.lent[-1].view(Lent))
+
+    def launch(self, prepared, programs, args, kind):
+        super().launch(prepared, programs, args, kind)
+        if prepared.fn.__name__ != "decide":
+            return
+        config = args[0].numpy().reshape(-1, SET)
+        sets = config[1 : 1 + config[0, 0]]
+        for numbers, words in zip(sets.view(np.float64), sets, strict=True):
+            for one_minus_beta, address in ((numbers[1], words[10]), (numbers[3], words[12])):
+                assert ctypes.c_double.from_address(int(address) + 8).value == pytest.approx(one_minus_beta)
+                self.read += 1
+
+
+def test_a_step_finds_the_tables_of_powers_of_all_groups(monkeypatch):
+    """However many these are, and whatever betas each has."""
+    lending = Lending()
+    monkeypatch.setitem(launch._launchers, (1, 0), lending)
+    resident._powers.cache_clear()
+    params = params_of_kinds(600)
+    give_gradients(params)
+    groups = [{"params": [param], "betas": (0.5 + k / 2000, 0.6 + k / 2000)} for k, param in enumerate(params)]
+    optimizer = optim.AdamW(groups, nonfinite="skip")
+    with on("cuda"):
+        optimizer.init_state()
+        optimizer.step()
+    assert lending.read == 1200
 
 
 # The tables by themselves

@@ -154,6 +154,18 @@ class Plan:
         """Whether steps have been captured, which may have been run since."""
         return self._device is not None and self._device.captured
 
+    def left_alone(self, other: Plan) -> bool:
+        """Whether this step leaves rows alone that go on in captured steps of `other`, which may be this plan."""
+        if self._native is None or other._device is None:
+            return False
+        counts = {id(count) for _, count in self._native.step_counts()}
+        return any(id(count) not in counts for count in other._device.captured_counts())
+
+    def keep_up(self) -> None:
+        """Let captured steps count on from where the host's step counts are."""
+        if self._device is not None:
+            self._device.keep_up()
+
     def forget_captured(self) -> None:
         """Count the steps of captured ones no longer: what they work on is replaced."""
         if self._device is not None:

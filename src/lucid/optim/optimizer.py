@@ -164,7 +164,7 @@ class Optimizer(torch.optim.Optimizer):
             bare._skipped_steps += left_out
         elif left_out:
             bare._left_out_in_backward(part.param, left_out)
-        if part.plan is not None and part.plan.guessing:
+        if part.guessing:
             bare._guessing[part] = None
         else:
             bare._guessing.pop(part, None)
@@ -304,7 +304,7 @@ class Optimizer(torch.optim.Optimizer):
                 try:
                     return part.update(self, state_box)
                 finally:
-                    if part.left_out or (part.plan is not None and part.plan.on_device):
+                    if part.left_out or (part.plan is not None and part.plan.on_device) or part in self._guessing:
                         self._count_left_out(part)
             except BaseException:  # GradScaler removes them after a step that returns, else takes them for the user's
                 vars(self).pop("grad_scale", None)

@@ -70,7 +70,8 @@ class Part:
         self.only, self.param = only, param
         self.updated = False  # by the last update(), also if that was interrupted afterwards
         self.left_out = 0  # steps that a device has left out, and that nobody has counted yet
-        self._retired: list[engine.Plan] = []
+        self._retired: list[engine.Plan] = []  # whose captured steps may still be run
+        self._forgotten: list[engine.Plan] = []  # whose captured steps nobody counts, but which may find their tables
         self._held: list[list[dict[str, Any]]] = []
         self._first_group = 0 if only is None else only[0]  # of the plan's groups
         self.plan: engine.Plan | None = None
@@ -88,10 +89,11 @@ class Part:
         try:
             try:
                 plan, params, hyperparameters = self._prepared(optimizer, state_box, new)
-                if plan.captured:
+                if (plan.captured or self._retired) and plan.steps():
                     self._keep_to_captured(plan)
                 decision = self._decision(optimizer, plan, hyperparameters, new)
-                if plan.on_device and (decision is None or (plan.captured and not decision.captured)):
+                waits = decision is None or ((plan.captured or self._retired) and not decision.captured)
+                if waits and (plan.on_device or self._retired):
                     self.settle()
                 scale = scale_of(vars(optimizer).get("grad_scale")) if decision is None else 1.0
                 found_inf = decision is None and found_inf_in(vars(optimizer).get("found_inf"))
@@ -121,6 +123,9 @@ class Part:
                 if not plan.ran:
                     _abandon(optimizer, state_box, new, had)
                 raise
+            finally:
+                for retired in self._retired:
+                    retired.keep_up()
         finally:
             if self.plan is not None:
                 self.updated = self.plan.ran
@@ -215,7 +220,7 @@ class Part:
             )
 
     def _keep_to_captured(self, plan: engine.Plan) -> None:
-        if not plan.guess():
+        if any(plan.left_alone(captured) for captured in (plan, *self._retired)):
             raise RuntimeError(
                 "step() is of other parameters than the steps that were captured in CUDA graphs, whose counts would "
                 "then be wrong; give all of these gradients, or let go of the captured steps: "
@@ -224,9 +229,11 @@ class Part:
 
     def forget_captured(self) -> None:
         """Count the steps of captured ones no longer, since the state that they work on is replaced."""
-        if self.plan is not None and self.plan.captured:
-            self._retired.append(self.plan)
-            self.plan.forget_captured()
+        for plan in self._plans():
+            if plan.captured:
+                plan.forget_captured()
+                self._forgotten.append(plan)
+        self._retired.clear()
 
     def _retire(self) -> None:
         """Let go of a plan of other parameters, but not of what a captured step needs that may be run again."""
@@ -236,8 +243,17 @@ class Part:
 
     def settle(self) -> None:
         """Wait for the device where it decides which steps are taken, and count them."""
-        if self.plan is not None:
-            self.left_out += self.plan.settle()
+        for plan in self._plans():
+            self.left_out += plan.settle()
+
+    def _plans(self) -> list[engine.Plan]:
+        """The plan, and those before it of which captured steps may still be run."""
+        return self._retired if self.plan is None else [self.plan, *self._retired]
+
+    @property
+    def guessing(self) -> bool:
+        """Whether step counts are a guess until `settle`."""
+        return any(plan.guessing for plan in self._plans())
 
     def _members(self, groups: list[ParamGroup]) -> list[Member]:
         """The part's parameters in the order of its plan's rows."""

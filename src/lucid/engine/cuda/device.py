@@ -47,6 +47,7 @@ class _Captured(NamedTuple):
     resident: Resident
     config: Tensor
     counts: list[Tensor]
+    every_count: list[Tensor]  # of all rows
 
     def keep_up(self) -> None:
         """Let it count on from where the host's step counts are."""
@@ -78,8 +79,8 @@ class DevicePlan:
         """Whether steps have been captured, which may have been run since."""
         return bool(self._captured)
 
-    def _current(self, *, captured: bool = False) -> Iterator[Resident]:
-        """What lies on each device, as this step needs it, with that device the current one."""
+    def _current(self, only: tuple[int, int] | None = None, *, captured: bool = False) -> Iterator[Resident]:
+        """What lies on each device, or on one, as this step needs it, with that device the current one."""
         native = self._native
         rows = self._rows
         if rows is None or rows.structure != native.device_structure or rows.serial != native.serial:
@@ -88,7 +89,7 @@ class DevicePlan:
             self._step = np.zeros((3, max(1, len(rows.rows))), np.int64)
             self._version += 1
         self._version += native.write_device_step(self._step.ctypes.data)
-        for device in rows.devices:
+        for device in rows.devices if only is None else [only]:
             launcher = launcher_for(device)
             with launcher.current():
                 place = (*device, launcher.stream())
@@ -114,9 +115,10 @@ class DevicePlan:
 
     def prepare(self, recipes: Sequence[Recipe], verdict: float | Decision, *, observe: bool) -> None:
         """Upload and compile what `run` launches: what can go wrong does so here."""
-        captured = isinstance(verdict, Decision) and verdict.captured
+        decides = isinstance(verdict, Decision)
+        only = self._native.only_device() if decides else None
         self._launches, self._seen = [], []
-        for resident in self._current(captured=captured):
+        for resident in self._current(only, captured=isinstance(verdict, Decision) and verdict.captured):
             if isinstance(verdict, Decision):
                 launches = self._deciding(resident, recipes, verdict)
             else:
@@ -135,7 +137,8 @@ class DevicePlan:
         if decision.captured:
             count_of = {(group, count.item() + 1): count for group, count in self._native.step_counts()}
             counts = [count_of[recipe.group, recipe.step] for recipe in recipes]
-            self._capturing = _Captured(resident, config, counts)
+            every_count = [count for _, count in self._native.step_counts()]
+            self._capturing = _Captured(resident, config, counts, every_count)
         return measuring + deciding
 
     def run(self, *, counted: bool) -> list[tuple[int, Seen]]:
@@ -148,13 +151,14 @@ class DevicePlan:
             with launcher.current():
                 _launch(launcher, each)
         if counted:
-            self._keep_up()
+            self.keep_up()
         elif self._capturing is not None:
             self._captured.append(self._capturing)
         self._capturing = None
         return self._seen
 
-    def _keep_up(self) -> None:
+    def keep_up(self) -> None:
+        """Let captured steps count on from where the host's step counts are."""
         for each in self._captured:
             each.keep_up()
 
@@ -185,8 +189,12 @@ class DevicePlan:
             counts.zero_()
             self._native.settle(int(drift), keep=self.captured)
             self.guessing = self.captured
-        self._keep_up()
+        self.keep_up()
         return int(skipped)
+
+    def captured_counts(self) -> list[Tensor]:
+        """Return the step counts that captured steps go on with when they are run."""
+        return [count for each in self._captured for count in each.every_count]
 
     def forget_captured(self) -> None:
         """Count the steps of captured ones no longer."""

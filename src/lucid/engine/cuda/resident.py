@@ -192,13 +192,14 @@ class Resident:
             self._observed = []
         if observe not in self._update_launches:
             scalars = _floats(self._scalars)
-            found = self._update_launches[observe] = []
+            found = []
             for number, (each, programs) in enumerate(zip(self._updates, self._programs, strict=True)):
                 tile, tiles, warps = each.geometry
                 observed = self._buffers[number] if observe else scalars
                 args = (self._table, self._now, scalars, programs, self._layouts, observed, self._count)
                 kind = (*each.kind, observe, tile, tiles)
                 found.append(self._prepared(launch.update, len(each.programs.rows), args, kind, warps))
+            self._update_launches[observe] = found
         return self._update_launches[observe]
 
     def observed(self) -> list[Observed]:
