@@ -348,7 +348,7 @@ def test_nothing_is_fused_but_within_division_and_root(target, name, compiled):
 
 @each_of(NAMES)
 def test_registers_suffice(target, name, compiled):
-    """Nothing is spilled. (It is with eight bits where parameters are strided and there is amsgrad.)"""
+    """Nothing is spilled."""
     uses = compiled[target][name]["uses"]
     assert uses["STACK"] == uses["LOCAL"] == 0
     assert 0 < uses["REG"] <= 255

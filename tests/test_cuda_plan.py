@@ -962,7 +962,7 @@ def test_a_step_finds_the_tables_of_powers_of_all_groups(monkeypatch):
     resident._powers.cache_clear()
     params = params_of_kinds(600)
     give_gradients(params)
-    groups = [{"params": [param], "betas": (0.5 + k / 2000, 0.6 + k / 2000)} for k, param in enumerate(params)]
+    groups = [{"params": [param], "betas": (0.2 + k / 2000, 0.8 + k / 4000)} for k, param in enumerate(params)]
     optimizer = optim.AdamW(groups, nonfinite="skip")
     with on("cuda"):
         optimizer.init_state()
