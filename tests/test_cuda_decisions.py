@@ -148,7 +148,7 @@ def test_long_random_sequences(dtype, options, device):
     pair = Pair(dtype, SHAPES, nonfinite="skip", **options)
     rates = [[torch.tensor(0.01 * (1 + k), dtype=kind) for k in range(2)] for kind in (torch.float32, torch.float64)]
     pair.each(lambda world: world.optimizer.observe())
-    for step in range(22):
+    for step in range(18):
         what = f"step {step}"
         random_gradients(pair, chance, dtype, spoil=chance.random() < 0.3)
         scale = chance.choice([None, None, 2.0**-3, 1000.0])
@@ -182,8 +182,8 @@ def test_long_random_sequences(dtype, options, device):
         if before == pair.theirs.optimizer._skipped_steps and pair.theirs.optimizer._seen:
             pair.compare_statistics(what)
     pair.compare("at last")
-    assert decisions(device) > 10
-    assert 5 < pair.ours.optimizer.skipped_steps < 18
+    assert decisions(device) > 8
+    assert 5 < pair.ours.optimizer.skipped_steps < 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -1064,7 +1064,7 @@ def test_what_cannot_be_captured_is_refused(change, message, captured_before, ca
 def test_a_capture_that_fails_changes_nothing(method, capturing, monkeypatch):
     """Nor does it leave behind a graph that nobody can run, for which steps would wait from then on."""
     with on("cpu"):
-        wanted = Trainer(None, max_grad_norm=1.0).run("eeaa")
+        wanted = Trainer(None, max_grad_norm=1.0).run("eea")
     for at in range(1, 100):
         with on("cuda"):
             found = Trainer(capturing, max_grad_norm=1.0)
@@ -1091,7 +1091,7 @@ def test_a_capture_that_fails_changes_nothing(method, capturing, monkeypatch):
                 break
             assert snapshot(found.optimizer) == before
             assert not found.optimizer._whole.plan.captured, f"call {at}"
-            assert_same(settled(found.run("eaa").optimizer), results(wanted.optimizer))
+            assert_same(settled(found.run("ea").optimizer), results(wanted.optimizer))
     assert at > 2
 
 

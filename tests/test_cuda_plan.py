@@ -534,7 +534,7 @@ def test_what_fails_before_a_launch_changes_nothing(method, situation, monkeypat
         change(world)
         return world
 
-    wanted = twin_of(lambda: run(two_kinds(**options)).run(2))
+    wanted = twin_of(lambda: run(two_kinds(**options)).run(1))
     with on("cuda"):
         for at in range(1, 100):
             calm = Failing(method, 0)
@@ -553,7 +553,7 @@ def test_what_fails_before_a_launch_changes_nothing(method, situation, monkeypat
             else:
                 assert not calm.failed
                 break
-            world.run(2)
+            world.run(1)
             assert_same(settled(world.optimizer), settled(wanted.optimizer), f"after call {at} has failed")
             assert world.optimizer.skipped_steps == 0
     assert at > 1 or (method, situation) in NEVER

@@ -72,7 +72,7 @@ class Part:
         self.left_out = 0  # steps that a device has left out, and that nobody has counted yet
         self._retired: list[engine.Plan] = []  # whose captured steps may still be run
         self._forgotten: list[engine.Plan] = []  # whose captured steps nobody counts, but which may find their tables
-        self._held: list[list[dict[str, Any]]] = []
+        self._held: list[list[dict[str, Any]]] = []  # state that captured steps write to, whatever becomes of it here
         self._first_group = 0 if only is None else only[0]  # of the plan's groups
         self.plan: engine.Plan | None = None
         self._agreement: Agreement
