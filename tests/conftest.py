@@ -1,6 +1,7 @@
 """Settings of torch that a test changes are as they were for the next one; Triton's kernels are interpreted."""
 
 import os
+import signal
 
 # Read when Triton is imported, here and in children: its kernels run on the CPU. tests/gpu has them compiled.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -9,6 +10,9 @@ import pytest
 import torch
 
 from ranks import ranks  # noqa: F401
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background, whose Ctrl-C is not meant for it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]  # make test-gpu
 
