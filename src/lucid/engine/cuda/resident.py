@@ -154,10 +154,12 @@ class Resident:
             row[5:7] = recipe.weight_decay, -1.0 if recipe.maximize else 1.0
             row[COUNT] = recipe.step
             for at, beta in ((10, recipe.beta1), (12, recipe.beta2)):
-                # Only a captured step comes further than the host's count, which is never too low.
-                table = _powers(beta, _most_steps(0 if decision.captured else recipe.step), self.launcher)
                 if self._held is not None:
+                    table = _powers_on_host(beta, self.launcher)
                     self._held.append(table)
+                else:  # which comes no further than the host's count
+                    table = _powers(beta, _most_steps(recipe.step), self.launcher, self.launcher.stream())
+                    self._told.append(table)
                 words[at : at + 2] = table.data_ptr(), len(table)
             row[14] = recipe.eps
         staged = self._write(self._config, config.reshape(-1))
@@ -265,16 +267,25 @@ def _aligned(words: int) -> int:
 
 
 def _most_steps(count: float) -> int:
-    """How many steps a table is for that has to have `count`: few different numbers; 0 for all that can be counted."""
-    return max(4096, 1 << int(count).bit_length()) if count else MAX_STEP
+    """How many steps a table is for that has to have `count`: few different numbers."""
+    return max(4096, 1 << int(count).bit_length())
 
 
-# Nobody tells how long the device reads a table. One that 1,024 other steps have not asked for is not read: the device
-# runs no more than that many launches behind.
-@functools.lru_cache(maxsize=1024)
-def _powers(beta: float, steps: int, launcher: Launcher) -> Tensor:
-    """1 - beta^t for t = 0, 1, ... until it is 1, in memory of the host that the device reads by itself."""
+# One that is no longer kept is freed in the order of its stream, behind the kernels that read it.
+@functools.lru_cache(maxsize=256)
+def _powers(beta: float, steps: int, launcher: Launcher, stream: int) -> Tensor:
+    """1 - beta^t for t = 0, 1, ... until it is 1, on the device, for steps on one stream."""
     values = powers(beta, steps)
+    staged = launcher.staging(len(values))
+    _floats(staged).numpy()[:] = values
+    table = launcher.empty(len(values))
+    launcher.upload(table, staged)
+    return _floats(table)
+
+
+def _powers_on_host(beta: float, launcher: Launcher) -> Tensor:
+    """The same of all steps that can be counted, for captured ones, in memory of the host that the device can read."""
+    values = powers(beta, MAX_STEP)
     staged = _floats(launcher.staging(len(values)))
     staged.numpy()[:] = values
     return staged
