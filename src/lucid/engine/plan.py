@@ -228,7 +228,8 @@ class Plan:
             self._updates, seen = reference.compute(self._rows, scalars[own:last], observe=observe)
             observed += seen
         if self._device is not None:
-            self._device.prepare(recipes[:own], verdict, observe=observe)
+            made = scalars[:own] if isinstance(verdict, float) else verdict
+            self._device.prepare(recipes[:own], made, observe=observe)
         if self._offload is not None:
             self._offload.prepare(scalars[last:])
         if self._native is not None:

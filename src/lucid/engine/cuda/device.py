@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lucid.engine.interrupts import uninterrupted
 from lucid.engine.observed import Seen
-from lucid.engine.scalars import Decision, Recipe
+from lucid.engine.scalars import Decision, Recipe, Scalars
 
 from .launch import Launcher, launcher_for
 from .resident import COUNT, SET, Launch, Resident
@@ -113,18 +113,23 @@ class DevicePlan:
             found += [(rows[place].row, sums[place]) for place in resident.active(self._step)]
         return found
 
-    def prepare(self, recipes: Sequence[Recipe], verdict: float | Decision, *, observe: bool) -> None:
-        """Upload and compile what `run` launches: what can go wrong does so here."""
-        decides = isinstance(verdict, Decision)
-        only = self._native.only_device() if decides else None
+    def prepare(self, recipes: Sequence[Recipe], scalars: Sequence[Scalars] | Decision, *, observe: bool) -> None:
+        """Upload and compile what `run` launches: what can go wrong does so here.
+
+        ``scalars``: made of the recipes, or what the device has to know to make them.
+        """
         self._launches, self._seen = [], []
-        for resident in self._current(only, captured=isinstance(verdict, Decision) and verdict.captured):
-            if isinstance(verdict, Decision):
-                launches = self._deciding(resident, recipes, verdict)
+        residents = (
+            self._current(self._native.only_device(), captured=scalars.captured)
+            if isinstance(scalars, Decision)
+            else self._current()
+        )
+        for resident in residents:
+            launches: list[Launch] = []
+            if isinstance(scalars, Decision):
+                launches = self._deciding(resident, recipes, scalars)
             else:
-                scalars = [recipe.scalars(verdict) for recipe in recipes]
                 resident.set_scalars(scalars, [recipe.step for recipe in recipes])
-                launches = []
             self._launches.append((resident.launcher, launches + resident.updates(observe=observe)))
             if observe:
                 rows = resident.rows.rows
