@@ -1,4 +1,4 @@
-"""Print the requirements of a dependency group of pyproject.toml and of the package itself, for pip.
+"""Print the requirements of a dependency group of pyproject.toml, of the package itself and its extras, for pip.
 
 pip 23, which Debian and pyenv ship with Python 3.11, does not know ``--group`` yet. Standard library only.
 """
@@ -53,7 +53,8 @@ def main() -> int:
 
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())
         wanted = project["project"]["dependencies"]
-        print("\n".join(wanted + group(project["dependency-groups"], arguments.group)))
+        extras = [item for extra in project["project"]["optional-dependencies"].values() for item in extra]
+        print("\n".join(wanted + extras + group(project["dependency-groups"], arguments.group)))
     return 0
 
 
