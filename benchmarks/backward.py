@@ -24,10 +24,11 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import lucid.optim
+from lucid.bench.contenders import LR, WEIGHT_DECAY, MakeOptimizer
+from lucid.bench.machine import Neighbours
 
 from . import machine
 from .arguments import check_page, count, write_page
-from .contenders import LR, WEIGHT_DECAY, MakeOptimizer
 from .report import BUSY, Table, markdown, terminal
 from .training import TRAININGS, LoopResult, SmallGPT, Training, gpt_loss, time_training
 
@@ -239,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(0)
     described = machine.description()
-    neighbours = machine.Neighbours()
+    neighbours = Neighbours()
     names = list(dict.fromkeys(options.case))
     bar = tqdm([name for name in names if name in CASES], "cases", disable=None)
     times = [time_training(CASES[name], MAKERS, wanted) for name in bar]

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 import lucid.optim
-
-from . import machine
-from .contenders import FUSED, LR, LUCID, WEIGHT_DECAY, optimizers
-from .paired import Timed, rounds, sampler
-from .shapes import CASES as SHAPES
-from .shapes import parameters
+from lucid.bench.contenders import FUSED, LR, LUCID, WEIGHT_DECAY, optimizers
+from lucid.bench.machine import last_level_cache
+from lucid.bench.paired import Timed, rounds, sampler
+from lucid.bench.shapes import CASES as SHAPES
+from lucid.bench.shapes import parameters
 
 CLIPPED, OBSERVED = "lucid, max_grad_norm", "lucid, observed"
 FUSED_CLIPPED = "clip_grad_norm_ (foreach) + torch fused"
@@ -62,7 +61,7 @@ def _steps() -> dict[str, Callable[[list[Tensor]], Callable[[], object]]]:
 def time_clipping(name: str, count: int) -> ClippingResult:
     """Time one case; each contender has parameters, gradients and state of its own."""
     case = CASES[name]
-    large = case.bytes >= 4 * machine.last_level_cache()
+    large = case.bytes >= 4 * last_level_cache()
     samplers = {}
     for contender, make in _steps().items():
         params = parameters(case.shapes, gradient_rms=1e-2)  # whose norm is above the bound

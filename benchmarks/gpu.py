@@ -27,29 +27,24 @@ import torch
 from tqdm import tqdm
 
 import lucid.optim
+from lucid.bench.contenders import BITSANDBYTES_32, FOREACH, FUSED, FUSED_BF16, LIBRARIES, LUCID, Contender, Step
+from lucid.bench.paired import Quartiles, Timed, rounds
+from lucid.bench.shapes import CASES as SHAPES
+from lucid.bench.shapes import Case, llama_1b
 
 from . import machine, report
 from .arguments import check_page, count, write_page
 from .clipping import CLIPPED, FUSED_CLIPPED
-from .contenders import FOREACH, FUSED, LUCID
-from .formats import FUSED_BF16
 from .gpu_contenders import (
-    BITSANDBYTES_32,
     COPY,
     EVERY_FORMAT,
     FUSED_GRAPH,
     GRAPH,
-    LIBRARIES,
     OWN,
-    Contender,
-    Step,
     contenders,
     rivals,
 )
-from .paired import Quartiles, Timed, rounds
 from .report import Table
-from .shapes import CASES as SHAPES
-from .shapes import Case, llama_1b
 
 BEGIN = "<!-- measured: written by `python -m benchmarks.gpu --markdown`; notes go outside -->"
 
@@ -145,7 +140,7 @@ class Trial:
         self.seconds = self._repetitions * taken
 
     def _made(self) -> Step:
-        step = self._contender.make(self._shapes)
+        step = self._contender.make(self._shapes, "cuda")
         for _ in range(WARM_UP):
             step()
         torch.cuda.synchronize()
@@ -215,7 +210,7 @@ def measure(name: str, count: int) -> CaseResult:
         case.elements,
         {each: [sample.wall for sample in taken] for each, taken in samples.items()},
         {each: [sample.device for sample in taken] for each, taken in samples.items()},
-        {each: found[each].moved for each in trials},
+        {each: found[each].moved(case.shapes) / case.elements for each in trials},
         {each: trial.held for each, trial in trials.items()},
         {each: trial.extra for each, trial in trials.items()},
         failures,

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import lucid.optim
+from lucid.bench.paired import Quartiles, ratios, rounds, sampler
+from lucid.bench.shapes import llama_1b
 from lucid.engine import offload
 
 from . import machine
-from .paired import Quartiles, ratios, rounds, sampler
 from .report import Table, terminal
-from .shapes import llama_1b
 
 LUCID, COPIES, UPDATE, BY_HAND = "state_device", "its copies alone", "its update alone", "torch fused on the host"
 

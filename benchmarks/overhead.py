@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import lucid.optim
+from lucid.bench.shapes import CASES, Case
 
-from .shapes import CASES, Case
 from .tables import terminal_table
 
 REPEATS = 61

@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+from lucid.bench.contenders import FUSED, FUSED_BF16, LIMIT, LUCID, PEERS
+from lucid.bench.paired import Quartiles
+
 from . import overhead
 from .clipping import FUSED_CLIPPED
-from .contenders import FUSED, LIMIT, LUCID, PEERS
-from .formats import FUSED_BF16, FormatResult
-from .paired import Quartiles
+from .formats import FormatResult
 from .results import Results
 from .tables import markdown_table, terminal_table
 from .targets import targets

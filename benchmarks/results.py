@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from lucid.bench.contenders import BYTES_MOVED, LIMIT, LUCID
+from lucid.bench.paired import Quartiles, Timed
+from lucid.bench.shapes import Case
+
 from .clipping import ClippingResult
-from .contenders import BYTES_MOVED, LIMIT, LUCID
 from .footprint import ImportSeconds
 from .formats import FormatResult
 from .overhead import Cost
-from .paired import Quartiles, Timed
-from .shapes import Case
 from .training import LoopResult
 
 

@@ -36,14 +36,15 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import lucid.optim
+from lucid.bench.contenders import LR, WEIGHT_DECAY
+from lucid.bench.machine import Neighbours
+from lucid.bench.paired import Quartiles, order, ratios
+from lucid.bench.shapes import CASES, Case
 from lucid.optim.formats import StateFormatName
 
 from . import machine, report
 from .arguments import check_page, count, write_page
-from .contenders import LR, WEIGHT_DECAY
-from .paired import Quartiles, order, ratios
 from .report import Table
-from .shapes import CASES, Case
 
 BEGIN = "<!-- measured: written by `python -m benchmarks.scale --markdown`; notes go outside -->"
 
@@ -188,7 +189,7 @@ def _rank(rank: int, world: int, store: str, rounds: int, pipe: Connection) -> N
 def measure(rounds: int) -> Results:
     """Run all numbers of processes one after the other."""
     results = Results(machine.description())
-    neighbours = machine.Neighbours()
+    neighbours = Neighbours()
     context = multiprocessing.get_context("spawn")
     for world in tqdm(WORLDS, "processes", disable=None):
         with tempfile.TemporaryDirectory() as folder:

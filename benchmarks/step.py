@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lucid.bench.contenders import FUSED, LIMIT, LUCID, SLOW, mover, optimizers
+from lucid.bench.machine import Neighbours, last_level_cache
+from lucid.bench.paired import rounds, sampler
+from lucid.bench.shapes import CASES, Case
+
 from . import clipping, footprint, formats, machine, overhead, report
 from .arguments import check_page, count, write_page
-from .contenders import FUSED, LIMIT, LUCID, SLOW, mover, optimizers
-from .paired import rounds, sampler
 from .results import Results, StepResult
-from .shapes import CASES, Case
 from .training import TRAININGS, time_training
 
 OTHERS = ("import", "overhead")
@@ -32,7 +34,7 @@ OTHERS = ("import", "overhead")
 
 def time_step(case: Case, count: int, slow_count: int) -> StepResult:
     """Time one case; each contender has parameters, gradients and state of its own."""
-    large = case.bytes >= 4 * machine.last_level_cache()
+    large = case.bytes >= 4 * last_level_cache()
     values = [torch.empty(shape).normal_(std=0.02) for shape in case.shapes]
     gradients = [torch.empty(shape).normal_(std=1e-3) for shape in case.shapes]
 
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     results = Results(machine.description(), options.quick)
     torch.manual_seed(0)
-    neighbours = machine.Neighbours()
+    neighbours = Neighbours()
     bar = tqdm(list(dict.fromkeys(options.case)), "cases", disable=None)
     for name in bar:
         bar.set_postfix_str(name)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lucid.bench.contenders import DEFAULT, EIGHT_BIT, FUSED, FUSED_BF16, LUCID, RESIDUAL_EIGHT_BIT
+from lucid.bench.paired import Quartiles
+
 from .clipping import CLIPPED, FUSED_CLIPPED, OBSERVED
-from .contenders import DEFAULT, FUSED, LUCID
-from .formats import EIGHT_BIT, FUSED_BF16, RESIDUAL_EIGHT_BIT
-from .paired import Quartiles
 from .results import Results
 
 IMPORT_MS = 30.0

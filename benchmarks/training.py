@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .contenders import MakeOptimizer
-from .paired import Quartiles, ratios, rounds
+from lucid.bench.contenders import MakeOptimizer
+from lucid.bench.paired import Quartiles, ratios, rounds
 
 
 class LoopSeconds(NamedTuple):

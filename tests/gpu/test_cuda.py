@@ -8,11 +8,11 @@ import math
 
 import pytest
 import torch
-from benchmarks.shapes import gpt2_small, resnet50
 from torch.nn import Parameter
 
 import lucid.optim as optim
 from bits import World, assert_same, draw, results, same
+from lucid.bench.shapes import gpt2_small, resnet50
 
 GPU = torch.device("cuda", 0)
 FORMATS = [

@@ -7,7 +7,7 @@ import ctypes
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -296,6 +296,23 @@ def format_for(
     if STREAM in kept.slots:
         shards.numbering(param, name)
     return kept
+
+
+def state_bytes(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    state_format: StateFormatName,
+    *,
+    master_weights: bool = True,
+    amsgrad: bool = False,
+    ranks: int = 1,
+) -> int:
+    """Return the bytes of a parameter's state; sharded by rows over `ranks` processes, on the one that holds most."""
+    whole = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    kept = format_for(whole, state_format, master_weights, "a parameter")
+    part = whole[: math.ceil(whole.shape[0] / ranks)] if whole.dim() else whole
+    slots = kept.slots_with(amsgrad).values()
+    return new_step().nbytes + sum(slot.dtype.itemsize * math.prod(slot.shape_for(part)) for slot in slots)
 
 
 def _is_quantized(shape: torch.Size) -> bool:

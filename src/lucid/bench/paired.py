@@ -79,26 +79,33 @@ def rounds(samplers: Mapping[str, Callable[[], T]], counts: Mapping[str, int], l
     return samples
 
 
-def sampler(step: Callable[[], object], *, warm: bool) -> Callable[[], float]:
+def sampler(
+    step: Callable[[], object], *, warm: bool, wait: Callable[[], object] = lambda: None
+) -> Callable[[], float]:
     """Return a function that times `step`, as often as one sample needs, in seconds a step.
 
     The first steps are taken here, untimed: they create state. Where `warm`, so is the first of
-    each sample: it brings to the caches what the contenders before have driven out.
+    each sample: it brings to the caches what the contenders before have driven out. `wait` returns
+    when a device has done what it was given.
     """
     step()
     taken = []
     for _ in range(3):
+        wait()
         started = time.perf_counter()
         step()
+        wait()
         taken.append(time.perf_counter() - started)
     repetitions = math.ceil(SAMPLE_SECONDS / min(taken))
 
     def sample() -> float:
         if warm:
             step()
+        wait()
         started = time.perf_counter()
         for _ in range(repetitions):
             step()
+        wait()
         return (time.perf_counter() - started) / repetitions
 
     return sample

@@ -1,15 +1,23 @@
-"""The parameter shapes that are timed: three models', written from their architecture, and plain."""
+"""The parameter shapes that are timed: three models', written from their architecture, plain ones, and a file's."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+
+
+def elements(shapes: Iterable[Shape]) -> int:
+    """Return how many numbers tensors of these shapes hold."""
+    return sum(math.prod(shape) for shape in shapes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +30,7 @@ class Case:
 
     @property
     def elements(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes)
+        return elements(self.shapes)
 
     @property
     def bytes(self) -> int:
@@ -74,6 +82,8 @@ def llama_1b() -> list[Shape]:
     return [(vocabulary, width), *(layers * block), norm]
 
 
+MODELS = {"gpt2-small": gpt2_small, "resnet50": resnet50, "llama-1b": llama_1b}
+
 CASES = {
     case.name: case
     for case in (
@@ -99,3 +109,50 @@ def parameters(
         param.grad = torch.empty(shape, dtype=dtype).normal_(std=gradient_rms)
         params.append(param)
     return params
+
+
+_LINE = re.compile(r"(?:(\d+)\s*\*\s*)?(\d+(?:\s*[x,×]\s*\d+)*)")
+
+
+def read_shapes(path: Path) -> list[Shape]:
+    """Return the shapes that a file lists.
+
+    Either JSON, a list of shapes or a dict of them by name, or a line for each: ``768x3072``, ``12 * 768x768`` for
+    twelve such, ``#`` and what follows it left out.
+
+    Raises
+    ------
+    OSError
+        Where the file cannot be read.
+    ValueError
+        Where it lists no shapes; the message gives the line.
+    """
+    text = path.read_text()
+    if text.lstrip()[:1] in ("[", "{"):
+        return _shapes_in_json(text, path)
+    shapes: list[Shape] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        content = line.partition("#")[0].strip()
+        if not content:
+            continue
+        found = _LINE.fullmatch(content)
+        if found is None:
+            raise ValueError(f"{path}, line {number}: expected a shape like 768x3072 or 12 * 768x768, got {content!r}")
+        shapes += int(found[1] or 1) * [tuple(int(size) for size in re.findall(r"\d+", found[2]))]
+    if not shapes:
+        raise ValueError(f"{path}: expected a shape a line, like 768x3072, got none")
+    return shapes
+
+
+def _shapes_in_json(text: str, path: Path) -> list[Shape]:
+    try:
+        listed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+    listed = list(listed.values()) if isinstance(listed, dict) else listed
+    for shape in listed:
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"{path}: expected a list of shapes like [[768, 3072], [768]], got {shape!r} for one")
+    if not listed:
+        raise ValueError(f"{path}: expected a list of shapes like [[768, 3072], [768]], got none")
+    return [tuple(shape) for shape in listed]

@@ -1,0 +1,243 @@
+"""Who is timed: `lucid.optim.AdamW` in every format, other libraries' AdamW, and what only moves the same bytes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import lucid.optim
+from lucid.engine import _cpu
+from lucid.optim.formats import StateFormatName, state_bytes
+
+from .shapes import Shape, elements, parameters
+
+LUCID, FUSED, FOREACH, DEFAULT = "lucid", "torch fused", "torch foreach", "torch default"
+FUSED_BF16 = "torch fused bf16"
+DEEPSPEED = "DeepSpeed CPUAdam"
+LIMIT = "memory's limit"
+PEERS = (FUSED, FOREACH, DEFAULT, DEEPSPEED)
+SLOW = (FOREACH, DEFAULT)  # several passes over memory, or a call for each tensor: few rounds are enough
+
+LR, WEIGHT_DECAY = 1e-4, 1e-2
+BYTES_MOVED = 28  # a parameter and step without amsgrad: four float32 read, three written
+
+MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Who steps: the type of its weights and gradients, and what it keeps for them.
+
+    ``state``: a format of ours, or another library's bytes a parameter of a large matrix.
+    """
+
+    name: str
+    step_of: Callable[[list[Tensor]], Step]
+    dtype: torch.dtype = torch.float32
+    state: StateFormatName | float = 8
+
+    def make(self, shapes: Sequence[Shape], device: str = "cpu") -> Step:
+        """Return the step, on parameters, gradients and state of its own."""
+        with torch.device(device):
+            params = parameters(shapes, self.dtype)
+        return self.step_of(params)
+
+    def state_bytes(self, shapes: Sequence[Shape]) -> float:
+        """Return the bytes of its state."""
+        if isinstance(self.state, str):
+            return sum(state_bytes(shape, self.dtype, self.state) for shape in shapes)
+        return self.state * elements(shapes)
+
+    def moved(self, shapes: Sequence[Shape]) -> float:
+        """Return the bytes that a step must move: weights and state are read and written, gradients read."""
+        return 3 * self.dtype.itemsize * elements(shapes) + 2 * self.state_bytes(shapes)
+
+
+# Formats
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """Who steps, how its moments are kept, and of which type its parameters and gradients are."""
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    state: StateFormatName | None = "fp32"  # None: torch's
+
+    def optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer:
+        if self.state is None:
+            return torch.optim.AdamW(params, LR, weight_decay=WEIGHT_DECAY, fused=True)
+        return lucid.optim.AdamW(params, LR, weight_decay=WEIGHT_DECAY, state_format=self.state)
+
+    def contender(self) -> Contender:
+        state = 2 * self.dtype.itemsize if self.state is None else self.state
+        return Contender(self.name, lambda params: self.optimizer(params).step, self.dtype, state)
+
+
+EIGHT_BIT, BF16_STATE = "lucid 8bit", "lucid bf16"
+RESIDUAL, RESIDUAL_BF16 = "lucid, bf16 weights + residual", "lucid bf16, bf16 weights + residual"
+RESIDUAL_EIGHT_BIT = "lucid 8bit, bf16 weights + residual"
+FORMATS = (
+    Format(FUSED, state=None),
+    Format(FUSED_BF16, torch.bfloat16, state=None),
+    Format(LUCID),
+    Format(BF16_STATE, state="bf16"),
+    Format(EIGHT_BIT, state="8bit"),
+    Format(RESIDUAL, torch.bfloat16),
+    Format(RESIDUAL_BF16, torch.bfloat16, "bf16"),
+    Format(RESIDUAL_EIGHT_BIT, torch.bfloat16, "8bit"),
+    Format("lucid 8bit, fp16 weights + master", torch.float16, "8bit"),
+)
+
+
+# Other optimizers
+
+
+def optimizers(*, amsgrad: bool = False) -> dict[str, MakeOptimizer]:
+    """Return how to make each optimizer that steps float32 weights on a CPU, with equal hyperparameters."""
+
+    def peer(*, fused: bool | None = None, foreach: bool | None = None) -> MakeOptimizer:
+        return lambda params: torch.optim.AdamW(
+            params, LR, weight_decay=WEIGHT_DECAY, amsgrad=amsgrad, fused=fused, foreach=foreach
+        )
+
+    makers: dict[str, MakeOptimizer] = {
+        LUCID: lambda params: lucid.optim.AdamW(params, LR, weight_decay=WEIGHT_DECAY, amsgrad=amsgrad),
+        FUSED: peer(fused=True),
+        FOREACH: peer(foreach=True),
+        DEFAULT: peer(),
+    }
+    if is_installed("deepspeed") and not amsgrad:  # which it ignores
+        makers[DEEPSPEED] = _deepspeed
+    return makers
+
+
+def _deepspeed(params: Iterable[Tensor]) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(list(params), lr=LR, weight_decay=WEIGHT_DECAY, adamw_mode=True)
+    return optimizer
+
+
+def is_installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another library's AdamW; `beside`: the lucid that keeps the like of its weights and state."""
+
+    library: str
+    name: str
+    path: str
+    state: float
+    beside: str | None
+    dtype: torch.dtype = torch.float32
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def contender(self) -> Contender:
+        return Contender(self.name, self._step_of, self.dtype, self.state)
+
+    def _step_of(self, params: list[Tensor]) -> Step:
+        module, _, name = self.path.rpartition(".")
+        make = getattr(importlib.import_module(module), name)
+        step: Step = make(params, lr=LR, weight_decay=WEIGHT_DECAY, **self.options).step
+        return step
+
+
+BITSANDBYTES, TORCHAO, FLASHOPTIM = LIBRARIES = ("bitsandbytes", "torchao", "flashoptim")
+BITSANDBYTES_32 = "bitsandbytes 32bit"
+# Scales: float32 for 256 in the first two, float16 for 32 in the last, whose weights gain 16 or 8 bits.
+_BY_256, _BY_32 = 2 * (1 + 4 / 256), 2 * (1 + 2 / 32)
+LIBRARY_PEERS = (
+    Peer(BITSANDBYTES, BITSANDBYTES_32, "bitsandbytes.optim.AdamW", 8, LUCID),
+    Peer(BITSANDBYTES, "bitsandbytes 8bit", "bitsandbytes.optim.AdamW8bit", _BY_256, EIGHT_BIT),
+    Peer(TORCHAO, "torchao 8bit", "torchao.optim.AdamW8bit", _BY_256, EIGHT_BIT),
+    Peer(
+        FLASHOPTIM,
+        "flashoptim 8bit",
+        "flashoptim.FlashAdamW",
+        _BY_32,
+        EIGHT_BIT,
+        options={"master_weight_bits": None},
+    ),
+    Peer(
+        BITSANDBYTES,
+        "bitsandbytes 8bit, bf16 weights",
+        "bitsandbytes.optim.AdamW8bit",
+        _BY_256,
+        RESIDUAL_EIGHT_BIT,
+        torch.bfloat16,
+    ),
+    Peer(
+        TORCHAO,
+        "torchao 8bit, bf16 weights",
+        "torchao.optim.AdamW8bit",
+        _BY_256,
+        RESIDUAL_EIGHT_BIT,
+        torch.bfloat16,
+        {"bf16_stochastic_round": True},
+    ),
+    Peer(
+        FLASHOPTIM,
+        "flashoptim 8bit, bf16 weights + 16",
+        "flashoptim.FlashAdamW",
+        _BY_32 + 2,
+        RESIDUAL_EIGHT_BIT,
+        torch.bfloat16,
+        {"master_weight_bits": 32},
+    ),
+    Peer(
+        FLASHOPTIM,
+        "flashoptim 8bit, bf16 weights + 8",
+        "flashoptim.FlashAdamW",
+        _BY_32 + 1,
+        None,
+        torch.bfloat16,
+        {"master_weight_bits": 24},
+    ),
+)
+
+
+# The limit
+
+
+def mover(count: int) -> Step:
+    """Return a step that moves, on the CPU, what AdamW's of `count` float32 does, and computes next to nothing."""
+    a, b, c, d = (torch.empty(count).fill_(1e-6) for _ in range(4))  # so that pages exist
+    return lambda: _cpu.move(
+        count,
+        a.data_ptr(),
+        b.data_ptr(),
+        c.data_ptr(),
+        d.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+
+
+class Copy(Contender):
+    """A device's own copy of as many float32 as there are parameters, in one piece."""
+
+    __slots__ = ()
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, self._step_of)
+
+    def make(self, shapes: Sequence[Shape], device: str = "cpu") -> Step:
+        return super().make([(elements(shapes),)], device)
+
+    def moved(self, shapes: Sequence[Shape]) -> float:
+        return 8 * elements(shapes)
+
+    @staticmethod
+    def _step_of(params: list[Tensor]) -> Step:
+        (param,) = params
+        target, source = param.detach(), param.grad
+        assert source is not None
+        return lambda: target.copy_(source)
