@@ -17,17 +17,14 @@ if TYPE_CHECKING:
 
 
 class AdamW(Optimizer):
-    r"""AdamW, Adam with decoupled weight decay; takes the place of ``torch.optim.AdamW``.
+    """AdamW, Adam with decoupled weight decay; takes the place of ``torch.optim.AdamW``.
 
-    At step t, with gradient g (negated if `maximize`) and parameter θ:
+    At step t, with gradient g (negated if `maximize`), parameter θ, and m, v and w from 0:
 
-    .. math::
-
-        m_t &= β_1 m_{t-1} + (1 - β_1) g_t \\
-        v_t &= β_2 v_{t-1} + (1 - β_2) g_t^2 \\
-        w_t &= v_t, \text{ or } \max(w_{t-1}, v_t) \text{ with amsgrad} \\
-        \hat m_t &= m_t / (1 - β_1^t), \quad \hat v_t = w_t / (1 - β_2^t) \\
-        θ_t &= θ_{t-1} - α \hat m_t / (\sqrt{\hat v_t} + ε) - α λ θ_{t-1}
+        m = β1·m + (1 − β1)·g
+        v = β2·v + (1 − β2)·g²
+        w = v, or max(w, v) with amsgrad
+        θ = θ − α·λ·θ − α·(m / (1 − β1^t)) / (√(w / (1 − β2^t)) + ε)
 
     The decay is taken from the parameter and is never mixed into the gradient. ``docs/numerics.md`` gives the
     order of operations, which every engine keeps to the bit.
@@ -72,7 +69,7 @@ class AdamW(Optimizer):
         Processes that hold different parameters, or different parts of plain ones, as under
         ``ZeroRedundancyOptimizer``, the first FSDP, or pipeline stages: the gradient norm is then of all their
         gradients, and they leave out the same steps. DTensors (FSDP2, tensor parallelism) need none.
-    state_device : {"cpu"}, optional
+    state_device : "cpu" or None, default None
         Keep the state of parameters on a GPU in the host's memory, and update them there: chunks of gradients and
         parameters come over and go back while others are updated. The same bits, at the speed of the host's memory and
         of the bus. ``docs/gpu.md``.
