@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: help setup train train-fsdp compare test test-distributed lint sanitize bench test-gpu bench-gpu accuracy format clean
+.PHONY: help setup train train-fsdp compare test test-distributed lint sanitize bench test-gpu bench-gpu accuracy format docs clean
 
 DISTRIBUTED := test_fsdp.py test_agreement.py test_ddp.py test_distributed_checkpoints.py test_backward_replicas.py \
 	test_example_fsdp.py test_accelerate.py test_lightning.py test_transformers.py
@@ -66,6 +66,9 @@ bench-gpu:  ## measure on a CUDA device, with what PYTHON has installed, not .ve
 
 accuracy: setup  ## measure the error against exact arithmetic, as docs/numerics.md shows it
 	$(BIN)/python -m benchmarks.accuracy
+
+docs: setup  ## build the documentation into build/site (python -m http.server -d build/site shows it)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build dist runs

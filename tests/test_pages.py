@@ -30,7 +30,6 @@ FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTAL
 NOT_RUN = {"bash", "text"}  # commands; formulas, output, and what else is no code
 
 
-
 def blocks_of(page, processes):
     """The page's blocks of either kind, each below as many empty lines as a traceback needs to show the page's own."""
     text = page.read_text()
