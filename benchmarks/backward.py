@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 import lucid.optim
 from lucid.bench.contenders import LR, WEIGHT_DECAY, MakeOptimizer
-from lucid.bench.machine import Neighbours
+from lucid.bench.machine import BUSY, Neighbours
 
 from . import machine
 from .arguments import check_page, count, write_page
-from .report import BUSY, Table, markdown, terminal
+from .report import Table, markdown, terminal
 from .training import TRAININGS, LoopResult, SmallGPT, Training, gpt_loss, time_training
 
 BEGIN = "<!-- measured: written by `python -m benchmarks.backward --markdown`; notes go outside -->"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lucid.bench.contenders import FUSED, FUSED_BF16, LIMIT, LUCID, PEERS
+from lucid.bench.machine import BUSY
 from lucid.bench.paired import Quartiles
 
 from . import overhead
@@ -21,8 +22,6 @@ from .targets import targets
 
 BEGIN = "<!-- measured: written by `python -m benchmarks.step --markdown`; notes go outside -->"
 END = "<!-- end of measured -->"
-
-BUSY = 0.03  # part of all cores' time
 
 
 class Table(NamedTuple):

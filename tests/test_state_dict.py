@@ -88,9 +88,41 @@ def test_state_dict_is_plain_and_documented():
         "state_format": "fp32",
         "master_weights": True,
         "seed": 0,
+        "state_version": 1,
         "params": [0, 1, 2],
     }
     assert "betas" not in optimizer.param_groups[0].keys()  # noqa: SIM118, the stored keys
+
+
+@pytest.mark.parametrize("version", [2, 100])
+def test_state_of_a_later_version_is_refused_and_changes_nothing(version):
+    optimizer, _ = trained()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["state_version"] = version
+    target, _ = trained(1)
+    before = everything(target)
+    with pytest.raises(ValueError, match=f"of version {version}, and this lucid-optim knows those up to 1"):
+        target.load_state_dict(saved)
+    assert everything(target) == before
+
+
+@pytest.mark.parametrize("version", [0, -1, 1.0, "1", None, True])
+def test_what_is_no_version_is_refused(version):
+    optimizer, _ = trained()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["state_version"] = version
+    with pytest.raises(ValueError, match="expected a whole number from 1 on as state_version"):
+        optimizer.load_state_dict(saved)
+
+
+def test_state_without_a_version_is_of_the_first():
+    optimizer, _ = trained()
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["state_version"]
+    other, _ = trained(1)
+    other.load_state_dict(saved)
+    assert bits(other.state_dict()) == bits(optimizer.state_dict())
+    assert "state_version" not in other.param_groups[0]
 
 
 @settings(max_examples=30, deadline=None)

@@ -17,16 +17,18 @@ from lucid.engine import cpu
 
 def description(build: str = lucid.__version__) -> dict[str, str]:
     """Return machine, versions and date, each as a line for people; `build` is which lucid-optim it is."""
-    gibibytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "CPU": f"{cpu_model()}, {cores()} cores usable, {_caches()}",
-        "memory": f"{gibibytes:.0f} GiB, transparent huge pages: {_huge_pages()}",
+        "memory": f"{total_memory() / 2**30:.0f} GiB, transparent huge pages: {_huge_pages()}",
         "system": f"{platform.system()} {platform.release()}, governor: {_governor()}",
         "threads": f"{torch.get_num_threads()}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"lucid-optim {build}, SIMD level {cpu.simd_level()}",
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
+
+
+BUSY = 0.03  # part of all cores' time that others may take before figures are not for quoting
 
 
 class Neighbours:
@@ -53,6 +55,21 @@ class Neighbours:
         return (self._others_seconds() - self._others) / passed
 
 
+def total_memory() -> float:
+    """Return the machine's memory in bytes; NaN where the system does not tell."""
+    if not hasattr(os, "sysconf"):
+        return math.nan
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def free_memory() -> float:
+    """Return how many bytes could be had without swapping; infinite where the system does not tell."""
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024.0 * int(line.split()[1])
+    return math.inf
+
+
 def last_level_cache() -> int:
     """Return its size in bytes, as the kernel tells it; 32 MiB where it does not."""
     sizes = _cache_sizes()
@@ -75,6 +92,7 @@ def _caches() -> str:
 
 
 def cpu_model() -> str:
+    """Return what the system calls its processor."""
     for line in _read(Path("/proc/cpuinfo")).splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -82,6 +100,7 @@ def cpu_model() -> str:
 
 
 def cores() -> int:
+    """Return how many cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import _get_fqns
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from lucid import engine
 
+from .distributed_files import Planner, Reader
 from .optimizer import Optimizer
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def load_optimizer(
     checkpoint_id : path, optional
         The checkpoint's folder.
     storage_reader : StorageReader, optional
-        What reads it, by default files.
+        What reads it, by default files, of which nothing is run that is in them: torch's own readers unpickle the list
+        of contents.
     prefix : str, default "optimizer"
         The key under which the optimizer's state dict was saved; keys within dicts are joined by dots.
     process_group : ProcessGroup, optional
@@ -63,6 +64,8 @@ def load_optimizer(
     ------
     FileNotFoundError
         Where there is no checkpoint, or one whose saving did not end.
+    UnpicklingError
+        Where it holds more than tensors and plain values.
     TypeError, ValueError
         Where the checkpoint does not fit the optimizer: a parameter that it does not know, a shape, a value out of
         range. Nothing is changed then.
@@ -70,7 +73,7 @@ def load_optimizer(
     if storage_reader is None:
         if checkpoint_id is None:
             raise TypeError("load_optimizer: expected a checkpoint_id or a storage_reader, got neither")
-        storage_reader = FileSystemReader(checkpoint_id)
+        storage_reader = Reader(checkpoint_id)
     elif checkpoint_id is not None:
         storage_reader.reset(checkpoint_id)
     names = _names(model, optimizer)
@@ -92,7 +95,7 @@ def load_optimizer(
             values[key] = _room(param_of[place.name], metadata[key], f"state {place.key!r} of {place.name!r}")
         elif place.part == _GROUPS:
             values[key] = _room(None, metadata[key], key)
-    load(values, storage_reader=storage_reader, process_group=process_group)
+    load(values, storage_reader=storage_reader, planner=Planner(), process_group=process_group)
     optimizer.load_state_dict(_assembled(names, [(places[key], value) for key, value in values.items()]))
 
 

@@ -24,7 +24,7 @@ from .formats import KnownAs, StateFormat, StateFormatName, decoded, format_for
 from .gradients import NON_FINITE, NonFinite, checked_max_norm
 from .groups import ParamGroup, check_ordered, checked_params
 from .part import Outcome, Part
-from .state_dict import loaded, plain
+from .state_dict import STATE_VERSION, VERSION, loaded, plain, torch_group
 from .statistics import summed_up
 from .values import checked_flag, one_of, shown
 
@@ -528,7 +528,8 @@ class Optimizer(torch.optim.Optimizer):
         dict
             ``"state"``: for each parameter's number its ``step`` and the tensors of its format (docs/formats.md), which
             under ``"fp32"`` are ``exp_avg``, ``exp_avg_sq`` and, with amsgrad, ``max_exp_avg_sq``;
-            ``"param_groups"``: hyperparameters, with ``beta1``, ``beta2`` and ``betas``. ``torch.optim.AdamW`` loads an
+            ``"param_groups"``: hyperparameters, with ``beta1``, ``beta2`` and ``betas``, and the ``state_version`` of
+            all that (docs/formats.md). ``torch.optim.AdamW`` loads an
             fp32 one, and `torch_state_dict` gives it one of any format; ``torch.load(weights_only=True)`` reads all.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -543,7 +544,8 @@ class Optimizer(torch.optim.Optimizer):
             },
             "param_groups": [
                 {key: plain(value) for key, value in group.items() if key != "params"}
-                | {"betas": group["betas"], "params": [number_of[id(param)] for param in group["params"]]}
+                | {"betas": group["betas"], VERSION: STATE_VERSION}
+                | {"params": [number_of[id(param)] for param in group["params"]]}
                 for group in groups
             ],
         }
@@ -607,9 +609,7 @@ class Optimizer(torch.optim.Optimizer):
             for number, entry in saved["state"].items()
             if isinstance(number, int) and 0 <= number < len(params)  # tools may keep more there
         }
-        saved["param_groups"] = [
-            {key: value for key, value in group.items() if key not in _NOT_TORCH} for group in saved["param_groups"]
-        ]
+        saved["param_groups"] = [torch_group(group) for group in saved["param_groups"]]
         return saved
 
     def __getstate__(self) -> dict[str, Any]:
@@ -642,8 +642,6 @@ class Optimizer(torch.optim.Optimizer):
         device = self._bare._state_device
         return engine.name_for(param.device if device is None or param.device.type == "meta" else device)
 
-
-_NOT_TORCH = ("beta1", "beta2", "state_format", "master_weights", "seed")
 
 # What a copy and a pickle keep besides.
 _OPTIONS = ("_max_grad_norm", "_nonfinite", "_observing", "_amp_scaling", "_state_device")

@@ -14,6 +14,10 @@ from .formats import KnownAs, StateFormat, copied
 from .groups import ParamGroup
 from .values import shown
 
+# Of what `state_dict` returns; one that a later release cannot read as this does gets another.
+STATE_VERSION = 1
+VERSION = "state_version"
+
 OWN_OPTIONS = ("state_format", "master_weights")  # of how state is kept here, whatever was saved
 
 State = defaultdict[Any, Any]
@@ -69,6 +73,7 @@ def _checked_groups(saved: Mapping[str, Any], groups: Sequence[ParamGroup]) -> l
     if not all(isinstance(key, int | str) for key in keys) or len(set(keys)) != len(keys):
         raise ValueError("state_dict['param_groups']: expected each parameter's number or name once in 'params'")
     for group in saved_groups:
+        _check_version(group.get(VERSION, STATE_VERSION))
         names = group.get("param_names")
         if names is not None and (not isinstance(names, list | tuple) or len(names) != len(group["params"])):
             raise ValueError(
@@ -85,9 +90,19 @@ def _checked_groups(saved: Mapping[str, Any], groups: Sequence[ParamGroup]) -> l
     return list(saved_groups)
 
 
+def _check_version(version: Any) -> None:
+    if type(version) is not int or version < 1:
+        raise ValueError(f"state_dict: expected a whole number from 1 on as {VERSION}, got {shown(version)}")
+    if version > STATE_VERSION:
+        raise ValueError(
+            f"state_dict: its state is of version {version}, and this lucid-optim knows those up to {STATE_VERSION}; "
+            "load it with the release that saved it, or a later one"
+        )
+
+
 def _group(saved: Mapping[str, Any], own: ParamGroup, defaults: ParamGroup) -> ParamGroup:
     """The group's hyperparameters as saved, its parameters as they are."""
-    group = ParamGroup({key: copied(value) for key, value in saved.items() if key != "params"})
+    group = ParamGroup({key: copied(value) for key, value in saved.items() if key not in ("params", VERSION)})
     group["params"] = own["params"]
     if "param_names" in own:
         group["param_names"] = own["param_names"]
@@ -124,3 +139,12 @@ def plain(value: Any) -> Any:
     if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
         return value
     return float(value)
+
+
+# Of a group's keys, those that torch has no place for.
+_NOT_TORCH = ("beta1", "beta2", "state_format", "master_weights", "seed", VERSION)
+
+
+def torch_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved group as ``torch.optim.AdamW`` keeps it."""
+    return {key: value for key, value in group.items() if key not in _NOT_TORCH}

@@ -1,0 +1,36 @@
+"""The command ``lucid``: what runs here, how fast, in how much memory, and what a checkpoint holds.
+
+Exit status: 0 where all is well, 1 where the answer is no (oddities in a checkpoint, nothing fits, an engine is
+missing), 2 where the question could not be answered.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+_EXTRA = {"typer", "rich", "tqdm", "matplotlib", "safetensors"}
+
+
+class CommandError(Exception):
+    """Why a command cannot do what was asked of it, in one sentence."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    try:
+        from .app import app
+
+        app(args=None if arguments is None else list(arguments), prog_name="lucid")
+    except SystemExit as end:  # how typer ends
+        return end.code if isinstance(end.code, int) else 0
+    except CommandError as refusal:
+        print(f"lucid: {refusal}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _EXTRA:
+            raise
+        print(f"lucid: the command needs {name}: pip install 'lucid-optim[cli]'", file=sys.stderr)
+        return 2
+    return 0

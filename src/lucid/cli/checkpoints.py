@@ -1,0 +1,321 @@
+"""Checkpoints as files and folders: read without running what is in them, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import CommandError
+
+Kind = Literal["file", "safetensors", "folder"]
+Tree = dict[str, Any]
+States = Mapping[str | int, Mapping[str, Any]]  # by a parameter's key
+Place = tuple[str | int, ...]  # keys from the root of a checkpoint on
+
+SINGLE_FILE = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter in an optimizer's saved state; `name` where names were saved."""
+
+    key: str | int
+    name: str | None
+    entry: Mapping[str, Any]
+    group: Mapping[str, Any]
+
+    @property
+    def called(self) -> str:
+        return self.name if self.name is not None else f"parameter {self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """An optimizer's state dict in a checkpoint; `flat`: with one key for each value, as DCP can have it."""
+
+    place: Place
+    parameters: list[Parameter]
+    flat: bool
+
+    @property
+    def called(self) -> str:
+        return ".".join(map(str, self.place)) or "the optimizer"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a file or folder holds."""
+
+    path: Path
+    kind: Kind
+    tree: Tree
+
+    def optimizers(self) -> list[Saved]:
+        """Return the optimizer states in it; refuse where there is none."""
+        found = [_saved(place, node) for place, node in _nodes(self.tree) if _is_state(node) or _is_flat_state(node)]
+        if not found:
+            keys = ", ".join(sorted(map(str, self.tree))[:8]) or "nothing"
+            raise CommandError(f"{self.path}: expected an optimizer's state dict in it, found none; it holds {keys}")
+        return found
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the model's parameters and buffers by name: of all that could be a model, the largest; else none."""
+        states = [place for place, node in _nodes(self.tree) if _is_state(node) or _is_flat_state(node)]
+        models = [
+            dict(node)
+            for place, node in _nodes(self.tree)
+            if not any(place[: len(state)] == state for state in states) and _is_model(node)
+        ]
+        return max(models, key=lambda model: sum(each.numel() for each in model.values()), default={})
+
+
+def read(path: Path, *, mapped: bool = True) -> Checkpoint:
+    """Read a file that ``torch.save`` or safetensors wrote, or a folder of ``torch.distributed.checkpoint``.
+
+    Nothing in it is run: what is neither a tensor nor a plain value is refused. `mapped`: tensors stay in the file
+    until they are used.
+    """
+    if path.is_dir():
+        if (path / ".metadata").exists():
+            return Checkpoint(path, "folder", _read_folder(path))
+        parts = sorted(path.glob("*.safetensors"))
+        if parts:
+            return Checkpoint(path, "safetensors", {name: each for part in parts for name, each in _tensors(part)})
+        raise CommandError(
+            f"{path}: expected a checkpoint's folder, but there is neither .metadata nor *.safetensors in it"
+        )
+    if not path.exists():
+        raise CommandError(f"{path}: no such file or folder")
+    if path.suffix == ".safetensors":
+        return Checkpoint(path, "safetensors", dict(_tensors(path)))
+    tree = _read_file(path, mapped)
+    if not isinstance(tree, Mapping):
+        raise CommandError(f"{path}: expected a dict of state dicts or tensors in it, got {type(tree).__name__}")
+    return Checkpoint(path, "file", dict(tree))
+
+
+def _read_file(path: Path, mapped: bool) -> Any:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        except RuntimeError:
+            if not mapped:
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # of before torch 1.6
+    except pickle.UnpicklingError as error:
+        raise _more_than_values(path, error) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CommandError(f"{path}: this cannot be read as a checkpoint: {_first_line(error)}") from error
+
+
+def _more_than_values(path: Path, error: Exception) -> CommandError:
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    return CommandError(
+        f"{path}: it holds more than tensors and plain values, and to load that could run any code "
+        f"({_first_line(error) if named is None else f'it names {named[1]}'}); save state dicts alone"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith(("WeightsUnpickler error:", "Unsupported"))]
+    return (telling or lines or [type(error).__name__])[0].rstrip(".")
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise CommandError(f"{path}: this cannot be read as safetensors: {_first_line(error)}") from error
+
+
+def _read_folder(path: Path) -> Tree:
+    from lucid.optim.distributed_files import read_whole
+
+    try:
+        return read_whole(path)
+    except pickle.UnpicklingError as error:
+        raise _more_than_values(path, error) from error
+    except Exception as error:  # of whatever torch's readers make of what is missing or cut short
+        raise CommandError(f"{path}: this cannot be read as a checkpoint's folder: {_first_line(error)}") from error
+
+
+# What is in them
+
+
+def _nodes(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    """Every dict, from the outside inwards."""
+    if isinstance(tree, Mapping):
+        yield place, tree
+    if isinstance(tree, Mapping | list | tuple):
+        for key, node in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from _nodes(node, (*place, key))
+
+
+def _is_state(node: Mapping[str, Any]) -> bool:
+    groups = node.get("param_groups")
+    return (
+        isinstance(node.get("state"), Mapping | list)
+        and isinstance(groups, list | tuple)
+        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple) for group in groups)
+    )
+
+
+def _is_flat_state(node: Mapping[str, Any]) -> bool:
+    starts = {str(key).partition(".")[0] for key in node}
+    return {"state", "param_groups"} <= starts and not _is_state(node) and all("." in str(key) for key in node)
+
+
+def _is_model(node: Mapping[str, Any]) -> bool:
+    return bool(node) and all(isinstance(key, str) and isinstance(each, Tensor) for key, each in node.items())
+
+
+def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
+    if _is_flat_state(node):
+        return Saved(place, _flat_parameters(node), flat=True)
+    state = node["state"]
+    entries = dict(state if isinstance(state, Mapping) else enumerate(state))  # folders turn numbered keys into a list
+    parameters = []
+    for group in node["param_groups"]:
+        names = group.get("param_names")
+        for index, key in enumerate(group["params"]):
+            name = names[index] if isinstance(names, list | tuple) and len(names) == len(group["params"]) else None
+            if name is None and isinstance(key, str):
+                name = key
+            entry = entries.get(key)
+            parameters.append(Parameter(key, name, entry if isinstance(entry, Mapping) else {}, group))
+    return Saved(place, parameters, flat=False)
+
+
+def _flat_parameters(node: Mapping[str, Any]) -> list[Parameter]:
+    """Of keys like "state.layer.weight.exp_avg" and "param_groups.layer.weight.lr"."""
+    parts: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
+    for path, value in node.items():
+        part, _, rest = path.partition(".")
+        name, _, key = rest.rpartition(".")
+        parts.setdefault(part, {}).setdefault(name, {})[key] = value
+    names = parts["param_groups"] | parts["state"]
+    return [Parameter(name, name, parts["state"].get(name, {}), parts["param_groups"].get(name, {})) for name in names]
+
+
+def replaced(checkpoint: Checkpoint, saved: Saved, entries: States, groups: States) -> Checkpoint:
+    """Return the checkpoint with another state in the place of `saved`: by parameter's key, entries and groups."""
+    node: Any = checkpoint.tree
+    for key in saved.place:
+        node = node[key]
+    if saved.flat:
+        new = {f"state.{name}.{key}": each for name, entry in entries.items() for key, each in entry.items()}
+        new |= {f"param_groups.{name}.{key}": each for name, group in groups.items() for key, each in group.items()}
+    else:
+        keys = [parameter.key for parameter in saved.parameters]
+        state = node["state"]
+        others = state.items() if isinstance(state, Mapping) else enumerate(state)
+        kept: dict[Any, Any] = {key: each for key, each in others if key not in keys and each is not None}
+        new = dict(node) | {"state": kept | dict(entries), "param_groups": _regrouped(node["param_groups"], groups)}
+    return replace(checkpoint, tree=_with(checkpoint.tree, saved.place, new))
+
+
+def _regrouped(old: Sequence[Mapping[str, Any]], groups: States) -> list[Tree]:
+    return [
+        dict(groups[group["params"][0]] if group["params"] else group) | {"params": group["params"]} for group in old
+    ]
+
+
+def _with(tree: Any, place: Place, new: Any) -> Any:
+    """A copy of the dicts and lists on the way to `place`, with `new` there."""
+    if not place:
+        return new
+    copy: Any = dict(tree) if isinstance(tree, Mapping) else list(tree)
+    copy[place[0]] = _with(tree[place[0]], place[1:], new)
+    return copy
+
+
+# Writing
+
+
+def check_target(path: Path, kind: Kind) -> None:
+    """Refuse where nothing could be written, before the work."""
+    if not path.parent.is_dir():
+        raise CommandError(f"{path}: expected a folder {path.parent} to write it into, there is none")
+    if kind == "folder" and path.exists():
+        raise CommandError(
+            f"{path}: a folder can only be written where there is nothing yet; remove it or name another"
+        )
+    if kind == "file" and path.is_dir():
+        raise CommandError(f"{path}: expected a file's name, this is a folder")
+
+
+def write(tree: Tree, path: Path, kind: Kind) -> None:
+    """Write a file or folder whole or not at all: under another name first, and renamed when it is on the disk."""
+    check_target(path, kind)
+    try:
+        if kind == "folder":
+            _write_folder(tree, path)
+        else:
+            _write_file(tree, path)
+    except OSError as error:
+        raise CommandError(f"{path}: it could not be written, and nothing was changed: {error}") from error
+
+
+def _write_file(tree: Tree, path: Path) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(tree, file)
+            file.flush()
+            os.fsync(file.fileno())
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
+        part.chmod(mode)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _write_folder(tree: Tree, path: Path) -> None:
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it should be
+            save(tree, checkpoint_id=part, no_dist=True)
+        part.chmod(0o777 & ~_umask())
+        part.rename(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(path: Path) -> None:
+    """So that a renaming outlives a power cut; Windows has no such thing."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,129 @@
+"""``lucid convert``: an optimizer's state from one format, or optimizer, to another, without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lucid.optim import AdamW
+from lucid.optim.formats import decoded, format_for
+from lucid.optim.groups import ParamGroup
+from lucid.optim.state_dict import STATE_VERSION, VERSION, torch_group
+
+from . import CommandError, output
+from .checkpoints import SINGLE_FILE, Checkpoint, Kind, Parameter, Saved, check_target, read, replaced, write
+
+Target = Literal["fp32", "bf16", "8bit", "torch"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What was done: bytes of the optimizers' state before and after."""
+
+    source: str
+    target: str
+    to: Target
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+
+
+def stand_in(entry: Mapping[str, Any], name: str) -> Tensor:
+    """Return a tensor with the shape and dtype of the parameter whose state `entry` is; it takes no memory."""
+    moment = entry.get("exp_avg_code", entry.get("exp_avg"))
+    if not isinstance(moment, Tensor):
+        keys = ", ".join(sorted(map(str, entry)))
+        raise CommandError(f"state of {name}: expected exp_avg or exp_avg_code of AdamW in it, got {keys}")
+    dtype = torch.float32
+    if "residual" in entry:
+        dtype = torch.bfloat16
+    elif "master" in entry:
+        dtype = torch.float16
+    elif moment.dtype == torch.float64 or moment.is_complex():
+        dtype = moment.dtype
+    return torch.zeros((), dtype=dtype).expand(moment.shape)
+
+
+def _entry(parameter: Parameter, to: Target, number: int) -> dict[str, Any]:
+    """A parameter's state in the format `to`."""
+    param = stand_in(parameter.entry, parameter.called)
+    if to == "torch":
+        return decoded(param, parameter.entry, parameter.called)
+    master = "residual" in parameter.entry or "master" in parameter.entry
+    kept = format_for(param, to, master, parameter.called)
+    seed = parameter.group.get("seed", 0)
+    known_as = (seed, number if parameter.name is None else parameter.name)
+    return kept.converted(param, parameter.entry, parameter.called, known_as)
+
+
+def _groups(parameters: list[Parameter], to: Target) -> Iterator[tuple[str | int, dict[str, Any]]]:
+    """The group of each parameter's key, with the keys that the optimizer to load it has."""
+    nobody = [torch.empty(0, device="cpu")]
+    torchs, ours = torch.optim.AdamW(nobody).defaults, AdamW(nobody).defaults
+    for parameter in parameters:
+        if to == "torch":
+            yield parameter.key, torchs | torch_group(parameter.group)
+            continue
+        group = ParamGroup(parameter.group)
+        for key, default in ours.items():
+            group.setdefault(key, default)
+        yield parameter.key, dict(group) | {"betas": group["betas"], "state_format": to, VERSION: STATE_VERSION}
+
+
+def converted(checkpoint: Checkpoint, saved: Saved, to: Target) -> Checkpoint:
+    """Return the checkpoint with an optimizer's state in the format `to`."""
+    entries = {}
+    try:
+        bar = tqdm(saved.parameters, saved.called, leave=False, disable=None)
+        for number, parameter in enumerate(bar):
+            if parameter.entry:
+                entries[parameter.key] = _entry(parameter, to, number)
+        groups = dict(_groups(saved.parameters, to))
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"{checkpoint.path}: {error}") from error
+    return replaced(checkpoint, saved, entries, groups)
+
+
+def _bytes(savings: list[Saved]) -> int:
+    values = (value for saved in savings for parameter in saved.parameters for value in parameter.entry.values())
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def _kind(checkpoint: Checkpoint, target: str) -> Kind:
+    if target.endswith(("/", "\\")):
+        return "folder"
+    return "file" if Path(target).suffix in SINGLE_FILE else checkpoint.kind
+
+
+def run(source: Path, target: str, to: Target, *, json: bool) -> int:
+    """Convert every optimizer's state in a checkpoint; all else in it stays as it is."""
+    path = Path(target)
+    same = path.exists() and source.exists() and path.samefile(source)
+    checkpoint = read(source, mapped=not same)
+    if checkpoint.kind == "safetensors":
+        raise CommandError(f"{source}: safetensors files hold no optimizer state that could be converted")
+    kind = _kind(checkpoint, target)
+    check_target(path, kind)
+    before = checkpoint.optimizers()
+    for saved in before:
+        checkpoint = converted(checkpoint, saved, to)
+    after = checkpoint.optimizers()
+    write(checkpoint.tree, path, kind)
+    done = Conversion(
+        str(source), str(path), to, sum(len(saved.parameters) for saved in before), _bytes(before), _bytes(after)
+    )
+    if json:
+        output.print_json(asdict(done))
+    else:
+        output.console().print(
+            f"{path}: {to} state of {done.parameters} parameters, {output.size(done.bytes_after)} "
+            f"(in {source}: {output.size(done.bytes_before)})"
+        )
+    return 0

@@ -1,0 +1,160 @@
+"""``lucid info``: what steps run on here, and why not on something else."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from rich.text import Text
+from tqdm import tqdm
+
+import lucid
+from lucid.bench import machine
+from lucid.bench.contenders import BYTES_MOVED, Copy, Step, mover
+from lucid.bench.paired import Quartiles, sampler
+from lucid.engine import cpu, cuda
+
+from . import output
+
+_ELEMENTS = 2**26  # 1 GiB in the four streams of a step: no cache holds it
+_SAMPLES = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine: what it is, and why it does not run here if it does not."""
+
+    name: str
+    what: str
+    missing: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What steps run on here. `limits`: GB/s that the CPU and each GPU moved, by name."""
+
+    engines: list[Engine]
+    simd_level: str | None
+    simd_levels: list[str]
+    threads: int
+    threads_reason: str
+    cpu: str
+    devices: list[str]
+    memory_bytes: float
+    versions: dict[str, str]
+    limits: dict[str, float]
+
+
+def gathered(*, measure: bool = True) -> Info:
+    """Look at this machine; `measure`: its memory's speed too, which takes some seconds."""
+    found = cpu.missing is None
+    return Info(
+        [
+            Engine("cpu", "C++, for parameters on a CPU", cpu.missing),
+            Engine("cuda", "Triton, for parameters on a CUDA device", _cuda_missing()),
+            Engine("reference", "torch operations, slow, for parameters anywhere else", None),
+        ],
+        cpu.simd_level() if found else None,
+        cpu.simd_levels() if found else [],
+        torch.get_num_threads(),
+        _threads_reason(),
+        machine.cpu_model(),
+        [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        machine.total_memory(),
+        _versions(),
+        _limits() if measure and found else {},
+    )
+
+
+def _cuda_missing() -> str | None:
+    if cuda.missing is not None:
+        return cuda.missing
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is a build for CPUs alone"
+    return "torch finds no device"
+
+
+def _threads_reason() -> str:
+    """Why steps use as many threads as they do."""
+    number, cores = torch.get_num_threads(), machine.cores()
+    set_by = next((name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ), None)
+    if set_by is not None and os.environ[set_by] == str(number):
+        reason = f"{set_by}={number}, which launchers as torchrun set, of {cores} usable cores"
+    elif number == cores:
+        reason = "one for each core that this process may use"
+    else:
+        reason = f"of {cores} usable cores, as torch chooses"
+    return f"{reason}; torch.set_num_threads changes it, and a step of fewer than 65,536 elements a thread takes fewer"
+
+
+def _versions() -> dict[str, str]:
+    versions = {
+        "lucid-optim": lucid.__version__,
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+    if torch.version.cuda is not None:
+        versions["CUDA"] = torch.version.cuda
+    if importlib.util.find_spec("triton") is not None:
+        versions["triton"] = importlib.metadata.version("triton")
+    return versions
+
+
+def _limits() -> dict[str, float]:
+    """The speed of memory in GB/s: of only moving what a step of float32 does, or of a device's own copy."""
+    steps: dict[str, tuple[Step, float]] = {"CPU": (mover(_ELEMENTS), BYTES_MOVED)}
+    for index in range(torch.cuda.device_count()):
+        copy = Copy("copy")
+        shapes = [(_ELEMENTS,)]
+        steps[f"cuda:{index}"] = copy.make(shapes, f"cuda:{index}"), copy.moved(shapes) / _ELEMENTS
+    limits = {}
+    with tqdm(total=_SAMPLES * len(steps), desc="memory's speed", leave=False, disable=None) as bar:
+        for name, (step, moved) in steps.items():
+            wait = functools.partial(torch.cuda.synchronize, name) if name.startswith("cuda") else (lambda: None)
+            sample = sampler(step, warm=False, wait=wait)
+            seconds = []
+            for _ in range(_SAMPLES):
+                seconds.append(sample())
+                bar.update()
+            limits[name] = moved * _ELEMENTS / Quartiles.of(seconds).median / 1e9
+    return limits
+
+
+def run(*, json: bool, measure: bool) -> int:
+    """Print what was found; return 1 where parameters on this machine's devices would be stepped slowly."""
+    info = gathered(measure=measure)
+    slow = [engine.name for engine in info.engines if engine.missing and (engine.name == "cpu" or info.devices)]
+    if json:
+        output.print_json(asdict(info))
+        return 1 if slow else 0
+    console = output.console()
+    rows: list[list[str | Text]] = []
+    for engine in info.engines:
+        style = output.GOOD if engine.missing is None else output.BAD if engine.name in slow else output.FAINT
+        state = Text("no" if engine.missing else "yes", style)
+        rows.append([engine.name, state, engine.missing or engine.what])
+    engines = output.table(["engine", "runs", ""], rows)
+    engines.columns[2].justify = "left"
+    console.print(engines)
+    console.print()
+    found: dict[str, str | Text] = {"CPU": info.cpu}
+    found |= {f"cuda:{index}": name for index, name in enumerate(info.devices)}
+    if info.simd_level is not None:
+        found["SIMD level"] = f"{info.simd_level}, of {', '.join(info.simd_levels)}"
+    found["threads"] = f"{info.threads}: {info.threads_reason}"
+    found["memory"] = output.size(info.memory_bytes)
+    for name, limit in info.limits.items():
+        what = f"the fastest float32 step is {BYTES_MOVED / limit:.2g} ns a parameter"
+        found[f"limit, {name}"] = f"{output.digits(limit)} GB/s measured: {what}"
+    console.print(output.facts(found | dict(info.versions)))
+    return 1 if slow else 0

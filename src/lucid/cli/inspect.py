@@ -1,0 +1,308 @@
+"""``lucid inspect``: what a checkpoint's optimizer state is like, and what is odd about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.text import Text
+from torch import Tensor
+from tqdm import tqdm
+
+from lucid.engine import codecs
+
+from . import CommandError, output
+from .checkpoints import Checkpoint, Parameter, Saved, read
+
+_CODES = ("exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale")
+_MAXIMUM = "max_exp_avg_sq"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A parameter's state. `ratio`: the largest |m|/√v; `update`: RMS of its next update's part of the weight's."""
+
+    name: str
+    shape: list[int]
+    format: str
+    step: float | None
+    m_norm: float = math.nan
+    root_v_norm: float = math.nan
+    max_m_over_sqrt_v: float = math.nan
+    update_ratio: float = math.nan
+    state_bytes: int = 0
+    oddities: tuple[str, ...] = ()
+
+
+def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
+    """Return what the state of a parameter is like; `weight`: the parameter itself, where the checkpoint has it."""
+    entry = parameter.entry
+    odd = list(_oddities_of_keys(entry))
+    tensors = {key: value for key, value in entry.items() if isinstance(value, Tensor)}
+    size = sum(value.nbytes for value in tensors.values())
+    step = _number(entry.get("step"))
+    if step is None or not (step >= 0 and step.is_integer()):
+        odd.append(f"step is {entry.get('step', 'missing')!r}, no count")
+    moment = tensors.get("exp_avg_code", tensors.get("exp_avg"))
+    found = Found(parameter.called, [] if moment is None else list(moment.shape), _format(tensors), step)
+    moments = None if odd else _moments(tensors, odd)
+    if weight is not None and moment is not None:
+        odd += _oddities_of_weight(weight, tensors, moment)
+    if moments is None:
+        return replace(found, state_bytes=size, oddities=tuple(odd))
+    m, v = moments
+    odd += _oddities_of_values(m, v, step or 0.0)
+    w = tensors.get(_MAXIMUM)
+    if w is not None and w.shape == v.shape:
+        odd += _not_finite(_MAXIMUM, w)
+        if bool((w.double() < v.double() * (1 - 1e-6)).any()) and "exp_avg_code" not in tensors:
+            odd.append(f"{_MAXIMUM} is below exp_avg_sq")
+    denominator = (v if w is None or w.shape != v.shape else w).double().sqrt()
+    ratios = torch.where(m == 0, 0.0, m.abs() / denominator)
+    ratio = float(ratios.max()) if ratios.numel() else 0.0
+    return replace(
+        found,
+        m_norm=float(torch.linalg.vector_norm(m)),
+        root_v_norm=math.sqrt(max(0.0, float(v.double().sum()))) if not bool((v < 0).any()) else math.nan,
+        max_m_over_sqrt_v=ratio,
+        update_ratio=_update_ratio(parameter.group, m, denominator, step or 0.0, weight),
+        state_bytes=size,
+        oddities=tuple(odd),
+    )
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 and not value.is_complex() else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _format(tensors: Mapping[str, Tensor]) -> str:
+    """As which format it is kept: its moments, and what it has of master values."""
+    if "exp_avg_code" in tensors:
+        moments = "8bit"
+    elif "exp_avg" not in tensors:
+        moments = "unknown"
+    elif tensors["exp_avg"].dtype == torch.float32:
+        moments = "fp32"
+    elif "stream" in tensors:
+        moments = "bf16"
+    else:
+        moments = str(tensors["exp_avg"].dtype).removeprefix("torch.")
+    more = [key for key in ("residual", "master") if key in tensors] + ["amsgrad"] * (_MAXIMUM in tensors)
+    return " + ".join([moments, *more])
+
+
+def _oddities_of_keys(entry: Mapping[str, Any]) -> Iterator[str]:
+    wanted = _CODES if any(key in entry for key in _CODES) else ("exp_avg", "exp_avg_sq")
+    missing = [key for key in wanted if not isinstance(entry.get(key), Tensor)]
+    if missing:
+        yield f"{', '.join(missing)} missing"
+    if wanted is _CODES and ("exp_avg" in entry or "exp_avg_sq" in entry):
+        yield "moments twice: as codes and as numbers"
+    if not missing:
+        shape = entry[wanted[0]].shape
+        for key in ("exp_avg_sq", "exp_avg_sq_code", _MAXIMUM, "residual", "master"):
+            value = entry.get(key)
+            if isinstance(value, Tensor) and value.shape != shape:
+                yield f"{key} has shape {_shape(value)}, {wanted[0]} {_shape(entry[wanted[0]])}"
+        if wanted is _CODES:
+            yield from _oddities_of_codes(entry, shape)
+    residual = entry.get("residual")
+    if isinstance(residual, Tensor) and residual.dtype != torch.bfloat16:
+        yield f"residual is {residual.dtype}, which has lost the bits that it holds as torch.bfloat16"
+
+
+def _oddities_of_codes(entry: Mapping[str, Any], shape: torch.Size) -> Iterator[str]:
+    for key in ("exp_avg_code", "exp_avg_sq_code"):
+        if entry[key].dtype != torch.uint8:
+            yield f"{key} is {entry[key].dtype}, expected torch.uint8"
+    for key in ("exp_avg_scale", "exp_avg_sq_scale"):
+        if not shape or entry[key].shape != (shape[0], codecs.blocks(shape)):
+            yield f"{key} has shape {_shape(entry[key])}, expected one scale for each block of 128 of a row"
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "()"
+
+
+def _moments(tensors: Mapping[str, Tensor], odd: list[str]) -> tuple[Tensor, Tensor]:
+    """Both moments as float64, complex ones as pairs; what is odd about codes goes to `odd`."""
+    if "exp_avg_code" in tensors:
+        for key in ("exp_avg_scale", "exp_avg_sq_scale"):
+            odd += _not_finite(key, tensors[key])
+        m = codecs.decode_signed(tensors["exp_avg_code"], tensors["exp_avg_scale"].float())
+        v = codecs.decode_unsigned(tensors["exp_avg_sq_code"], tensors["exp_avg_sq_scale"].float())
+        return m.double(), v.double()
+    m, v = tensors["exp_avg"], tensors["exp_avg_sq"]
+    odd += [*_not_finite("exp_avg", m), *_not_finite("exp_avg_sq", v)]
+    if m.is_complex():
+        m, v = torch.view_as_real(m), torch.view_as_real(v) if v.is_complex() else v
+    return m.double(), v.double()
+
+
+def _not_finite(key: str, value: Tensor) -> Iterator[str]:
+    count = int(value.numel() - value.isfinite().sum())
+    if count:
+        yield f"{key} is NaN or infinite in {count:,} of {value.numel():,}"
+
+
+def _oddities_of_values(m: Tensor, v: Tensor, step: float) -> Iterator[str]:
+    negative = int((v < 0).sum())
+    if negative:
+        yield f"exp_avg_sq is negative in {negative:,}"
+    alone = int(((v == 0) & (m != 0)).sum())
+    if alone:
+        yield f"exp_avg_sq is 0 where exp_avg is not, in {alone:,}: the update there is exp_avg / eps"
+    if step == 0 and bool((m != 0).any()):
+        yield "step is 0, yet there are moments"
+
+
+def _oddities_of_weight(weight: Tensor, tensors: Mapping[str, Tensor], moment: Tensor) -> Iterator[str]:
+    if weight.shape != moment.shape:
+        yield f"the weight has shape {_shape(weight)}, its state {_shape(moment)}"
+        return
+    if weight.is_floating_point() or weight.is_complex():
+        yield from _not_finite("the weight", weight)
+    residual, master = tensors.get("residual"), tensors.get("master")
+    if residual is not None and weight.dtype != torch.bfloat16:
+        yield f"there is a residual, of a bfloat16 parameter, and the weight is {weight.dtype}"
+    elif residual is not None and residual.dtype == torch.bfloat16:
+        stale = _stale(weight, residual)
+        if stale:
+            yield f"stale residual in {stale:,}: no step has left it beside this weight, someone overwrote the weight"
+    if master is not None and master.shape == weight.shape and weight.dtype == torch.float16:
+        values = codecs.master_of_float16(weight, master.float())
+        other = int(((values != master.float()) & ~(values.isnan() & master.isnan())).sum())
+        if other:
+            yield f"stale master in {other:,}: it does not round to the weight, someone overwrote the weight"
+
+
+def _stale(weight: Tensor, residual: Tensor) -> int:
+    """In how many places no master value has these two halves."""
+    upper, lower = codecs.split(codecs.joined(weight, residual))
+    bits = [tensor.contiguous().view(torch.int16) for tensor in (weight, residual, upper, lower)]
+    return int(((bits[0] != bits[2]) | (bits[1] != bits[3])).sum())
+
+
+def _update_ratio(
+    group: Mapping[str, Any], m: Tensor, denominator: Tensor, step: float, weight: Tensor | None
+) -> float:
+    """RMS of the update that the next step would make if the moments stayed as they are, over RMS of the weight."""
+    betas = group.get("betas", (group.get("beta1"), group.get("beta2")))
+    options = [_number(each) for each in (group.get("lr"), group.get("eps"), group.get("weight_decay"), *betas)]
+    known = [each for each in options if each is not None]
+    if weight is None or not weight.numel() or step == 0 or len(known) < 5:
+        return math.nan
+    lr, eps, decay, beta1, beta2 = known
+    theta = (torch.view_as_real(weight) if weight.is_complex() else weight).double()
+    if theta.shape != m.shape:
+        return math.nan
+    update = m / (1 - beta1**step) / (denominator / math.sqrt(1 - beta2**step) + eps)
+    size = float((lr * (update + decay * theta)).square().mean().sqrt())
+    rms = float(theta.square().mean().sqrt())
+    return size / rms if rms else math.nan
+
+
+def _weights_of(saved: Saved, weights: Mapping[str, Tensor]) -> list[Tensor | None]:
+    """The weight of each parameter: by name, or in order where there are as many of the same shapes."""
+    if all(parameter.name is not None for parameter in saved.parameters):
+        return [weights.get(parameter.name or "") for parameter in saved.parameters]
+    moments = [parameter.entry.get("exp_avg_code", parameter.entry.get("exp_avg")) for parameter in saved.parameters]
+    in_order = list(weights.values())
+    if len(in_order) == len(moments) and all(
+        not isinstance(moment, Tensor) or moment.shape == weight.shape
+        for moment, weight in zip(moments, in_order, strict=True)
+    ):
+        return list(in_order)
+    return [None for _ in moments]
+
+
+def inspected(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> dict[str, list[Found]]:
+    """Return what is in each optimizer's state, by its place in the checkpoint."""
+    found = {}
+    for saved in checkpoint.optimizers():
+        pairs = list(zip(saved.parameters, _weights_of(saved, weights), strict=True))
+        bar = tqdm(pairs, saved.called, leave=False, disable=None)
+        found[saved.called] = [looked_at(parameter, weight) for parameter, weight in bar if parameter.entry]
+    return found
+
+
+def run(path: Path, *, weights: Path | None, json: bool, plot: Path | None) -> int:
+    """Print what was found; return 1 where anything is odd."""
+    output.check_picture(plot)
+    checkpoint = read(path)
+    found = inspected(checkpoint, (checkpoint if weights is None else read(weights)).weights())
+    odd = {name: [each for each in states if each.oddities] for name, states in found.items()}
+    if plot is not None:
+        draw(found, plot)
+    if json:
+        output.print_json({name: [asdict(each) for each in states] for name, states in found.items()})
+    else:
+        for name, states in found.items():
+            _print(name, states)
+    return 1 if any(odd.values()) else 0
+
+
+def _print(name: str, states: list[Found]) -> None:
+    console = output.console()
+    header = ["parameter", "shape", "format", "step", "‖m‖", "‖√v‖", "max |m|/√v", "update/weight"]
+    rows: list[list[str | Text]] = [
+        [
+            Text(each.name, output.BAD if each.oddities else ""),
+            "x".join(map(str, each.shape)) or "()",
+            each.format,
+            "–" if each.step is None else f"{each.step:g}",
+            *(_figure(value) for value in (each.m_norm, each.root_v_norm, each.max_m_over_sqrt_v, each.update_ratio)),
+        ]
+        for each in states
+    ]
+    size = output.size(sum(each.state_bytes for each in states))
+    console.print(output.table(header, rows, f"{name}: state of {len(states)} parameters, {size}"))
+    for each in states:
+        for oddity in each.oddities:
+            console.print(Text(f"{each.name}: {oddity}", output.BAD))
+    if not any(each.oddities for each in states):
+        console.print(Text("nothing odd", output.GOOD))
+
+
+def _figure(value: float) -> str:
+    return "–" if math.isnan(value) else output.digits(value)
+
+
+def draw(found: Mapping[str, list[Found]], path: Path) -> None:
+    """Draw the RMS of the moments of each parameter, and how far single elements go."""
+    from matplotlib.figure import Figure
+
+    states = [each for group in found.values() for each in group]
+    if not states:
+        raise CommandError("--plot: there is no state to draw")
+    places = range(len(states))
+    roots = [math.sqrt(max(1, math.prod(each.shape))) for each in states]
+    figure = Figure(figsize=(max(6.4, 2 + 0.12 * len(states)), 6.4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.semilogy(places, [each.m_norm / n for each, n in zip(states, roots, strict=True)], "o", label="m")
+    above.semilogy(places, [each.root_v_norm / n for each, n in zip(states, roots, strict=True)], "s", label="√v")
+    above.set_ylabel("RMS over the parameter")
+    above.legend()
+    below.semilogy(places, [each.max_m_over_sqrt_v for each in states], "o", color="C2", label="largest |m|/√v")
+    below.semilogy(places, [each.update_ratio for each in states], "^", color="C3", label="update over weight")
+    below.set_ylabel("ratio")
+    below.legend()
+    odd = [place for place, each in enumerate(states) if each.oddities]
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        for place in odd:
+            axes.axvspan(place - 0.4, place + 0.4, color="red", alpha=0.2)
+    if len(states) <= 80:
+        below.set_xticks(list(places), [each.name for each in states], rotation=90, fontsize=7)
+    else:
+        below.set_xlabel("parameter, in the optimizer's order")
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise CommandError(f"--plot {path}: {error}") from error

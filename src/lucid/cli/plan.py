@@ -1,0 +1,149 @@
+"""``lucid plan``: bytes of weights, gradients and state before training, in every format, on every number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from rich.text import Text
+
+from lucid.bench.shapes import Shape
+from lucid.optim.formats import NAMES, StateFormatName, state_bytes
+
+from . import output
+from .shapes import DTYPES, Case, memory
+
+TORCH = "torch"
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes on the process that holds most, for weights of one type and state of one format.
+
+    ``in_backward``: the gradients that are alive at once under ``step_in_backward``, which is for one process.
+    """
+
+    dtype: str
+    state_format: str
+    ranks: int
+    weights: int
+    gradients: int
+    state: int
+    in_backward: int | None
+    fits: bool | None = None
+    fits_in_backward: bool | None = None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.state
+
+    @property
+    def total_in_backward(self) -> int | None:
+        return None if self.in_backward is None else self.weights + self.in_backward + self.state
+
+
+def _part(shape: Shape, ranks: int) -> int:
+    """Elements of the largest shard when rows are spread over processes, as FSDP2 does."""
+    return math.prod((math.ceil(shape[0] / ranks), *shape[1:])) if shape else 1
+
+
+def need(
+    shapes: Sequence[Shape],
+    dtype: str,
+    state_format: str,
+    ranks: int,
+    *,
+    amsgrad: bool = False,
+    limit: int | None = None,
+) -> Need:
+    """Return what training takes; `state_format` may be torch's own optimizer."""
+    kind = DTYPES[dtype]
+    counts = Counter(shapes)
+    sizes = {shape: kind.itemsize * _part(shape, ranks) for shape in counts}
+    weights = sum(count * sizes[shape] for shape, count in counts.items())
+    if state_format == TORCH:
+        state = (3 if amsgrad else 2) * weights + 4 * len(shapes)  # and the step count
+    else:
+        name: StateFormatName = state_format  # type: ignore[assignment]
+        state = sum(
+            count * state_bytes(shape, kind, name, amsgrad=amsgrad, ranks=ranks) for shape, count in counts.items()
+        )
+    in_backward = max(sizes.values()) if ranks == 1 and state_format != TORCH else None
+    found = Need(dtype, state_format, ranks, weights, weights, state, in_backward)
+    if limit is None:
+        return found
+    least = found.total_in_backward
+    fits = found.total <= limit, None if least is None else least <= limit
+    return Need(dtype, state_format, ranks, weights, weights, state, in_backward, *fits)
+
+
+def needs(case: Case, ranks: Sequence[int], *, amsgrad: bool, limit: int | None) -> Iterator[Need]:
+    """Return what each choice takes."""
+    for dtype in DTYPES:
+        for state_format in (*NAMES, TORCH):
+            for number in ranks:
+                yield need(case.shapes, dtype, state_format, number, amsgrad=amsgrad, limit=limit)
+
+
+def rank_counts(most: int) -> list[int]:
+    """Return 1, 2, 4, ... and `most`."""
+    return sorted({*(2**power for power in range(most.bit_length()) if 2**power <= most), most})
+
+
+def run(case: Case, most_ranks: int, memory_text: str | None, *, amsgrad: bool, json: bool) -> int:
+    """Print what each choice takes; return 1 where a memory was given and nothing fits into it."""
+    limit = None if memory_text is None else memory(memory_text)
+    ranks = rank_counts(most_ranks)
+    found = list(needs(case, ranks, amsgrad=amsgrad, limit=limit))
+    if json:
+        choices = [asdict(each) | {"total": each.total, "total_in_backward": each.total_in_backward} for each in found]
+        output.print_json(
+            {"model": case.name, "tensors": len(case.shapes), "parameters": case.elements, "memory": limit}
+            | {"choices": choices}
+        )
+    else:
+        _print(case, ranks, found, limit, memory_text)
+    return 0 if limit is None or any(each.fits or each.fits_in_backward for each in found) else 1
+
+
+def _print(case: Case, ranks: Sequence[int], found: Sequence[Need], limit: int | None, memory_text: str | None) -> None:
+    console = output.console()
+    console.print(Text(case.described, "bold"))
+    header = ["weights", "state", "bytes/param", "weights", "gradients", "state", "all", "in backward"]
+    header += [f"each of {number}" for number in ranks[1:]]
+    rows: list[list[str | Text]] = []
+    for one in (each for each in found if each.ranks == 1):
+        row: list[str | Text] = [one.dtype, one.state_format, output.digits(one.total / max(1, case.elements))]
+        row += [output.size(part) for part in (one.weights, one.gradients, one.state)]
+        row.append(_marked(one.total, one.fits))
+        least = one.total_in_backward
+        row.append("–" if least is None else _marked(least, one.fits_in_backward))
+        others = (each for each in found if each.ranks > 1)
+        same = (each for each in others if (each.dtype, each.state_format) == (one.dtype, one.state_format))
+        row += [_marked(each.total, each.fits) for each in same]
+        rows.append(row)
+    shown = output.table(header, rows)
+    shown.columns[1].justify = "left"
+    console.print(shown)
+    console.print(
+        "Activations, buffers and what the allocator holds beside come on top. in backward: with step_in_backward(), "
+        "which keeps the largest gradient alone (and those of weights used more than once). torch: torch.optim.AdamW, "
+        "which keeps no master values of 16-bit weights.",
+        style=output.FAINT,
+    )
+    if limit is None:
+        return
+    fitting = sum(bool(each.fits or each.fits_in_backward) for each in found)
+    if fitting:
+        console.print(Text(f"green fits into {memory_text}: {fitting} of {len(found)} choices", output.GOOD))
+    else:
+        console.print(Text(f"nothing fits into {memory_text}", output.BAD))
+
+
+def _marked(size: int, fits: bool | None) -> str | Text:
+    text = output.size(size)
+    if fits is None:
+        return text
+    return Text(f"✓ {text}", output.GOOD) if fits else Text(f"✗ {text}", output.BAD)

@@ -1,0 +1,114 @@
+"""Which tensors a question is about."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lucid.bench.shapes import MODELS, Shape, elements, read_shapes
+
+from . import CommandError
+from .checkpoints import read
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Tensors to be trained, and where they come from."""
+
+    name: str
+    shapes: Sequence[Shape]
+
+    @property
+    def elements(self) -> int:
+        return elements(self.shapes)
+
+    @property
+    def described(self) -> str:
+        return f"{self.name}: {len(self.shapes):,} tensors, {self.elements:,} parameters"
+
+
+def chosen(checkpoint: Path | None, like: str | None, shapes: Path | None, default: str | None = None) -> Case:
+    """Return the one case that the command line names, or the model `default`."""
+    given = [value for value in (checkpoint, like, shapes) if value is not None]
+    if len(given) > 1 or (not given and default is None):
+        raise CommandError("expected one of CHECKPOINT, --like and --shapes (or, of plan, --parameters)")
+    if checkpoint is not None:
+        return Case(checkpoint.name, _trained(checkpoint))
+    if shapes is not None:
+        try:
+            return Case(shapes.name, read_shapes(shapes))
+        except (OSError, ValueError) as error:
+            raise CommandError(f"--shapes: {error}") from error
+    name = like or default
+    assert name is not None
+    return Case(name, MODELS[name]())
+
+
+def _trained(path: Path) -> list[Shape]:
+    """The shapes of a checkpoint's weights: what is tied counts once, and running statistics do not."""
+    weights = read(path).weights()
+    if not weights:
+        raise CommandError(f"{path}: expected a model's weights in it, found none")
+    floating = [
+        each
+        for name, each in weights.items()
+        if (each.is_floating_point() or each.is_complex()) and not name.endswith(("running_mean", "running_var"))
+    ]
+    return [tuple(each.shape) for each in {_identity(each): each for each in floating}.values()]
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    if not tensor.numel():
+        return (id(tensor),)
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMBGT]?)")
+_THOUSANDS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+
+
+def counted(count: str, layout: str, others: Sequence[object]) -> Case:
+    """Return as many parameters as `count` says, like "1.3B", in tensors of the shape `layout`, like "4096x4096"."""
+    if any(other is not None for other in others):
+        raise CommandError("expected one of CHECKPOINT, --like, --shapes and --parameters, got two")
+    found = _COUNT.fullmatch(count.strip())
+    if found is None or (number := round(float(found[1]) * _THOUSANDS[found[2]])) < 1:
+        raise CommandError(f"--parameters: expected a count like 350M or 1.3B, got {count!r}")
+    sizes = re.fullmatch(r"\d+(x\d+)*", layout)
+    shape = tuple(int(size) for size in layout.split("x")) if sizes else ()
+    if not shape or not all(shape):
+        raise CommandError(f"--layout: expected a shape like 4096x4096, got {layout!r}")
+    full, rest = divmod(number, math.prod(shape))
+    row = math.prod(shape[1:])
+    shapes = [shape] * full
+    if rest >= row:
+        shapes.append((rest // row, *shape[1:]))
+    if rest % row:
+        shapes.append((rest % row,))
+    return Case(f"{count} in {layout}", shapes)
+
+
+BYTES = {
+    "B": 1,
+    **{f"{unit}B": 1000**power for power, unit in enumerate("kMGT", 1)},
+    **{f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)},
+}
+
+
+def memory(text: str) -> int:
+    """Return a size like 24GiB in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?i?B?)", text.strip())
+    unit = found[2] if found else None
+    unit = {"": "B", "KB": "kB"}.get(unit or "", unit) if found else None
+    if found is None or unit not in BYTES:
+        raise CommandError(f"--memory: expected a size like 24GiB or 80GB, got {text!r}")
+    return int(float(found[1]) * BYTES[unit])
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

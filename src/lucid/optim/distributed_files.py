@@ -1,0 +1,100 @@
+"""Folders of ``torch.distributed.checkpoint``, read without running anything that is in them.
+
+Their list of contents is a pickle, and so is every value that is no tensor. Torch's own reader loads both in a way that
+runs whatever code they name; these load what a checkpoint is made of, and raise for anything else.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+_DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_KNOWN = {
+    "torch": {"Size", *_DTYPES},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "collections": {"OrderedDict"},
+}
+_PATHS = {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"}
+
+
+class _Contents(pickle.Unpickler):
+    """Reads what a checkpoint's list of contents is made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("pathlib", "pathlib._local") and name in _PATHS:
+            return PurePosixPath if "Posix" in name else PureWindowsPath  # of the machine that saved
+        if name not in _KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"its list of contents names {module}.{name}, which is no part of one")
+        return super().find_class(module, name)
+
+
+class Reader(FileSystemReader):
+    """Reads a checkpoint's folder. A list of contents that names code, or files elsewhere, raises UnpicklingError."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as stream:
+            metadata = _Contents(stream).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"its list of contents is {type(metadata).__name__}, expected Metadata")
+        for info in (metadata.storage_data or {}).values():
+            path = str(info.relative_path)
+            if path != Path(path).name or path in ("", ".", ".."):
+                raise pickle.UnpicklingError(f"its list of contents names a file elsewhere: {path!r}")
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        assert metadata.storage_meta is not None
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class Planner(DefaultLoadPlanner):
+    """Loads into a state dict; reads values that are no tensors as ``torch.load(weights_only=True)`` does."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
+
+
+class _WholePlanner(Planner, _EmptyStateDictLoadPlanner):
+    """Loads all that there is, into an empty dict."""
+
+
+def read_whole(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return all that a checkpoint's folder holds, as one process sees it.
+
+    Raises
+    ------
+    FileNotFoundError
+        Where its list of contents, which is written last, or another of its files is missing.
+    UnpicklingError
+        Where it holds anything but tensors and plain values.
+    """
+    values: dict[str, Any] = {}
+    reader = Reader(path)
+    reader.read_metadata()  # what it raises, the loader would hide behind another error
+    _load_state_dict(values, storage_reader=reader, planner=_WholePlanner(), no_dist=True)  # type: ignore[no-untyped-call]
+    return values
