@@ -5,6 +5,8 @@ The blocks of a page run one after another in one namespace, as someone would wh
 are not run, but what they name is there.
 """
 
+import ast
+import inspect
 import os
 import re
 import shlex
@@ -16,6 +18,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from transformers.utils.logging import disable_progress_bar
 
+import lucid.optim as optim
 from test_accelerate import as_torchrun, forget
 from test_lightning import THEIRS
 from test_transformers import make_llama
@@ -135,3 +138,17 @@ def test_what_a_command_names_is_there(words):
         assert (ROOT / file).exists()
     else:
         assert command in ("pip", "lucid", "cd", "git"), f"nothing is known of {command!r}"
+
+
+# What a page says of torch
+
+
+def test_every_argument_of_torchs_adamw_is_mapped():
+    table = re.findall(r"^\| `(\w+)(?:=([^`]+))?` \|", (ROOT / "docs" / "migrate.md").read_text(), re.MULTILINE)
+    theirs = list(inspect.signature(torch.optim.AdamW).parameters.values())
+    assert [name for name, _ in table] == [p.name for p in theirs]
+    for (_, default), parameter in zip(table, theirs, strict=True):
+        assert (ast.literal_eval(default) if default else parameter.empty) == parameter.default
+    ours = inspect.signature(optim.AdamW).parameters
+    gone = {"foreach", "fused", "capturable", "differentiable"}
+    assert [p.name for p in theirs if p.name not in ours] == [p.name for p in theirs if p.name in gone]

@@ -97,7 +97,7 @@ class AdamW(Optimizer):
     References
     ----------
     I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2. There the decay is
-    η_t λ θ with λ apart from α; here, as in PyTorch, it is α λ θ. amsgrad: S. J. Reddi, S. Kale, S. Kumar, "On the
+    ηₜ λ θ with λ apart from α; here, as in PyTorch, it is α λ θ. amsgrad: S. J. Reddi, S. Kale, S. Kumar, "On the
     Convergence of Adam and Beyond", ICLR 2018; as in PyTorch, the maximum is of v before its bias correction.
 
     Examples
