@@ -65,8 +65,14 @@ class Optimizer(torch.optim.Optimizer):
         Parameters, (name, Parameter) pairs, or group dicts with ``"params"`` and any hyperparameter.
     defaults : ParamGroup
         The hyperparameters of a group that does not give its own.
-    max_grad_norm, nonfinite, shard_group, state_device
-        What a step makes of its gradients, and with whom, see `AdamW`.
+    max_grad_norm : float, optional
+        Bound of the norm of all gradients; this and the following as `AdamW` describes them.
+    nonfinite : {"propagate", "skip", "error"}, default "propagate"
+        What a step makes of gradients that are not finite.
+    shard_group : ProcessGroup, optional
+        With whom a step agrees on the norm, and on whether it is taken.
+    state_device : "cpu" or None, default None
+        Where state is kept.
     """
 
     _max_grad_norm: float | None = None
