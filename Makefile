@@ -68,7 +68,7 @@ accuracy: setup  ## measure the error against exact arithmetic, as docs/numerics
 	$(BIN)/python -m benchmarks.accuracy
 
 docs: setup  ## build the documentation into build/site (python -m http.server -d build/site shows it)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build dist runs

@@ -38,14 +38,14 @@ class Reader(HTMLParser):
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", ROOT / "mkdocs.yml", "-d", folder],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ROOT / "mkdocs.yml", "-d", folder],
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert built.returncode == 0, built.stdout + built.stderr
-    assert not built.stderr
+    assert "WARNING" not in built.stderr  # --quiet would keep mkdocs from counting them
     return folder
 
 
