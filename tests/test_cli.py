@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import backward
 from torch import nn
 
 import lucid
 import lucid.optim as optim
+import train_gpt
 from lucid.bench import machine, steps
 from lucid.bench.contenders import FORMATS, FUSED, LIMIT, Contender, Format
 from lucid.bench.shapes import MODELS, elements, read_shapes
@@ -345,6 +347,19 @@ def test_the_plan_of_the_example_is_what_a_process_takes(state, dtype, name, cap
         each for each in found["choices"] if (each["dtype"], each["state_format"], each["ranks"]) == (name, state, 1)
     )
     assert choice["total"] == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("state", NAMES)
+def test_the_plan_of_stepping_in_backward_is_what_the_example_holds_then(state):
+    """The gradients that are alive at once: of the largest weight alone, to the byte."""
+    config = train_gpt.Config(layers=2, context=16, batch=1)
+    codes = train_gpt.encode("a small text" * 10)[:17][None]
+    peak = backward.peak(
+        lambda: train_gpt.GPT(config), lambda model: train_gpt.cross_entropy(model, codes), in_backward=True
+    )
+    found = plan.need([tuple(param.shape) for param in train_gpt.GPT(config).parameters()], "float32", state, 1)
+    assert found.in_backward == peak.gradients
+    assert found.total_in_backward == found.total - found.gradients + peak.gradients
 
 
 # bench

@@ -188,8 +188,7 @@ def _is_model(node: Mapping[str, Any]) -> bool:
 def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
     if _is_flat_state(node):
         return Saved(place, _flat_parameters(node), flat=True)
-    state = node["state"]
-    entries = dict(state if isinstance(state, Mapping) else enumerate(state))  # folders turn numbered keys into a list
+    entries = _entries(node)
     parameters = []
     for group in node["param_groups"]:
         names = group.get("param_names")
@@ -200,6 +199,14 @@ def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
             entry = entries.get(key)
             parameters.append(Parameter(key, name, entry if isinstance(entry, Mapping) else {}, group))
     return Saved(place, parameters, flat=False)
+
+
+def _entries(node: Mapping[str, Any]) -> dict[Any, Any]:
+    """The state of each parameter, by its key in the groups; folders turn numbers into strings, or lists."""
+    state = node["state"]
+    numbers = {str(key): key for group in node["param_groups"] for key in group["params"]}
+    items = state.items() if isinstance(state, Mapping) else enumerate(state)
+    return {numbers.get(str(key), key): entry for key, entry in items if entry is not None}
 
 
 def _flat_parameters(node: Mapping[str, Any]) -> list[Parameter]:
@@ -223,9 +230,7 @@ def replaced(checkpoint: Checkpoint, saved: Saved, entries: States, groups: Stat
         new |= {f"param_groups.{name}.{key}": each for name, group in groups.items() for key, each in group.items()}
     else:
         keys = [parameter.key for parameter in saved.parameters]
-        state = node["state"]
-        others = state.items() if isinstance(state, Mapping) else enumerate(state)
-        kept: dict[Any, Any] = {key: each for key, each in others if key not in keys and each is not None}
+        kept = {key: each for key, each in _entries(node).items() if key not in keys}
         new = dict(node) | {"state": kept | dict(entries), "param_groups": _regrouped(node["param_groups"], groups)}
     return replace(checkpoint, tree=_with(checkpoint.tree, saved.place, new))
 

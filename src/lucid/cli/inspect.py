@@ -59,8 +59,6 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
     w = tensors.get(_MAXIMUM)
     if w is not None and w.shape == v.shape:
         odd += _not_finite(_MAXIMUM, w)
-        if bool((w.double() < v.double() * (1 - 1e-6)).any()) and "exp_avg_code" not in tensors:
-            odd.append(f"{_MAXIMUM} is below exp_avg_sq")
     denominator = (v if w is None or w.shape != v.shape else w).double().sqrt()
     ratios = torch.where(m == 0, 0.0, m.abs() / denominator)
     ratio = float(ratios.max()) if ratios.numel() else 0.0
@@ -171,7 +169,7 @@ def _oddities_of_weight(weight: Tensor, tensors: Mapping[str, Tensor], moment: T
     residual, master = tensors.get("residual"), tensors.get("master")
     if residual is not None and weight.dtype != torch.bfloat16:
         yield f"there is a residual, of a bfloat16 parameter, and the weight is {weight.dtype}"
-    elif residual is not None and residual.dtype == torch.bfloat16:
+    elif residual is not None and residual.dtype == torch.bfloat16 and residual.shape == weight.shape:
         stale = _stale(weight, residual)
         if stale:
             yield f"stale residual in {stale:,}: no step has left it beside this weight, someone overwrote the weight"

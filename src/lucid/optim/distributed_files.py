@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -96,5 +97,9 @@ def read_whole(path: str | os.PathLike[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     reader = Reader(path)
     reader.read_metadata()  # what it raises, the loader would hide behind another error
-    _load_state_dict(values, storage_reader=reader, planner=_WholePlanner(), no_dist=True)  # type: ignore[no-untyped-call]
+    try:
+        _load_state_dict(values, storage_reader=reader, planner=_WholePlanner(), no_dist=True)  # type: ignore[no-untyped-call]
+    except CheckpointException as error:
+        ((failure, _),) = error.failures.values()
+        raise failure from error
     return values
