@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import Parameter
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 import lucid.optim as optim
@@ -198,6 +198,27 @@ def test_parametrizations_removed_in_the_middle(apply):
     as_with_torch(run)
 
 
+def test_pruned_weights_that_are_made_permanent_in_the_middle():
+    """The mask hides elements from the model, whose parameter stays the one that the optimizer has."""
+
+    def run(make):
+        model = make_model()
+        optimizer = make(model.parameters(), lr=0.02)
+        weight = model[0].weight
+        losses = train(model, optimizer, 0, 5)
+        prune.l1_unstructured(model[0], "weight", 0.5)
+        assert model[0].weight_orig is weight
+        losses += train(model, optimizer, 5, 15)
+        prune.remove(model[0], "weight")
+        assert model[0].weight is weight
+        assert int((weight == 0).sum()) == 32
+        losses += train(model, optimizer, 15, 20)
+        assert steps_of(optimizer, weight) == [20]
+        return model, losses
+
+    as_with_torch(run)
+
+
 # Tensors that are swapped, converted, assigned
 
 
@@ -291,4 +312,41 @@ def test_a_state_dict_loaded_into_the_model(assign, swap):
         optimizer.load_state_dict(saved)
     train(model, optimizer, 3, 6)
     train(reference, its, 3, 6)
+    assert same(weights(model), weights(reference))
+
+
+# Modules that have no values yet
+
+
+def test_lazy_modules():
+    def run(make):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LazyLinear(16), nn.Tanh(), nn.LazyLinear(1))
+        optimizer = make(model.parameters(), lr=0.02)
+        optimizer.step()  # without gradients: nothing
+        assert not optimizer.state
+        losses = train(model, optimizer, 0, 20)
+        assert steps_of(optimizer, *model.parameters()) == [20] * 4
+        return model, losses
+
+    as_with_torch(run)
+
+
+def test_a_model_on_the_meta_device(swap):
+    """to_empty makes new Parameters, which no optimizer knows, unless they are swapped."""
+    with torch.device("meta"):
+        model = make_model()
+    optimizer = optim.AdamW(model.parameters(), lr=0.02)
+    with pytest.raises(ValueError, match="materialise the model"):
+        optimizer.init_state()
+    model.to_empty(device="cpu")
+    reference = make_model()
+    model.load_state_dict(reference.state_dict())
+    if not swap:
+        train(model, optimizer, 0, 3)
+        assert same(weights(model), weights(reference))
+        optimizer = optim.AdamW(model.parameters(), lr=0.02)
+        optimizer.zero_grad()
+    train(model, optimizer, 0, 3)
+    train(reference, optim.AdamW(reference.parameters(), lr=0.02), 0, 3)
     assert same(weights(model), weights(reference))

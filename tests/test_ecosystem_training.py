@@ -204,6 +204,29 @@ def test_an_ensemble_under_vmap():
     as_with_torch(run)
 
 
+@pytest.mark.parametrize("transform", [grad, vmap])
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_a_step_within_a_transform_is_refused(steps_before, transform):
+    weight = Parameter(torch.ones(3))
+    optimizer = optim.AdamW([weight], lr=0.1)
+    for _ in range(steps_before):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+    before = weight.detach().clone()
+
+    def stepping(x):
+        weight.grad = x * 2
+        optimizer.step()
+        return x.sum()
+
+    with pytest.raises(TypeError, match=r"the gradient of parameter 0 of group 0 belongs to a torch\.func transform"):
+        transform(stepping)(torch.ones(3) if transform is grad else torch.ones(2, 3))
+    assert torch.equal(weight, before)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert steps_of(optimizer, weight) == [steps_before + 1]
+
+
 # Closures
 
 

@@ -74,6 +74,11 @@ def check_plain(tensor: Tensor, what: str) -> None:
             f"{what} is a {type(tensor).__name__}, expected a plain tensor with memory of its own, or a DTensor; "
             "lucid.optim does not update fake or otherwise wrapped tensors"
         )
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise TypeError(
+            f"{what} belongs to a torch.func transform (grad, vmap) that is still running; "
+            "let the transform return the gradients, and call step() after it"
+        )
 
 
 def check_param(param: Tensor, name: str) -> None:
