@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from benchmarks import backward
 from torch import nn
 
+import blocks
 import lucid
 import lucid.optim as optim
 import train_gpt
@@ -114,6 +116,34 @@ def test_a_bad_question_is_answered_with_a_sentence(arguments, message, capsys, 
     assert message in re.sub(r"[\s│]+", " ", err)
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+
+
+def test_the_commands_of_the_page_run(capsys, tmp_path, monkeypatch):
+    """One after another, where the page's code has left its checkpoint; all is well with all of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(steps, "_SLOW_ROUNDS", 1)
+    blocks.run(PAGE)
+    lines = [
+        line for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL) for line in block.splitlines()
+    ]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("lucid ")]
+    assert {command[0] for command in commands} == {*COMMANDS, "--help"}
+    for command in commands:
+        if command[0] == "bench":
+            command = [*command, "--rounds", "2"]
+        assert run(capsys, *command)[0] == 0, command
+    made = {each.name for each in tmp_path.iterdir()}
+    assert made == {
+        "checkpoint.pt",
+        "checkpoint.png",
+        "roofline.png",
+        "smaller.pt",
+        "for_torch.pt",
+        "checkpoint_folder",
+    }
 
 
 # Output

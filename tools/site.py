@@ -18,6 +18,7 @@ PAGES = {  # in the repository: on the site
     "benchmarks/QUALITY.md": "benchmarks/QUALITY.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
 }
 SOURCES = {on_site: in_repository for in_repository, on_site in PAGES.items()}
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
