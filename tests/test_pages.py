@@ -19,32 +19,17 @@ from accelerate import DistributedType, PartialState
 from transformers.utils.logging import disable_progress_bar
 
 import lucid.optim as optim
+from blocks import PROCESSES, blocks_of, run
 from test_accelerate import as_torchrun, forget
 from test_lightning import THEIRS
 from test_transformers import make_llama
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
 PAGES += [page for folder in ("docs", "benchmarks") for page in sorted((ROOT / folder).glob("*.md"))]
 
-PROCESSES = "<!-- run: 2 processes -->\n"
-BLOCK = re.compile(rf"^({PROCESSES})?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = {"bash", "text"}  # commands; formulas, output, and what else is no code
-
-
-def blocks_of(page, processes):
-    """The page's blocks of either kind, each below as many empty lines as a traceback needs to show the page's own."""
-    text = page.read_text()
-    found = [block for block in BLOCK.finditer(text) if bool(block[1]) == processes]
-    return ["\n" * text[: block.start(2)].count("\n") + block[2] for block in found]
-
-
-def run(page, processes=False):
-    torch.manual_seed(0)
-    namespace = {"__name__": page.stem}
-    for block in blocks_of(page, processes):
-        exec(compile(block, str(page), "exec"), namespace)
 
 
 def with_blocks(processes):
@@ -114,6 +99,22 @@ def test_code_is_fenced_and_its_kind_known(page):
     indented = [line for line in outside.split("\n") if line.startswith(("    ", "\t"))]
     assert not indented, f"an indented block is no fence: {indented}"
     assert text.count(PROCESSES) == len(blocks_of(page, processes=True))
+
+
+def names_of(page):
+    """What the page's headings are called in links, as on the forge: lower case, no punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere_in_the_repository_too(page):
+    for path, name in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", FENCE.sub("", page.read_text())):
+        if path.startswith("https://"):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        assert not name or name in names_of(target), f"{path}#{name}"
 
 
 def commands():
