@@ -23,6 +23,7 @@ PAGES = {  # in the repository: on the site
 SOURCES = {on_site: in_repository for in_repository, on_site in PAGES.items()}
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"<code>docs/(\w+)\.md</code>")
+CODE = re.compile(r"`\w+`")
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<path>[^)#\s:]+)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -46,8 +47,11 @@ def on_page_markdown(markdown, page, config, files):
             return f"{link['image']}[{link['text']}]({path}{link['anchor'] or ''})"
         if not (ROOT / target).exists():
             return link[0]
-        bare = link["text"] in ("test", "tests") or link["text"].strip("`") == target
-        return f"`{target}`" if bare else f"{link['text']} (`{target}`)"
+        text = link["text"]
+        if CODE.fullmatch(text):  # the name of a test
+            return f'<code title="{target}">{text.strip("`")}</code>'
+        bare = text in ("test", "tests") or text.strip("`") == target
+        return f"`{target}`" if bare else f"{text} (`{target}`)"
 
     parts = FENCE.split(markdown)
     return "".join(part if part.startswith("```") else LINK.sub(mended, part) for part in parts)
