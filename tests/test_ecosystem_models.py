@@ -291,6 +291,18 @@ def test_a_model_converted_in_the_middle_goes_on(dtype, state_format, swap):
     assert {param.dtype for param in params} == {dtype}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_torchs_adamw_stops_at_a_model_converted_in_the_middle(dtype):
+    """What docs/ecosystem.md says of it; where this fails, torch has learnt it."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    train(model, optimizer, 0, 3)
+    optimizer.zero_grad()
+    model.to(dtype)
+    with pytest.raises(RuntimeError, match="expected dtype float"):
+        train_in(dtype, model, optimizer, 3, 4)
+
+
 @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
 def test_a_state_dict_loaded_into_the_model(assign, swap):
     """assign=True makes new Parameters, which no optimizer knows, unless they are swapped."""
@@ -322,6 +334,8 @@ def test_lazy_modules():
     def run(make):
         torch.manual_seed(0)
         model = nn.Sequential(nn.LazyLinear(16), nn.Tanh(), nn.LazyLinear(1))
+        with pytest.raises(ValueError, match="run the model once"):
+            optim.decay_groups(model, weight_decay=0.1)
         optimizer = make(model.parameters(), lr=0.02)
         optimizer.step()  # without gradients: nothing
         assert not optimizer.state
