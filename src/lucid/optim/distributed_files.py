@@ -6,16 +6,17 @@ runs whatever code they name; these load what a checkpoint is made of, and raise
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -39,9 +40,26 @@ _KNOWN = {
 }
 _PATHS = {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"}
 
+_MOST_PLACES = 10_000  # of a list beyond the number of values: a number in the list of contents makes it that long
 
-class _Contents(pickle.Unpickler):
-    """Reads what a checkpoint's list of contents is made of."""
+_InPython: Any = pickle._Unpickler
+
+
+class _Contents(_InPython):  # type: ignore[misc]
+    """Reads what a checkpoint's list of contents is made of.
+
+    In Python: the unpickler in C sets attributes of classes and functions too, in the whole process, if told so.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(_InPython.dispatch)
+
+    def load_build(self) -> None:
+        built = self.stack[-2]
+        if isinstance(built, type) or not dataclasses.is_dataclass(built):
+            raise pickle.UnpicklingError(f"its list of contents changes {built!r}, which is no part of one")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("pathlib", "pathlib._local") and name in _PATHS:
@@ -60,6 +78,8 @@ class Reader(FileSystemReader):
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"its list of contents is {type(metadata).__name__}, expected Metadata")
         for info in (metadata.storage_data or {}).values():
+            if not isinstance(info, _StorageInfo):
+                raise pickle.UnpicklingError(f"its list of contents has {type(info).__name__} for a place in a file")
             path = str(info.relative_path)
             if path != Path(path).name or path in ("", ".", ".."):
                 raise pickle.UnpicklingError(f"its list of contents names a file elsewhere: {path!r}")
@@ -96,7 +116,11 @@ def read_whole(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     reader = Reader(path)
-    reader.read_metadata()  # what it raises, the loader would hide behind another error
+    metadata = reader.read_metadata()  # what it raises, the loader would hide behind another error
+    most = _MOST_PLACES + len(metadata.state_dict_metadata)
+    for place in (metadata.planner_data or {}).values():
+        if any(isinstance(part, int) and part >= most for part in place):
+            raise pickle.UnpicklingError(f"its list of contents has a list of more than {most:,} values")
     try:
         _load_state_dict(values, storage_reader=reader, planner=_WholePlanner(), no_dist=True)  # type: ignore[no-untyped-call]
     except CheckpointException as error:

@@ -73,7 +73,7 @@ def _checked_groups(saved: Mapping[str, Any], groups: Sequence[ParamGroup]) -> l
     if not all(isinstance(key, int | str) for key in keys) or len(set(keys)) != len(keys):
         raise ValueError("state_dict['param_groups']: expected each parameter's number or name once in 'params'")
     for group in saved_groups:
-        _check_version(group.get(VERSION, STATE_VERSION))
+        check_version(group.get(VERSION, STATE_VERSION))
         names = group.get("param_names")
         if names is not None and (not isinstance(names, list | tuple) or len(names) != len(group["params"])):
             raise ValueError(
@@ -90,7 +90,8 @@ def _checked_groups(saved: Mapping[str, Any], groups: Sequence[ParamGroup]) -> l
     return list(saved_groups)
 
 
-def _check_version(version: Any) -> None:
+def check_version(version: Any) -> None:
+    """Raise unless `version` is one of those that this release reads."""
     if type(version) is not int or version < 1:
         raise ValueError(f"state_dict: expected a whole number from 1 on as {VERSION}, got {shown(version)}")
     if version > STATE_VERSION:
