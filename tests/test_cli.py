@@ -96,6 +96,7 @@ BAD = {
     "a count of none": (["plan", "--parameters", "0"], "--parameters: expected a count like"),
     "a bad layout": (["plan", "--parameters", "1B", "--layout", "0x3"], "--layout: expected a shape like"),
     "a bad memory": (["plan", "--like", "resnet50", "--memory", "lots"], "--memory: expected a size like"),
+    "tensors without number": (["plan", "--parameters", "7B", "--layout", "2"], "would be 3,500,000,000 tensors"),
     "no ranks": (["plan", "--like", "resnet50", "--ranks", "0"], "--ranks"),
     "no rounds": (["bench", "--rounds", "0"], "--rounds"),
     "a device of no engine": (["bench", "--device", "meta"], "--device: expected cpu or cuda"),
@@ -170,6 +171,32 @@ def test_json_has_no_nan(capsys):
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5, [None]], "b": {"c": None}}
 
 
+@pytest.mark.parametrize("title", ["[/red]a", "[bold]a", ":smile:"])
+def test_names_are_no_markup(title, capsys):
+    output.console().print(output.table([title], [[title]], title))
+    assert capsys.readouterr().out.split() == 3 * [title]
+
+
+def test_an_output_of_few_characters_is_no_error():
+    done = subprocess.run(
+        [sys.executable, "-m", "lucid", "plan", "--like", "resnet50", "--memory", "1TB"],
+        capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=True,
+    )  # fmt: skip
+    assert b"? 390 MiB" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_an_output_that_cannot_be_written_is_no_answer():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "lucid", "plan", "--like", "resnet50"],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "No space left" in done.stderr
+
+
 # info
 
 
@@ -214,7 +241,10 @@ def test_shapes_of_lines_and_of_json_are_the_same(tmp_path):
     assert [read_shapes(path) for path in (lines, listed, named)] == 3 * [wanted]
 
 
-@pytest.mark.parametrize("text", ["", "# nothing", "64by128", "[[1, -2]]", "[1, 2]", "[", "{}", "3 *", "-3x4"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "# nothing", "64by128", "[[1, -2]]", "[1, 2]", "[", "{}", "3 *", "-3x4", "1000000000000 * 2"],
+)
 def test_what_lists_no_shapes_is_refused(text, tmp_path):
     path = tmp_path / "shapes.txt"
     path.write_text(text)
@@ -247,6 +277,13 @@ def test_a_checkpoint_gives_its_models_shapes(name, how, tmp_path):
     if how == "folder":
         wanted.append((64, 128))  # folders do not tell that two weights are one
     assert sorted(shapes.chosen(tmp_path / name, None, None).shapes) == sorted(wanted)
+
+
+def test_a_checkpoint_without_weights_is_refused(capsys, tmp_path):
+    torch.save({"a": torch.arange(3)}, tmp_path / "a.pt")
+    status, _, err = run(capsys, "plan", tmp_path / "a.pt")
+    assert status == 2
+    assert "expected floating-point weights in it" in err
 
 
 @pytest.mark.parametrize("count", ["1", "16777216", "16777217", "350M", "1.3B", "12345678"])
@@ -425,6 +462,13 @@ def test_what_does_not_fit_is_refused_before_it_is_made(capsys, monkeypatch):
     status, _, err = run(capsys, "bench", "--like", "llama-1b")
     assert status == 2
     assert "1.00 GiB are free: name fewer with --format and --peer" in err
+
+
+def test_nothing_to_step_is_refused(capsys, tmp_path):
+    (tmp_path / "none.txt").write_text("0x5\n3x0\n")
+    status, _, err = run(capsys, "bench", "--shapes", tmp_path / "none.txt", "--rounds", 1)
+    assert status == 2
+    assert "tensors without elements" in err
 
 
 def test_who_fails_costs_not_the_others():

@@ -5,6 +5,7 @@ a converted state is what loading would have made of it; and that a crash leaves
 import copy
 import io
 import json
+import os
 import pickle
 import re
 import signal
@@ -128,6 +129,73 @@ def other_contents(path):
     (path / ".metadata").write_bytes(pickle.dumps({"a": 1}))
 
 
+def changed_classes(path):
+    """Would give every path of the process the same name: then the check of file names would pass, too."""
+    save_folder(path, *trained())
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    name = b"(N}X\x04\x00\x00\x00nameX\x01\x00\x00\x00xstb0"  # state of the class: (None, {"name": "x"})
+    (path / ".metadata").write_bytes(b"\x80\x02cpathlib\nPurePosixPath\n" + name + pickle.dumps(metadata, 2)[2:])
+
+
+def changed_function(path):
+    save_folder(path, *trained())
+    contents = b"\x80\x02ctorch.serialization\n_get_layout\n}X\x05\x00\x00\x00cache}sb."
+    (path / ".metadata").write_bytes(contents)
+
+
+def long_list(path):
+    """A few bytes that ask for a list of millions."""
+    dcp.save({"a": [torch.ones(2)]}, checkpoint_id=path, no_dist=True)
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.planner_data = dict.fromkeys(metadata.planner_data, ("a", 10**7))
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def no_places(path):
+    save_folder(path, *trained())
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.storage_data = dict.fromkeys(metadata.storage_data, "x")
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def later_version(path):
+    _, optimizer = trained()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["state_version"] = 2
+    torch.save({"optimizer": saved}, path)
+
+
+def later_version_flat(path):
+    model, optimizer = trained()
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    versions = dict.fromkeys((key for key in saved if key.endswith("state_version")), 2)
+    assert versions
+    torch.save({"optimizer": saved | versions}, path)
+
+
+def dict_within_itself(path):
+    tree = {"optimizer": trained()[1].state_dict()}
+    tree["more"] = [tree]
+    torch.save(tree, path)
+
+
+def dicts_of_the_same_dicts(path):
+    tree = {}
+    for _ in range(60):
+        tree = {"a": tree, "b": tree}
+    torch.save({"optimizer": trained()[1].state_dict(), "more": tree}, path)
+
+
+def change_of_state(change):
+    def make(path):
+        saved = trained()[1].state_dict()
+        change(saved)
+        torch.save({"optimizer": saved}, path)
+
+    return make
+
+
 def cut_file(path):
     save(path, *trained())
     path.write_bytes(path.read_bytes()[:1000])
@@ -156,6 +224,26 @@ UNREADABLE = {
     "code in a folder's contents": (hostile_contents, r"names builtins\.print"),
     "code in a folder's values": (hostile_value, "print"),
     "files elsewhere": (file_elsewhere, "names a file elsewhere"),
+    "a class changed by a folder's contents": (changed_classes, "its list of contents changes"),
+    "a function changed by a folder's contents": (changed_function, "its list of contents changes"),
+    "a list without end": (long_list, "a list of more than"),
+    "no places in files": (no_places, "has str for a place in a file"),
+    "state of a later version": (later_version, "its state is of version 2"),
+    "flat state of a later version": (later_version_flat, "its state is of version 2"),
+    "a dict within itself": (dict_within_itself, "almost without end"),
+    "dicts without number": (dicts_of_the_same_dicts, "almost without end"),
+    "a parameter twice": (
+        change_of_state(lambda saved: saved["param_groups"][0].update(params=[0, 0, 1, 2])),
+        "expected each parameter's number or name once",
+    ),
+    "a parameter's number that is none": (
+        change_of_state(lambda saved: saved["param_groups"][0].update(params=[[0], 1, 2, 3])),
+        "expected each parameter's number or name once",
+    ),
+    "state that is no dict": (
+        change_of_state(lambda saved: saved["state"].update({0: torch.ones(3)})),
+        "state of parameter 0: expected a dict, got Tensor",
+    ),
     "another folder's contents": (other_contents, "is dict, expected Metadata"),
     "a file cut short": (cut_file, "cannot be read as a checkpoint"),
     "a folder's file cut short": (cut_folder, "cannot be read as a checkpoint's folder"),
@@ -171,7 +259,8 @@ UNREADABLE = {
 
 @pytest.mark.parametrize(("make", "message"), UNREADABLE.values(), ids=UNREADABLE)
 @pytest.mark.parametrize("command", ["inspect", "convert"])
-def test_what_cannot_be_read_is_refused_with_a_sentence(command, make, message, capfd, tmp_path):
+def test_what_cannot_be_read_is_refused_with_a_sentence(command, make, message, capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_MOST_NODES", 10_000)
     path = tmp_path / "checkpoint"
     make(path)
     capfd.readouterr()
@@ -357,6 +446,35 @@ ODD = {
         "residual has shape 5x128",
     ),
     "a stale master": (torch.float16, "fp32", overwrite_half, "stale master in 3"),
+    "whole numbers as moments": (
+        torch.float32,
+        "fp32",
+        replace("exp_avg", lambda e: e["exp_avg"].long()),
+        "could not be loaded: state 'exp_avg' of 0.weight is torch.int64",
+    ),
+    "complex moments": (
+        torch.float32,
+        "fp32",
+        replace("exp_avg", lambda e: e["exp_avg"].cfloat()),
+        "could not be loaded",
+    ),
+    "sparse moments": (torch.float32, "fp32", replace("exp_avg", lambda e: e["exp_avg"].to_sparse()), "layout torch.s"),
+    "no values": (torch.float32, "fp32", replace("exp_avg", lambda e: e["exp_avg"].to("meta")), "on the meta device"),
+    "truths as scales": (
+        torch.float32,
+        "8bit",
+        replace("exp_avg_sq_scale", lambda e: e["exp_avg_sq_scale"] > 0),
+        "could not be loaded",
+    ),
+    "a stream that is none": (torch.float32, "8bit", replace("stream", lambda e: "a"), "could not be loaded"),
+    "a residual that is none": (torch.bfloat16, "fp32", replace("residual", lambda e: "a"), "could not be loaded"),
+    "a step too far": (torch.float32, "fp32", replace("step", lambda e: torch.tensor(1e30)), "could not be loaded"),
+    "a maximum below zero": (
+        torch.float32,
+        "amsgrad",
+        change("max_exp_avg_sq", slice(2), -1.0),
+        "max_exp_avg_sq is negative in 2",
+    ),
 }
 
 
@@ -377,6 +495,64 @@ def test_what_is_odd_is_said_and_is_the_exit_status(dtype, state_format, spoil, 
     status, found = inspected(capsys, path)
     assert status == 1
     assert [name for name, each in found.items() if each["oddities"]] == ["0.weight"]
+
+
+def test_state_of_no_parameter_is_odd(capsys, tmp_path):
+    saved = copy.deepcopy(trained()[1].state_dict())
+    saved["state"][7] = saved["state"].pop(3)
+    saved["state"]["of a tool"] = {"a": 1}
+    torch.save(saved, tmp_path / "a.pt")
+    status, found = inspected(capsys, tmp_path / "a.pt")
+    assert status == 1
+    assert {name: each["oddities"] for name, each in found.items() if each["oddities"]} == {
+        "parameter 7": ["it has state and is in no group"]
+    }
+
+
+@pytest.mark.parametrize("state_format", NAMES)
+@pytest.mark.parametrize("size", [1e-30, 1e-23, 1e-12, 1e6])
+def test_gradients_of_any_size_are_not_odd(size, state_format, capsys, tmp_path):
+    """Squares of the smallest are 0 in float32, so that v is; and a row that is not used has none at all."""
+    weight = nn.Parameter(torch.ones(64, 128))
+    optimizer = optim.AdamW([("weight", weight)], state_format=state_format)
+    for number in range(5):
+        weight.grad = size * torch.randn(64, 128, generator=torch.Generator().manual_seed(number))
+        weight.grad[7] = 0.0
+        optimizer.step()
+    torch.save({"model": {"weight": weight.detach()}, "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    status, found = inspected(capsys, tmp_path / "a.pt")
+    assert (status, found["weight"]["oddities"]) == (0, [])
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_weights_of_others_are_not_taken_for_the_parameters(named, capsys, tmp_path):
+    """Of a mean of weights beside the weights, of a larger model, of groups in another order than the model's."""
+    one, two = trained(torch.float16, named=named), (nn.Linear(9, 3).half(), None)
+    train(two[0], optimizer := optim.AdamW(two[0].named_parameters() if named else two[0].parameters()))
+    mean = {name: each + 1 for name, each in one[0].state_dict().items()}
+    tree = {"one": one[0].state_dict(), "two": two[0].state_dict(), "a": one[1].state_dict()}
+    torch.save(tree | {"b": optimizer.state_dict()}, tmp_path / "a.pt")
+    _, out, _ = run(capsys, "inspect", tmp_path / "a.pt", "--json")
+    for states in json.loads(out).values():
+        assert all(each["update_ratio"] > 0 and not each["oddities"] for each in states)
+    torch.save({"mean": mean} | tree, tmp_path / "b.pt")
+    assert run(capsys, "inspect", tmp_path / "b.pt")[0] == 0
+
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(2))).half()
+    last_first = [{"params": [layer.weight], "lr": 0.1} for layer in reversed(model)]
+    train(model, optimizer := optim.AdamW(last_first))
+    status, found = inspected(capsys, save(tmp_path / "c.pt", model, optimizer))
+    assert (status, [each["update_ratio"] for each in found.values()]) == (0, [None, None])
+
+
+@pytest.mark.parametrize("betas", [None, (0.9, 0.9, 0.9), (0.9, 1.0), ("a", 0.9)])
+def test_without_betas_there_is_no_ratio(betas, capsys, tmp_path):
+    model, optimizer = trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["betas"] = betas
+    torch.save({"model": model.state_dict(), "optimizer": saved}, tmp_path / "a.pt")
+    status, found = inspected(capsys, tmp_path / "a.pt")
+    assert (status, {each["update_ratio"] for each in found.values()}) == (0, {None})
 
 
 def test_a_picture(tmp_path, capsys):
@@ -576,6 +752,53 @@ def test_a_full_disk_leaves_what_was_there(when, there, capsys, tmp_path, monkey
     assert "No space left on device" in err
     assert sorted(each.name for each in tmp_path.iterdir()) == (["a.pt", "b.pt"] if there else ["a.pt"])
     assert not there or target.read_bytes() == b"what was there"
+
+
+@pytest.mark.parametrize("target", ["b.pt", "b/"])
+def test_a_file_that_may_not_grow_is_a_full_disk(target, tmp_path):
+    """A real one: torch's writers make errors of their own of it."""
+    path = save(tmp_path / "a.pt", *trained())
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))\n"
+    code += "from lucid.cli import main\nsys.exit(main(sys.argv[1:]))"
+    arguments = ["convert", str(path), f"{tmp_path}/{target}", "--to", "fp32"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("nothing was changed: [Errno 27] File too large")
+    assert "Traceback" not in done.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_a_link_leads_to_is_written(there, capsys, tmp_path):
+    source = save(tmp_path / "a.pt", *trained())
+    (tmp_path / "run").mkdir()
+    real, link = tmp_path / "run" / "real.pt", tmp_path / "link.pt"
+    link.symlink_to("run/real.pt")
+    if there:
+        real.write_bytes(source.read_bytes())
+        source = link
+    assert run(capsys, "convert", source, link, "--to", "8bit")[0] == 0
+    assert link.is_symlink()
+    assert inspected(capsys, real)[1]["parameter 0"]["format"] == "8bit"
+    link.unlink()
+    link.symlink_to("nowhere/real.pt")
+    assert run(capsys, "convert", real, link, "--to", "8bit")[0] == 2
+
+
+def test_a_pipe_is_not_replaced(capsys, tmp_path):
+    path = save(tmp_path / "a.pt", *trained())
+    os.mkfifo(tmp_path / "pipe.pt")
+    status, _, err = run(capsys, "convert", path, tmp_path / "pipe.pt", "--to", "8bit")
+    assert status == 2
+    assert "a device or pipe" in err
+    assert (tmp_path / "pipe.pt").is_fifo()
+
+
+def test_a_tuple_stays_one(capsys, tmp_path):
+    optimizers = ({"optimizer": trained()[1].state_dict()}, 3)
+    torch.save({"all": optimizers}, tmp_path / "a.pt")
+    assert run(capsys, "convert", tmp_path / "a.pt", tmp_path / "b.pt", "--to", "8bit")[0] == 0
+    assert type(torch.load(tmp_path / "b.pt", weights_only=True)["all"]) is tuple
 
 
 KILLED = """

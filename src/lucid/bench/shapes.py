@@ -111,6 +111,8 @@ def parameters(
     return params
 
 
+MOST_TENSORS = 1_000_000  # that a file or a count may ask for: each has a place in a list
+
 _LINE = re.compile(r"(?:(\d+)\s*\*\s*)?(\d+(?:\s*[x,×]\s*\d+)*)")
 
 
@@ -138,7 +140,10 @@ def read_shapes(path: Path) -> list[Shape]:
         found = _LINE.fullmatch(content)
         if found is None:
             raise ValueError(f"{path}, line {number}: expected a shape like 768x3072 or 12 * 768x768, got {content!r}")
-        shapes += int(found[1] or 1) * [tuple(int(size) for size in re.findall(r"\d+", found[2]))]
+        count = int(found[1] or 1)
+        if len(shapes) + count > MOST_TENSORS:
+            raise ValueError(f"{path}, line {number}: expected at most {MOST_TENSORS:,} tensors, got more")
+        shapes += count * [tuple(int(size) for size in re.findall(r"\d+", found[2]))]
     if not shapes:
         raise ValueError(f"{path}: expected a shape a line, like 768x3072, got none")
     return shapes

@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as refusal:
         print(f"lucid: {refusal}", file=sys.stderr)
         return 2
+    except (OSError, MemoryError, RecursionError) as error:  # of a disk, a pipe, a terminal; of what is too much
+        print(f"lucid: {type(error).__name__}{f': {error}' if str(error) else ''}", file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         if name not in _EXTRA:

@@ -101,6 +101,8 @@ def run(
     plot: Path | None,
 ) -> int:
     """Time and print; return 1 where a contender could not be measured."""
+    if not case.elements:
+        raise CommandError(f"{case.name}: expected parameters to step, got tensors without elements")
     contenders = _contenders(dtype, formats, peers, _checked_device(device))
     _check_memory(case, contenders, device)
     output.check_picture(plot)

@@ -15,6 +15,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lucid.optim.state_dict import STATE_VERSION, VERSION, check_version
 
 from . import CommandError
 
@@ -24,6 +27,8 @@ States = Mapping[str | int, Mapping[str, Any]]  # by a parameter's key
 Place = tuple[str | int, ...]  # keys from the root of a checkpoint on
 
 SINGLE_FILE = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+_MOST_NODES, _DEEPEST = 5_000_000, 500  # dicts and lists of a checkpoint, and within each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +47,15 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """An optimizer's state dict in a checkpoint; `flat`: with one key for each value, as DCP can have it."""
+    """An optimizer's state dict in a checkpoint.
+
+    `flat`: with one key for each value, as DCP can have it. `strays`: numbers of parameters that are in no group.
+    """
 
     place: Place
     parameters: list[Parameter]
     flat: bool
+    strays: tuple[str | int, ...] = ()
 
     @property
     def called(self) -> str:
@@ -63,7 +72,11 @@ class Checkpoint:
 
     def optimizers(self) -> list[Saved]:
         """Return the optimizer states in it; refuse where there is none."""
-        found = [_saved(place, node) for place, node in _nodes(self.tree) if _is_state(node) or _is_flat_state(node)]
+        try:
+            states = [each for each in _nodes(self.tree) if _is_state(each[1]) or _is_flat_state(each[1])]
+            found = [_saved(place, node) for place, node in states]
+        except ValueError as error:
+            raise CommandError(f"{self.path}: {error}") from error
         if not found:
             keys = ", ".join(sorted(map(str, self.tree))[:8]) or "nothing"
             raise CommandError(f"{self.path}: expected an optimizer's state dict in it, found none; it holds {keys}")
@@ -71,13 +84,21 @@ class Checkpoint:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the model's parameters and buffers by name: of all that could be a model, the largest; else none."""
-        states = [place for place, node in _nodes(self.tree) if _is_state(node) or _is_flat_state(node)]
-        models = [
-            dict(node)
-            for place, node in _nodes(self.tree)
-            if not any(place[: len(state)] == state for state in states) and _is_model(node)
-        ]
-        return max(models, key=lambda model: sum(each.numel() for each in model.values()), default={})
+        return max(self.models(), key=lambda model: sum(each.numel() for each in model.values()), default={})
+
+    def models(self) -> list[dict[str, Tensor]]:
+        """Return all that could be a model: its parameters and buffers by name."""
+        states: list[Place] = []
+        models = []
+        try:
+            for place, node in _nodes(self.tree):
+                if _is_state(node) or _is_flat_state(node):
+                    states.append(place)
+                elif _is_model(node) and not any(place[: len(state)] == state for state in states):
+                    models.append(dict(node))
+        except ValueError as error:
+            raise CommandError(f"{self.path}: {error}") from error
+        return models
 
 
 def read(path: Path, *, mapped: bool = True) -> Checkpoint:
@@ -86,6 +107,12 @@ def read(path: Path, *, mapped: bool = True) -> Checkpoint:
     Nothing in it is run: what is neither a tensor nor a plain value is refused. `mapped`: tensors stay in the file
     until they are used.
     """
+    try:
+        is_there = path.exists()
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror}") from error
+    if not is_there:
+        raise CommandError(f"{path}: no such file or folder")
     if path.is_dir():
         if (path / ".metadata").exists():
             return Checkpoint(path, "folder", _read_folder(path))
@@ -95,8 +122,6 @@ def read(path: Path, *, mapped: bool = True) -> Checkpoint:
         raise CommandError(
             f"{path}: expected a checkpoint's folder, but there is neither .metadata nor *.safetensors in it"
         )
-    if not path.exists():
-        raise CommandError(f"{path}: no such file or folder")
     if path.suffix == ".safetensors":
         return Checkpoint(path, "safetensors", dict(_tensors(path)))
     tree = _read_file(path, mapped)
@@ -127,7 +152,7 @@ def _more_than_values(path: Path, error: Exception) -> CommandError:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith(("WeightsUnpickler error:", "Unsupported"))]
     return (telling or lines or [type(error).__name__])[0].rstrip(".")
@@ -140,7 +165,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 yield name, file.get_tensor(name)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CommandError(f"{path}: this cannot be read as safetensors: {_first_line(error)}") from error
 
 
@@ -158,13 +183,20 @@ def _read_folder(path: Path) -> Tree:
 # What is in them
 
 
-def _nodes(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Mapping[str, Any]]]:
-    """Every dict, from the outside inwards."""
-    if isinstance(tree, Mapping):
-        yield place, tree
-    if isinstance(tree, Mapping | list | tuple):
-        for key, node in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            yield from _nodes(node, (*place, key))
+def _nodes(tree: Any) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    """Every dict, from the outside inwards; raise where they have no end, as a dict within itself has none."""
+    waiting: list[tuple[Place, Any]] = [((), tree)]
+    for _ in range(_MOST_NODES):
+        if not waiting:
+            return
+        place, node = waiting.pop()
+        if len(place) > _DEEPEST:
+            break
+        if isinstance(node, Mapping):
+            yield place, node
+        within = list(node.items() if isinstance(node, Mapping) else enumerate(node))
+        waiting += [((*place, key), each) for key, each in reversed(within) if isinstance(each, Mapping | list | tuple)]
+    raise ValueError("expected a checkpoint in it, got dicts and lists within each other almost without end")
 
 
 def _is_state(node: Mapping[str, Any]) -> bool:
@@ -186,8 +218,17 @@ def _is_model(node: Mapping[str, Any]) -> bool:
 
 
 def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
+    """The parameters of a state dict; raise where loading would not know whose state is whose, or how to read it."""
     if _is_flat_state(node):
-        return Saved(place, _flat_parameters(node), flat=True)
+        parameters = _flat_parameters(node)
+        for parameter in parameters:
+            check_version(parameter.group.get(VERSION, STATE_VERSION))
+        return Saved(place, parameters, flat=True)
+    for group in node["param_groups"]:
+        check_version(group.get(VERSION, STATE_VERSION))
+    keys = [key for group in node["param_groups"] for key in group["params"]]
+    if not all(isinstance(key, int | str) for key in keys) or len(set(keys)) < len(keys):
+        raise ValueError("param_groups: expected each parameter's number or name once in 'params'")
     entries = _entries(node)
     parameters = []
     for group in node["param_groups"]:
@@ -196,9 +237,11 @@ def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
             name = names[index] if isinstance(names, list | tuple) and len(names) == len(group["params"]) else None
             if name is None and isinstance(key, str):
                 name = key
-            entry = entries.get(key)
-            parameters.append(Parameter(key, name, entry if isinstance(entry, Mapping) else {}, group))
-    return Saved(place, parameters, flat=False)
+            entry = entries.pop(key, {})
+            if not isinstance(entry, Mapping):
+                raise ValueError(f"state of parameter {key}: expected a dict, got {type(entry).__name__}")
+            parameters.append(Parameter(key, name, entry, group))
+    return Saved(place, parameters, flat=False, strays=tuple(key for key in entries if str(key).isdecimal()))
 
 
 def _entries(node: Mapping[str, Any]) -> dict[Any, Any]:
@@ -247,7 +290,7 @@ def _with(tree: Any, place: Place, new: Any) -> Any:
         return new
     copy: Any = dict(tree) if isinstance(tree, Mapping) else list(tree)
     copy[place[0]] = _with(tree[place[0]], place[1:], new)
-    return copy
+    return tuple(copy) if isinstance(tree, tuple) else copy
 
 
 # Writing
@@ -255,14 +298,22 @@ def _with(tree: Any, place: Place, new: Any) -> Any:
 
 def check_target(path: Path, kind: Kind) -> None:
     """Refuse where nothing could be written, before the work."""
-    if not path.parent.is_dir():
-        raise CommandError(f"{path}: expected a folder {path.parent} to write it into, there is none")
+    parent = (path if kind == "folder" else _meant(path)).parent
+    if not parent.is_dir():
+        raise CommandError(f"{path}: expected a folder {parent} to write it into, there is none")
     if kind == "folder" and path.exists():
         raise CommandError(
             f"{path}: a folder can only be written where there is nothing yet; remove it or name another"
         )
     if kind == "file" and path.is_dir():
         raise CommandError(f"{path}: expected a file's name, this is a folder")
+    if kind == "file" and path.exists() and not path.is_file():
+        raise CommandError(f"{path}: expected a file's name, this is a device or pipe")
+
+
+def _meant(path: Path) -> Path:
+    """What a link leads to, so that the link stays one."""
+    return Path(os.path.realpath(path))
 
 
 def write(tree: Tree, path: Path, kind: Kind) -> None:
@@ -272,9 +323,11 @@ def write(tree: Tree, path: Path, kind: Kind) -> None:
         if kind == "folder":
             _write_folder(tree, path)
         else:
-            _write_file(tree, path)
-    except OSError as error:
-        raise CommandError(f"{path}: it could not be written, and nothing was changed: {error}") from error
+            _write_file(tree, _meant(path))
+    except (OSError, RuntimeError, CheckpointException) as error:
+        causes = [each for each, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+        cause = next(iter(causes), error.__context__ if isinstance(error.__context__, OSError) else error)
+        raise CommandError(f"{path}: it could not be written, and nothing was changed: {_first_line(cause)}") from error
 
 
 def _write_file(tree: Tree, path: Path) -> None:

@@ -86,7 +86,7 @@ def converted(checkpoint: Checkpoint, saved: Saved, to: Target) -> Checkpoint:
             if parameter.entry:
                 entries[parameter.key] = _entry(parameter, to, number)
         groups = dict(_groups(saved.parameters, to))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: where memory ends
         raise CommandError(f"{checkpoint.path}: {error}") from error
     return replaced(checkpoint, saved, entries, groups)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lucid.engine import codecs
+from lucid.optim.formats import format_for
 
 from . import CommandError, output
 from .checkpoints import Checkpoint, Parameter, Saved, read
+from .convert import stand_in
 
 _CODES = ("exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale")
 _MAXIMUM = "max_exp_avg_sq"
+_SQUARE_IS_NONE = 2.0**-63  # squares of such gradients, times 1 - beta2, are below float32: v is 0 then
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +46,16 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
     entry = parameter.entry
     odd = list(_oddities_of_keys(entry))
     tensors = {key: value for key, value in entry.items() if isinstance(value, Tensor)}
-    size = sum(value.nbytes for value in tensors.values())
+    size = sum(value.nbytes for value in tensors.values() if value.layout is torch.strided)
     step = _number(entry.get("step"))
     if step is None or not (step >= 0 and step.is_integer()):
         odd.append(f"step is {entry.get('step', 'missing')!r}, no count")
+    if not odd and (refusal := _refusal(parameter)):
+        odd.append(f"it could not be loaded: {refusal}")
     moment = tensors.get("exp_avg_code", tensors.get("exp_avg"))
     found = Found(parameter.called, [] if moment is None else list(moment.shape), _format(tensors), step)
     moments = None if odd else _moments(tensors, odd)
-    if weight is not None and moment is not None:
+    if weight is not None and moment is not None and weight.layout is torch.strided and not weight.is_meta:
         odd += _oddities_of_weight(weight, tensors, moment)
     if moments is None:
         return replace(found, state_bytes=size, oddities=tuple(odd))
@@ -59,6 +64,8 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
     w = tensors.get(_MAXIMUM)
     if w is not None and w.shape == v.shape:
         odd += _not_finite(_MAXIMUM, w)
+        if not w.is_complex() and (negative := int((w < 0).sum())):
+            odd.append(f"{_MAXIMUM} is negative in {negative:,}")
     denominator = (v if w is None or w.shape != v.shape else w).double().sqrt()
     ratios = torch.where(m == 0, 0.0, m.abs() / denominator)
     ratio = float(ratios.max()) if ratios.numel() else 0.0
@@ -71,6 +78,19 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
         state_bytes=size,
         oddities=tuple(odd),
     )
+
+
+def _refusal(parameter: Parameter) -> str:
+    """Why `load_state_dict` would not take its state, if it would not."""
+    entry = parameter.entry
+    codes = "exp_avg_code" in entry
+    try:
+        param = stand_in(entry, parameter.called)
+        kept = format_for(param, "8bit" if codes else "fp32", True, parameter.called)
+        kept.converted(param, entry, parameter.called, (0, 0))
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def _number(value: Any) -> float | None:
@@ -153,7 +173,7 @@ def _oddities_of_values(m: Tensor, v: Tensor, step: float) -> Iterator[str]:
     negative = int((v < 0).sum())
     if negative:
         yield f"exp_avg_sq is negative in {negative:,}"
-    alone = int(((v == 0) & (m != 0)).sum())
+    alone = int(((v == 0) & (m.abs() > _SQUARE_IS_NONE)).sum())
     if alone:
         yield f"exp_avg_sq is 0 where exp_avg is not, in {alone:,}: the update there is exp_avg / eps"
     if step == 0 and bool((m != 0).any()):
@@ -192,11 +212,14 @@ def _update_ratio(
 ) -> float:
     """RMS of the update that the next step would make if the moments stayed as they are, over RMS of the weight."""
     betas = group.get("betas", (group.get("beta1"), group.get("beta2")))
+    betas = betas if isinstance(betas, list | tuple) else ()
     options = [_number(each) for each in (group.get("lr"), group.get("eps"), group.get("weight_decay"), *betas)]
     known = [each for each in options if each is not None]
-    if weight is None or not weight.numel() or step == 0 or len(known) < 5:
+    if weight is None or not weight.numel() or step == 0 or len(known) != 5:
         return math.nan
     lr, eps, decay, beta1, beta2 = known
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        return math.nan
     theta = (torch.view_as_real(weight) if weight.is_complex() else weight).double()
     if theta.shape != m.shape:
         return math.nan
@@ -206,27 +229,52 @@ def _update_ratio(
     return size / rms if rms else math.nan
 
 
-def _weights_of(saved: Saved, weights: Mapping[str, Tensor]) -> list[Tensor | None]:
-    """The weight of each parameter: by name, or in order where there are as many of the same shapes."""
+def _weights_of(saved: Saved, models: Sequence[Mapping[str, Tensor]]) -> list[Tensor | None]:
+    """The weight of each parameter, in the model that fits best; in none where several do."""
+    nothing: list[Tensor | None] = [None for _ in saved.parameters]
+    shapes = [_moment_shape(parameter) for parameter in saved.parameters]
+    fitting: dict[int, list[list[Tensor | None]]] = {}
+    for model in models:
+        weights = _in_model(saved, shapes, model)
+        pairs = zip(weights, shapes, strict=True)
+        good = sum(weight is not None and shape in (None, weight.shape) for weight, shape in pairs)
+        fitting.setdefault(good, []).append(weights)
+    best = fitting[max(fitting)] if fitting else []
+    return best[0] if len(best) == 1 else nothing
+
+
+def _moment_shape(parameter: Parameter) -> torch.Size | None:
+    moment = parameter.entry.get("exp_avg_code", parameter.entry.get("exp_avg"))
+    return moment.shape if isinstance(moment, Tensor) else None
+
+
+def _in_model(saved: Saved, shapes: Sequence[torch.Size | None], model: Mapping[str, Tensor]) -> list[Tensor | None]:
+    """The weights by name, or in order where there are as many of the same shapes, which groups do not mix."""
     if all(parameter.name is not None for parameter in saved.parameters):
-        return [weights.get(parameter.name or "") for parameter in saved.parameters]
-    moments = [parameter.entry.get("exp_avg_code", parameter.entry.get("exp_avg")) for parameter in saved.parameters]
-    in_order = list(weights.values())
-    if len(in_order) == len(moments) and all(
-        not isinstance(moment, Tensor) or moment.shape == weight.shape
-        for moment, weight in zip(moments, in_order, strict=True)
-    ):
+        return [model.get(parameter.name or "") for parameter in saved.parameters]
+    in_order = list(model.values())
+    groups: dict[torch.Size, set[int]] = {}
+    for parameter, weight in zip(saved.parameters, in_order, strict=False):
+        groups.setdefault(weight.shape, set()).add(id(parameter.group))
+    same = len(in_order) == len(shapes) and all(
+        shape in (None, weight.shape) for shape, weight in zip(shapes, in_order, strict=True)
+    )
+    if same and all(len(each) == 1 for each in groups.values()):
         return list(in_order)
-    return [None for _ in moments]
+    return [None for _ in shapes]
 
 
-def inspected(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> dict[str, list[Found]]:
+def inspected(checkpoint: Checkpoint, models: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Found]]:
     """Return what is in each optimizer's state, by its place in the checkpoint."""
     found = {}
     for saved in checkpoint.optimizers():
-        pairs = list(zip(saved.parameters, _weights_of(saved, weights), strict=True))
+        pairs = list(zip(saved.parameters, _weights_of(saved, models), strict=True))
         bar = tqdm(pairs, saved.called, leave=False, disable=None)
         found[saved.called] = [looked_at(parameter, weight) for parameter, weight in bar if parameter.entry]
+        found[saved.called] += [
+            Found(f"parameter {key}", [], "unknown", None, oddities=("it has state and is in no group",))
+            for key in saved.strays
+        ]
     return found
 
 
@@ -234,7 +282,7 @@ def run(path: Path, *, weights: Path | None, json: bool, plot: Path | None) -> i
     """Print what was found; return 1 where anything is odd."""
     output.check_picture(plot)
     checkpoint = read(path)
-    found = inspected(checkpoint, (checkpoint if weights is None else read(weights)).weights())
+    found = inspected(checkpoint, checkpoint.models() if weights is None else [read(weights).weights()])
     odd = {name: [each for each in states if each.oddities] for name, states in found.items()}
     if plot is not None:
         draw(found, plot)

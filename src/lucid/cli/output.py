@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -21,8 +22,11 @@ GOOD, BAD, FAINT = "green", "bold red", "dim"
 
 
 def console() -> Console:
-    """Return where results go: the terminal's width and colours, none of either in a pipe."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+    """Return where results go: the terminal's width and colours, none of either in a pipe; names are no markup."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where it cannot say ‖ or ✓
+    width = None if sys.stdout is not None and sys.stdout.isatty() else _PIPED_WIDTH
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | Text]], title: str | None = None) -> Table:

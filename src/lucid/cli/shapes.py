@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lucid.bench.shapes import MODELS, Shape, elements, read_shapes
+from lucid.bench.shapes import MODELS, MOST_TENSORS, Shape, elements, read_shapes
 
 from . import CommandError
 from .checkpoints import read
@@ -60,6 +60,8 @@ def _trained(path: Path) -> list[Shape]:
         for name, each in weights.items()
         if (each.is_floating_point() or each.is_complex()) and not name.endswith(("running_mean", "running_var"))
     ]
+    if not floating:
+        raise CommandError(f"{path}: expected floating-point weights in it, found none")
     return [tuple(each.shape) for each in {_identity(each): each for each in floating}.values()]
 
 
@@ -85,6 +87,8 @@ def counted(count: str, layout: str, others: Sequence[object]) -> Case:
     if not shape or not all(shape):
         raise CommandError(f"--layout: expected a shape like 4096x4096, got {layout!r}")
     full, rest = divmod(number, math.prod(shape))
+    if full > MOST_TENSORS:
+        raise CommandError(f"--layout: {count} in {layout} would be {full:,} tensors; give a larger shape")
     row = math.prod(shape[1:])
     shapes = [shape] * full
     if rest >= row:
