@@ -177,6 +177,20 @@ def test_names_are_no_markup(title, capsys):
     assert capsys.readouterr().out.split() == 3 * [title]
 
 
+def test_names_do_not_command_the_terminal(capsys, tmp_path):
+    name = "a\x1b[2J\x07\u202e\nb"
+    state = {"step": torch.tensor(1.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.full((2,), math.nan)}
+    group = {"params": [0], "param_names": [name]}
+    torch.save({name: {"state": {0: state}, "param_groups": [group]}}, tmp_path / "a.pt")
+    status, out, _ = run(capsys, "inspect", tmp_path / "a.pt")
+    assert status == 1
+    assert out.count("a\\x1b[2J\\x07\\u202e\\nb") == 3
+    assert all(each.isprintable() for each in out.replace("\n", ""))
+    torch.save({name: 1}, tmp_path / "b.pt")
+    _, _, err = run(capsys, "inspect", tmp_path / "b.pt")
+    assert err.endswith("it holds a\\x1b[2J\\x07\\u202e\\nb\n")
+
+
 def test_an_output_of_few_characters_is_no_error():
     done = subprocess.run(
         [sys.executable, "-m", "lucid", "plan", "--like", "resnet50", "--memory", "1TB"],

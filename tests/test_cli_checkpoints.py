@@ -507,6 +507,14 @@ def test_state_of_no_parameter_is_odd(capsys, tmp_path):
     assert {name: each["oddities"] for name, each in found.items() if each["oddities"]} == {
         "parameter 7": ["it has state and is in no group"]
     }
+    assert run(capsys, "convert", tmp_path / "a.pt", tmp_path / "a.pt", "--to", "8bit")[0] == 0
+    assert set(torch.load(tmp_path / "a.pt", weights_only=True)["state"]) == {
+        0,
+        1,
+        2,
+        7,
+        "of a tool",
+    }  # as loading does
 
 
 @pytest.mark.parametrize("state_format", NAMES)
@@ -543,6 +551,30 @@ def test_weights_of_others_are_not_taken_for_the_parameters(named, capsys, tmp_p
     train(model, optimizer := optim.AdamW(last_first))
     status, found = inspected(capsys, save(tmp_path / "c.pt", model, optimizer))
     assert (status, [each["update_ratio"] for each in found.values()]) == (0, [None, None])
+
+
+def test_buffers_and_tied_weights_are_left_out_in_order(capsys, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    train(model, optimizer := optim.AdamW(model.parameters(), lr=0.1))
+    _, found = inspected(capsys, save(tmp_path / "a.pt", model, optimizer))
+    assert len(found) == 5
+    assert all(each["update_ratio"] > 0 for each in found.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}])
+@pytest.mark.parametrize("make", [optim.AdamW, torch.optim.AdamW])
+def test_the_largest_ratio_is_of_what_the_update_divides_by(make, options, capsys, tmp_path):
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = make([weight], lr=0.1, betas=(0.9, 0.9), **options)
+    for size in (100.0, 1.0, 1.0, 1.0):
+        weight.grad = torch.full((4,), size)
+        optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "a.pt")
+    (each,) = inspected(capsys, tmp_path / "a.pt")[1].values()
+    entry = optimizer.state[weight]
+    v = entry["max_exp_avg_sq" if options else "exp_avg_sq"]
+    assert each["max_m_over_sqrt_v"] == pytest.approx(float((entry["exp_avg"] / v.sqrt()).max()))
 
 
 @pytest.mark.parametrize("betas", [None, (0.9, 0.9, 0.9), (0.9, 1.0), ("a", 0.9)])
@@ -792,6 +824,19 @@ def test_a_pipe_is_not_replaced(capsys, tmp_path):
     assert status == 2
     assert "a device or pipe" in err
     assert (tmp_path / "pipe.pt").is_fifo()
+
+
+@pytest.mark.parametrize("target", ["8bit", "torch"])
+def test_groups_without_parameters_are_converted_too(target, capsys, tmp_path):
+    model = make_model()
+    optimizer = optim.AdamW([{"params": []}, {"params": model.parameters(), "lr": 0.1}])
+    train(model, optimizer)
+    path = save(tmp_path / "a.pt", model, optimizer)
+    assert run(capsys, "convert", path, path, "--to", target)[0] == 0
+    empty, full = torch.load(path, weights_only=True)["optimizer"]["param_groups"]
+    assert (empty["params"], empty["lr"], full["lr"]) == ([], 0.001, 0.1)
+    assert empty.keys() == full.keys()
+    assert empty.get("state_format") == (None if target == "torch" else target)
 
 
 def test_a_tuple_stays_one(capsys, tmp_path):

@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # how typer ends
         return end.code if isinstance(end.code, int) else 0
     except CommandError as refusal:
-        print(f"lucid: {refusal}", file=sys.stderr)
+        from .output import printable
+
+        print(f"lucid: {printable(str(refusal))}", file=sys.stderr)
         return 2
     except (OSError, MemoryError, RecursionError) as error:  # of a disk, a pipe, a terminal; of what is too much
         print(f"lucid: {type(error).__name__}{f': {error}' if str(error) else ''}", file=sys.stderr)

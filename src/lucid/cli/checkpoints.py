@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -217,6 +217,25 @@ def _is_model(node: Mapping[str, Any]) -> bool:
     return bool(node) and all(isinstance(key, str) and isinstance(each, Tensor) for key, each in node.items())
 
 
+def trained(model: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return a model's weights, in its order: what is tied counts once, and running statistics do not."""
+    floating = [
+        each
+        for name, each in model.items()
+        if (each.is_floating_point() or each.is_complex()) and not name.endswith(("running_mean", "running_var"))
+    ]
+    unique: dict[tuple[object, ...], Tensor] = {}
+    for each in floating:
+        unique.setdefault(_identity(each), each)
+    return list(unique.values())
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    if not tensor.numel() or tensor.is_meta or tensor.layout is not torch.strided:
+        return (id(tensor),)
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+
+
 def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
     """The parameters of a state dict; raise where loading would not know whose state is whose, or how to read it."""
     if _is_flat_state(node):
@@ -263,25 +282,26 @@ def _flat_parameters(node: Mapping[str, Any]) -> list[Parameter]:
     return [Parameter(name, name, parts["state"].get(name, {}), parts["param_groups"].get(name, {})) for name in names]
 
 
-def replaced(checkpoint: Checkpoint, saved: Saved, entries: States, groups: States) -> Checkpoint:
-    """Return the checkpoint with another state in the place of `saved`: by parameter's key, entries and groups."""
+def replaced(
+    checkpoint: Checkpoint, saved: Saved, entries: States, group_of: Callable[[Mapping[str, Any]], Tree]
+) -> Checkpoint:
+    """Return the checkpoint with another state in the place of `saved`.
+
+    `entries`: by parameter's key. `group_of`: what a group becomes.
+    """
     node: Any = checkpoint.tree
     for key in saved.place:
         node = node[key]
     if saved.flat:
         new = {f"state.{name}.{key}": each for name, entry in entries.items() for key, each in entry.items()}
+        groups = {parameter.key: group_of(parameter.group) for parameter in saved.parameters}
         new |= {f"param_groups.{name}.{key}": each for name, group in groups.items() for key, each in group.items()}
     else:
         keys = [parameter.key for parameter in saved.parameters]
         kept = {key: each for key, each in _entries(node).items() if key not in keys}
-        new = dict(node) | {"state": kept | dict(entries), "param_groups": _regrouped(node["param_groups"], groups)}
+        regrouped = [group_of(group) | {"params": group["params"]} for group in node["param_groups"]]
+        new = dict(node) | {"state": kept | dict(entries), "param_groups": regrouped}
     return replace(checkpoint, tree=_with(checkpoint.tree, saved.place, new))
-
-
-def _regrouped(old: Sequence[Mapping[str, Any]], groups: States) -> list[Tree]:
-    return [
-        dict(groups[group["params"][0]] if group["params"] else group) | {"params": group["params"]} for group in old
-    ]
 
 
 def _with(tree: Any, place: Place, new: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -63,18 +64,15 @@ def _entry(parameter: Parameter, to: Target, number: int) -> dict[str, Any]:
     return kept.converted(param, parameter.entry, parameter.called, known_as)
 
 
-def _groups(parameters: list[Parameter], to: Target) -> Iterator[tuple[str | int, dict[str, Any]]]:
-    """The group of each parameter's key, with the keys that the optimizer to load it has."""
+def _group(to: Target, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group, with the keys that those of the optimizer to load it have."""
     nobody = [torch.empty(0, device="cpu")]
-    torchs, ours = torch.optim.AdamW(nobody).defaults, AdamW(nobody).defaults
-    for parameter in parameters:
-        if to == "torch":
-            yield parameter.key, torchs | torch_group(parameter.group)
-            continue
-        group = ParamGroup(parameter.group)
-        for key, default in ours.items():
-            group.setdefault(key, default)
-        yield parameter.key, dict(group) | {"betas": group["betas"], "state_format": to, VERSION: STATE_VERSION}
+    if to == "torch":
+        return torch.optim.AdamW(nobody).defaults | torch_group(group)
+    own = ParamGroup(group)
+    for key, default in AdamW(nobody).defaults.items():
+        own.setdefault(key, default)
+    return dict(own) | {"betas": own["betas"], "state_format": to, VERSION: STATE_VERSION}
 
 
 def converted(checkpoint: Checkpoint, saved: Saved, to: Target) -> Checkpoint:
@@ -85,10 +83,9 @@ def converted(checkpoint: Checkpoint, saved: Saved, to: Target) -> Checkpoint:
         for number, parameter in enumerate(bar):
             if parameter.entry:
                 entries[parameter.key] = _entry(parameter, to, number)
-        groups = dict(_groups(saved.parameters, to))
+        return replaced(checkpoint, saved, entries, functools.partial(_group, to))
     except (TypeError, ValueError, RuntimeError) as error:  # the last: where memory ends
         raise CommandError(f"{checkpoint.path}: {error}") from error
-    return replaced(checkpoint, saved, entries, groups)
 
 
 def _bytes(savings: list[Saved]) -> int:

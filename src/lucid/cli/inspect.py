@@ -17,7 +17,7 @@ from lucid.engine import codecs
 from lucid.optim.formats import format_for
 
 from . import CommandError, output
-from .checkpoints import Checkpoint, Parameter, Saved, read
+from .checkpoints import Checkpoint, Parameter, Saved, read, trained
 from .convert import stand_in
 
 _CODES = ("exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale")
@@ -252,7 +252,7 @@ def _in_model(saved: Saved, shapes: Sequence[torch.Size | None], model: Mapping[
     """The weights by name, or in order where there are as many of the same shapes, which groups do not mix."""
     if all(parameter.name is not None for parameter in saved.parameters):
         return [model.get(parameter.name or "") for parameter in saved.parameters]
-    in_order = list(model.values())
+    in_order = trained(model)
     groups: dict[torch.Size, set[int]] = {}
     for parameter, weight in zip(saved.parameters, in_order, strict=False):
         groups.setdefault(weight.shape, set()).add(id(parameter.group))
@@ -299,7 +299,7 @@ def _print(name: str, states: list[Found]) -> None:
     header = ["parameter", "shape", "format", "step", "‖m‖", "‖√v‖", "max |m|/√v", "update/weight"]
     rows: list[list[str | Text]] = [
         [
-            Text(each.name, output.BAD if each.oddities else ""),
+            Text(output.printable(each.name), output.BAD if each.oddities else ""),
             "x".join(map(str, each.shape)) or "()",
             each.format,
             "–" if each.step is None else f"{each.step:g}",
@@ -308,10 +308,10 @@ def _print(name: str, states: list[Found]) -> None:
         for each in states
     ]
     size = output.size(sum(each.state_bytes for each in states))
-    console.print(output.table(header, rows, f"{name}: state of {len(states)} parameters, {size}"))
+    console.print(output.table(header, rows, f"{output.printable(name)}: state of {len(states)} parameters, {size}"))
     for each in states:
         for oddity in each.oddities:
-            console.print(Text(f"{each.name}: {oddity}", output.BAD))
+            console.print(Text(output.printable(f"{each.name}: {oddity}"), output.BAD))
     if not any(each.oddities for each in states):
         console.print(Text("nothing odd", output.GOOD))
 

@@ -29,6 +29,11 @@ def console() -> Console:
     return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
+def printable(text: str) -> str:
+    """Return a text in which nothing commands the terminal, as names in a stranger's checkpoint could."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str | Text]], title: str | None = None) -> Table:
     """Return a table whose first column is words and whose others are figures."""
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lucid.bench.shapes import MODELS, MOST_TENSORS, Shape, elements, read_shapes
 
 from . import CommandError
-from .checkpoints import read
+from .checkpoints import read, trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +54,10 @@ def _trained(path: Path) -> list[Shape]:
     weights = read(path).weights()
     if not weights:
         raise CommandError(f"{path}: expected a model's weights in it, found none")
-    floating = [
-        each
-        for name, each in weights.items()
-        if (each.is_floating_point() or each.is_complex()) and not name.endswith(("running_mean", "running_var"))
-    ]
-    if not floating:
+    found = trained(weights)
+    if not found:
         raise CommandError(f"{path}: expected floating-point weights in it, found none")
-    return [tuple(each.shape) for each in {_identity(each): each for each in floating}.values()]
-
-
-def _identity(tensor: Tensor) -> tuple[object, ...]:
-    if not tensor.numel():
-        return (id(tensor),)
-    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+    return [tuple(each.shape) for each in found]
 
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMBGT]?)")
