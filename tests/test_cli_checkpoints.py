@@ -564,17 +564,19 @@ def test_buffers_and_tied_weights_are_left_out_in_order(capsys, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}])
 @pytest.mark.parametrize("make", [optim.AdamW, torch.optim.AdamW])
-def test_the_largest_ratio_is_of_what_the_update_divides_by(make, options, capsys, tmp_path):
-    weight = nn.Parameter(torch.ones(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_the_largest_ratio_is_of_what_the_update_divides_by(dtype, make, options, capsys, tmp_path):
+    weight = nn.Parameter(torch.ones(4, dtype=dtype))
     optimizer = make([weight], lr=0.1, betas=(0.9, 0.9), **options)
     for size in (100.0, 1.0, 1.0, 1.0):
-        weight.grad = torch.full((4,), size)
+        weight.grad = torch.full((4,), size, dtype=dtype)
         optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "a.pt")
     (each,) = inspected(capsys, tmp_path / "a.pt")[1].values()
     entry = optimizer.state[weight]
     v = entry["max_exp_avg_sq" if options else "exp_avg_sq"]
-    assert each["max_m_over_sqrt_v"] == pytest.approx(float((entry["exp_avg"] / v.sqrt()).max()))
+    wanted = float((entry["exp_avg"].real / v.real.sqrt()).max())
+    assert each["max_m_over_sqrt_v"] == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("betas", [None, (0.9, 0.9, 0.9), (0.9, 1.0), ("a", 0.9)])
@@ -691,6 +693,22 @@ def test_a_converted_folder_is_loaded_by_torchs_own_functions(target, flat, caps
             torch.testing.assert_close(
                 found[number][key], entry[key], rtol=0 if exact else 0.2, atol=0 if exact else 1e-3
             )
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_converted_folder_is_what_loading_makes_of_it(named, flat, capsys, tmp_path):
+    """What draws are keyed with, too: of 8-bit state, small parameters have none yet."""
+    model, optimizer = trained(state_format="8bit", named=named, seed=5)
+    source = save_folder(tmp_path / "a", model, optimizer, flat=flat)
+    assert run(capsys, "convert", source, tmp_path / "b", "--to", "bf16")[0] == 0
+    loaded = []
+    for folder in ("a", "b"):
+        other = make_model()
+        optimizer = optim.AdamW(other.named_parameters() if named else other.parameters(), state_format="bf16")
+        load_optimizer(other, optimizer, tmp_path / folder)
+        loaded.append(results(optimizer))
+    assert_same(*loaded)
 
 
 def test_a_folder_becomes_a_file_and_a_file_a_folder(capsys, tmp_path):
@@ -921,6 +939,20 @@ def test_a_written_file_may_be_read_by_those_who_could_before(capsys, tmp_path):
     path.chmod(0o640)
     assert run(capsys, "convert", path, path, "--to", "8bit")[0] == 0
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(("target", "mode"), [("b.pt", 0o640), ("b/", 0o750)])
+def test_what_is_new_has_the_mode_of_the_umask_and_outlives_a_power_cut(target, mode, capsys, tmp_path, monkeypatch):
+    path = save(tmp_path / "a.pt", *trained())
+    synced = []
+    monkeypatch.setattr(checkpoints, "_sync_folder", synced.append)
+    before = os.umask(0o027)
+    try:
+        assert run(capsys, "convert", path, f"{tmp_path}/{target}", "--to", "8bit")[0] == 0
+    finally:
+        os.umask(before)
+    assert (tmp_path / target).stat().st_mode & 0o777 == mode
+    assert synced == [tmp_path]
 
 
 def test_values_that_are_no_tensors_are_read_as_cautiously_by_load_optimizer(tmp_path, capfd):

@@ -60,7 +60,8 @@ def _entry(parameter: Parameter, to: Target, number: int) -> dict[str, Any]:
     master = "residual" in parameter.entry or "master" in parameter.entry
     kept = format_for(param, to, master, parameter.called)
     seed = parameter.group.get("seed", 0)
-    known_as = (seed, number if parameter.name is None else parameter.name)
+    name = parameter.name if parameter.group.get("param_names") else None  # a folder's keys are none
+    known_as = (seed, number if name is None else name)
     return kept.converted(param, parameter.entry, parameter.called, known_as)
 
 
@@ -114,7 +115,12 @@ def run(source: Path, target: str, to: Target, *, json: bool) -> int:
     after = checkpoint.optimizers()
     write(checkpoint.tree, path, kind)
     done = Conversion(
-        str(source), str(path), to, sum(len(saved.parameters) for saved in before), _bytes(before), _bytes(after)
+        str(source),
+        str(path),
+        to,
+        sum(bool(parameter.entry) for saved in before for parameter in saved.parameters),
+        _bytes(before),
+        _bytes(after),
     )
     if json:
         output.print_json(asdict(done))

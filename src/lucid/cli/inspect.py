@@ -62,9 +62,11 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
     m, v = moments
     odd += _oddities_of_values(m, v, step or 0.0)
     w = tensors.get(_MAXIMUM)
+    if w is not None and w.is_complex():
+        w = torch.view_as_real(w)
     if w is not None and w.shape == v.shape:
         odd += _not_finite(_MAXIMUM, w)
-        if not w.is_complex() and (negative := int((w < 0).sum())):
+        if negative := int((w < 0).sum()):
             odd.append(f"{_MAXIMUM} is negative in {negative:,}")
     denominator = (v if w is None or w.shape != v.shape else w).double().sqrt()
     ratios = torch.where(m == 0, 0.0, m.abs() / denominator)
