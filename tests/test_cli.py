@@ -4,6 +4,7 @@ of their own (test_cli_checkpoints.py).
 Figures are compared with what they are of: bytes with tensors that exist, and with a process's memory.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -25,7 +26,7 @@ import train_gpt
 from lucid.bench import machine, steps
 from lucid.bench.contenders import FORMATS, FUSED, LIMIT, Contender, Format
 from lucid.bench.shapes import MODELS, elements, read_shapes
-from lucid.cli import app, main, output, plan, shapes
+from lucid.cli import app, bench, info, main, output, plan, shapes
 from lucid.optim.formats import NAMES, state_bytes
 
 COMMANDS = ["info", "bench", "plan", "inspect", "convert"]
@@ -238,6 +239,16 @@ def test_info_without_the_cpu_engine_says_why_and_that_it_is_bad(capsys, monkeyp
     assert re.search(r"cpu +no +its extension did not load", out)
 
 
+def test_info_says_that_a_gpu_without_its_engine_is_bad(capsys, monkeypatch):
+    found = info.gathered(measure=False)
+    without = dataclasses.replace(found.engines[1], missing="triton is not installed")
+    engines = [found.engines[0], without, found.engines[2]]
+    for devices, wanted in (([], 0), (["a GPU"], 1)):
+        here = dataclasses.replace(found, engines=engines, devices=devices)
+        monkeypatch.setattr(info, "gathered", lambda measure, here=here: here)
+        assert run(capsys, "info")[0] == wanted
+
+
 def test_info_says_who_has_set_the_threads(capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     assert "OMP_NUM_THREADS=" in run(capsys, "info", "--no-measure")[1]
@@ -293,6 +304,11 @@ def test_a_checkpoint_gives_its_models_shapes(name, how, tmp_path):
     assert sorted(shapes.chosen(tmp_path / name, None, None).shapes) == sorted(wanted)
 
 
+def test_complex_weights_are_counted(tmp_path):
+    torch.save({"a": torch.ones(3, 4, dtype=torch.complex64), "b": torch.arange(5)}, tmp_path / "a.pt")
+    assert shapes.chosen(tmp_path / "a.pt", None, None).shapes == [(3, 4)]
+
+
 def test_a_checkpoint_without_weights_is_refused(capsys, tmp_path):
     torch.save({"a": torch.arange(3)}, tmp_path / "a.pt")
     status, _, err = run(capsys, "plan", tmp_path / "a.pt")
@@ -338,15 +354,17 @@ def test_the_plan_counts_the_very_bytes_of_the_state(state_format, dtype, amsgra
     assert found.in_backward == max(param.nbytes for param in params)
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_plan_counts_torchs_state(dtype):
+def test_the_plan_counts_torchs_state(dtype, amsgrad):
     params = [nn.Parameter(torch.ones(shape, dtype=shapes.DTYPES[dtype])) for shape in SHAPES]
-    optimizer = torch.optim.AdamW(params)
+    optimizer = torch.optim.AdamW(params, amsgrad=amsgrad)
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
     held = sum(value.nbytes for param in params for value in optimizer.state[param].values())
-    assert plan.need(SHAPES, dtype, plan.TORCH, 1).state == held
+    found = plan.need(SHAPES, dtype, plan.TORCH, 1, amsgrad=amsgrad)
+    assert (found.state, found.in_backward, found.total_in_backward) == (held, None, None)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -356,6 +374,9 @@ def test_the_plan_counts_the_largest_shard(state_format, ranks):
     for shape in SHAPES:
         whole = state_bytes(shape, torch.float32, state_format)
         part = state_bytes(shape, torch.float32, state_format, ranks=ranks)
+        found = plan.need([shape], "float32", state_format, ranks)
+        rows = [math.ceil(rows / ranks) for rows in shape[:1]]
+        assert (found.weights, found.state, found.in_backward) == (4 * math.prod([*rows, *shape[1:]]), part, None)
         if shape:
             drawn = state_format == "bf16" or (state_format == "8bit" and is_quantized(shape))
             numbers = 4 + 8 * drawn  # the step count and what draws are keyed with: on each
@@ -380,6 +401,10 @@ def test_what_fits_is_said_and_is_the_exit_status(capsys):
         assert choice["fits"] == (choice["total"] <= 1000 * 2**20)
         assert choice["total"] == choice["weights"] + choice["gradients"] + choice["state"]
     assert {choice["fits"] for choice in found["choices"]} == {True, False}
+
+    status, found = run_json(capsys, "plan", "--like", "gpt2-small", "--memory", "900MB")
+    assert status == 0
+    assert [any(each[key] for each in found["choices"]) for key in ("fits", "fits_in_backward")] == [False, True]
 
     status, out, _ = run(capsys, "plan", "--like", "gpt2-small", "--memory", "100MiB")
     assert status == 1
@@ -493,6 +518,18 @@ def test_who_fails_costs_not_the_others():
     found = steps.time_steps([own, Contender("broken", broken)], [(64, 64)], 2, "cpu")
     assert found.failures == {"broken": "RuntimeError: not on this machine"}
     assert set(found.samples) == {LIMIT, "lucid fp32"}
+
+
+def test_a_contender_that_was_not_timed_is_named_and_is_the_exit_status(capsys, tmp_path, monkeypatch):
+    def broken(params):
+        raise RuntimeError("not on this machine")
+
+    monkeypatch.setattr(bench, "_own", lambda dtype, state_format: Contender(f"lucid {state_format}", broken))
+    (tmp_path / "a.txt").write_text("64x64")
+    arguments = ["bench", "--shapes", tmp_path / "a.txt", "--rounds", 1, "--format", "fp32", "--peer", "fused"]
+    status, out, _ = run(capsys, *arguments)
+    assert status == 1
+    assert "lucid fp32 was not measured. RuntimeError: not on this machine" in out
 
 
 def test_the_part_of_the_limit_is_of_bytes_a_second():

@@ -145,6 +145,8 @@ def _read_file(path: Path, mapped: bool) -> Any:
 
 
 def _more_than_values(path: Path, error: Exception) -> CommandError:
+    if str(error).startswith("its list of contents"):  # which says all
+        return CommandError(f"{path}: {error}")
     named = re.search(r"GLOBAL (\S+)", str(error))
     return CommandError(
         f"{path}: it holds more than tensors and plain values, and to load that could run any code "
