@@ -137,6 +137,27 @@ def changed_classes(path):
     (path / ".metadata").write_bytes(b"\x80\x02cpathlib\nPurePosixPath\n" + name + pickle.dumps(metadata, 2)[2:])
 
 
+def changed_dataclass(path):
+    state = b"(N}X\x04\x00\x00\x00nameX\x01\x00\x00\x00xstb."
+    path.mkdir()
+    (path / ".metadata").write_bytes(b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n" + state)
+
+
+def part_of_a_process(path):
+    """What a process of FSDP2 has, saved by torch.save; a group of one process is enough for it."""
+    code = f"""
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+moment = distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+entry = {{"step": torch.tensor(1.0), "exp_avg": moment, "exp_avg_sq": moment}}
+torch.save({{"state": {{0: entry}}, "param_groups": [{{"params": [0]}}]}}, {str(path)!r})
+dist.destroy_process_group()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
+
+
 def changed_function(path):
     save_folder(path, *trained())
     contents = b"\x80\x02ctorch.serialization\n_get_layout\n}X\x05\x00\x00\x00cache}sb."
@@ -225,6 +246,8 @@ UNREADABLE = {
     "code in a folder's values": (hostile_value, "print"),
     "files elsewhere": (file_elsewhere, "names a file elsewhere"),
     "a class changed by a folder's contents": (changed_classes, "its list of contents changes"),
+    "a dataclass changed by a folder's contents": (changed_dataclass, "its list of contents changes"),
+    "a process's part": (part_of_a_process, "is one process's part of tensors"),
     "a function changed by a folder's contents": (changed_function, "its list of contents changes"),
     "a list without end": (long_list, r"checkpoint: its list of contents has a list of more than [\d,]+ values$"),
     "no places in files": (no_places, "has str for a place in a file"),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from lucid.engine.shards import is_sharded
 from lucid.optim.state_dict import STATE_VERSION, VERSION, check_version
 
 from . import CommandError
@@ -261,6 +262,11 @@ def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
             entry = entries.pop(key, {})
             if not isinstance(entry, Mapping):
                 raise ValueError(f"state of parameter {key}: expected a dict, got {type(entry).__name__}")
+            if any(isinstance(value, Tensor) and is_sharded(value) for value in entry.values()):
+                raise ValueError(
+                    f"state of parameter {key} is one process's part of tensors that are spread over several; save a "
+                    "folder with torch.distributed.checkpoint, or full tensors"
+                )
             parameters.append(Parameter(key, name, entry, group))
     return Saved(place, parameters, flat=False, strays=tuple(key for key in entries if str(key).isdecimal()))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lucid.engine import codecs
+from lucid.engine.shards import is_sharded
 from lucid.optim.formats import format_for
 
 from . import CommandError, output
@@ -55,7 +56,9 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
     moment = tensors.get("exp_avg_code", tensors.get("exp_avg"))
     found = Found(parameter.called, [] if moment is None else list(moment.shape), _format(tensors), step)
     moments = None if odd else _moments(tensors, odd)
-    if weight is not None and moment is not None and weight.layout is torch.strided and not weight.is_meta:
+    if weight is not None and (weight.is_meta or weight.layout is not torch.strided or is_sharded(weight)):
+        weight = None  # there are no numbers, or not all
+    if weight is not None and moment is not None:
         odd += _oddities_of_weight(weight, tensors, moment)
     if moments is None:
         return replace(found, state_bytes=size, oddities=tuple(odd))
