@@ -66,10 +66,10 @@ bool Plan::same_groups(nb::list groups) const {
   int group = 0;
   for (nb::handle params : groups) {
     if (!PyList_CheckExact(params.ptr())) return false;
-    const Py_ssize_t n = PyList_GET_SIZE(params.ptr());
+    const Py_ssize_t n = PyList_Size(params.ptr());
     for (Py_ssize_t i = 0; i < n; ++i, ++row) {
       if (row == rows_.size() || rows_[row].group != group) return false;
-      if (rows_[row].param != PyList_GET_ITEM(params.ptr(), i)) return false;
+      if (rows_[row].param != PyList_GetItem(params.ptr(), i)) return false;
       if (rows_[row].param_type != Py_TYPE(rows_[row].param)) return false;
     }
     ++group;
@@ -183,7 +183,7 @@ bool Plan::gather_state(PyObject* state) {
     }
     if (key != seen.key || entry != seen.entry) return false;
     if (seen.row < 0) continue;
-    if (!PyDict_Check(entry) || PyDict_GET_SIZE(entry) != seen.slots) return false;
+    if (!PyDict_Check(entry) || PyDict_Size(entry) != seen.slots) return false;
     Row& row = rows_[static_cast<size_t>(seen.row)];
     bool same = true;
     Py_ssize_t inner = 0;
@@ -240,8 +240,8 @@ bool Plan::unreachable(PyObject* state) const {
 nb::object Plan::gather(nb::list groups, nb::list state_box) try {
   release();
   gathered_ = true;
-  PyObject* state = PyList_GET_ITEM(state_box.ptr(), 0);
-  if (PyList_GET_ITEM(state_box.ptr(), 1) != Py_False) {
+  PyObject* state = PyList_GetItem(state_box.ptr(), 0);
+  if (PyList_GetItem(state_box.ptr(), 1) != Py_False) {
     sealed_ = false;
     quiet_ = 0;
     state_box[1] = false;
@@ -410,7 +410,7 @@ nb::object Plan::bind(size_t index, nb::handle gradient, nb::dict entry, nb::dic
   }
   row.step = static_cast<float*>(read_tensors[2].data);
   Py_INCREF(gradient.ptr());
-  Py_XSETREF(row.gradient, gradient.ptr());
+  Py_XDECREF(std::exchange(row.gradient, gradient.ptr()));
   hold_slots(row);
   sealed_ &= !changed_;
   device_structure_ += on_device;
@@ -471,7 +471,7 @@ void Plan::remember(nb::dict state) {
       seen_entries_.push_back({key, entry, 0, -1});
       continue;
     }
-    seen_entries_.push_back({key, entry, PyDict_GET_SIZE(entry), found->second});
+    seen_entries_.push_back({key, entry, PyDict_Size(entry), found->second});
     Py_ssize_t inner = 0;
     PyObject *name, *value;
     while (PyDict_Next(entry, &inner, &name, &value)) {
@@ -701,7 +701,7 @@ std::vector<std::pair<int, RowObserved>> Plan::observed() const {
 }
 
 void Plan::run(const std::vector<HostScalars>& scalars, int threads, bool observe, bool count, nb::list state_box) {
-  if (unread_ && PyList_GET_ITEM(state_box.ptr(), 1) != Py_False && !still_same(PyList_GET_ITEM(state_box.ptr(), 0))) {
+  if (unread_ && PyList_GetItem(state_box.ptr(), 1) != Py_False && !still_same(PyList_GetItem(state_box.ptr(), 0))) {
     throw std::runtime_error(
         "another thread changed the optimizer's state during step(), so nothing was updated; "
         "let one thread change it while no other steps");

@@ -6,6 +6,7 @@ namespace {
 DLExchangeApi* exchange = nullptr;
 PyTypeObject* tensor_type = nullptr;
 PyObject* grad_descriptor = nullptr;  // of torch.Tensor: its getter without the look-up
+descrgetfunc get_grad = nullptr;
 PyObject* is_neg_name = nullptr;
 PyObject* is_conj_name = nullptr;
 PyObject* local_name = nullptr;
@@ -14,7 +15,7 @@ PyObject* spec_name = nullptr;
 int64_t element_size(DLDataType type) { return type.bits / 8; }
 
 bool answers_false(PyObject* tensor, PyObject* question) {
-  PyObject* answer = PyObject_CallMethodNoArgs(tensor, question);
+  PyObject* answer = PyObject_VectorcallMethod(question, &tensor, 1, nullptr);
   if (answer == nullptr) PyErr_Clear();
   const bool is_false = answer == Py_False;
   Py_XDECREF(answer);
@@ -38,7 +39,9 @@ bool connect(nb::handle tensor) {
   exchange = api;
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   grad_descriptor = PyObject_GetAttrString(tensor.ptr(), "grad");
-  if (grad_descriptor == nullptr || Py_TYPE(grad_descriptor)->tp_descr_get == nullptr) return false;
+  if (grad_descriptor == nullptr) return false;
+  get_grad = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(grad_descriptor), Py_tp_descr_get));
+  if (get_grad == nullptr) return false;
   is_neg_name = PyUnicode_InternFromString("is_neg");
   is_conj_name = PyUnicode_InternFromString("is_conj");
   return true;
@@ -89,7 +92,7 @@ bool read(PyObject* object, DLTensor* out) {
 bool is_plain_tensor(PyObject* object) { return Py_TYPE(object) == tensor_type; }
 
 PyObject* gradient_of(PyObject* param) {
-  return Py_TYPE(grad_descriptor)->tp_descr_get(grad_descriptor, param, reinterpret_cast<PyObject*>(Py_TYPE(param)));
+  return get_grad(grad_descriptor, param, reinterpret_cast<PyObject*>(Py_TYPE(param)));
 }
 
 bool is_lazy_view(PyObject* tensor) {
@@ -141,7 +144,7 @@ bool real_type(DLDataType type, Type* out) {
 bool has_weak_references(PyObject* object) {
   static PyObject* count_of = nullptr;
   if (count_of == nullptr) count_of = PyObject_GetAttrString(nb::module_::import_("weakref").ptr(), "getweakrefcount");
-  PyObject* count = count_of == nullptr ? nullptr : PyObject_CallOneArg(count_of, object);
+  PyObject* count = count_of == nullptr ? nullptr : PyObject_Vectorcall(count_of, &object, 1, nullptr);
   const bool none = count != nullptr && PyLong_AsLong(count) == 0;
   PyErr_Clear();
   Py_XDECREF(count);
@@ -154,7 +157,8 @@ long storage_references(PyObject* tensor) {
     use_count = PyObject_GetAttrString(nb::module_::import_("torch._C").ptr(), "_storage_Use_Count");
   PyObject* storage = PyObject_CallMethod(tensor, "untyped_storage", nullptr);
   PyObject* address = storage == nullptr ? nullptr : PyObject_GetAttrString(storage, "_cdata");
-  PyObject* count = address == nullptr || use_count == nullptr ? nullptr : PyObject_CallOneArg(use_count, address);
+  PyObject* count =
+      address == nullptr || use_count == nullptr ? nullptr : PyObject_Vectorcall(use_count, &address, 1, nullptr);
   const long references = count == nullptr ? -1 : PyLong_AsLong(count) + static_cast<long>(Py_REFCNT(storage));
   PyErr_Clear();
   Py_XDECREF(count);
