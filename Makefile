@@ -23,7 +23,7 @@ $(VENV)/.tools: constraints.txt tools/requirements.py pyproject.toml
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools CMakeLists.txt $(wildcard csrc/*)
-	$(PIP) --no-build-isolation --no-deps -e .
+	$(PIP) --no-build-isolation --no-deps -C cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON -e .
 	touch $@
 
 train: setup  ## the main job: train a small GPT with lucid.optim (ARGS="--compare" and others: see --help)

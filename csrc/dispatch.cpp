@@ -1,6 +1,9 @@
 #include "dispatch.h"
 
 #include <atomic>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace lucid {
 
@@ -19,6 +22,29 @@ LUCID_DECLARE_LEVEL(baseline)
 
 namespace {
 
+#if defined(__x86_64__)
+// Which of x86-64-v3 and v4 this processor has, by the lists of its psABI, and the system saves the registers of;
+// else 1.
+// __builtin_cpu_supports() knows these names with newer Clangs only, and with clang-cl nothing links what it calls.
+int x86_64_level() {
+  constexpr uint32_t v3_basic = bit_SSE3 | bit_SSSE3 | bit_SSE4_1 | bit_SSE4_2 | bit_POPCNT | bit_CMPXCHG16B | bit_FMA |
+                                bit_MOVBE | bit_AVX | bit_F16C | bit_OSXSAVE;
+  constexpr uint32_t v3_extended = bit_BMI | bit_AVX2 | bit_BMI2;
+  constexpr uint32_t v3_amd = bit_LAHF_LM | bit_LZCNT;
+  constexpr uint32_t v4_extended = bit_AVX512F | bit_AVX512DQ | bit_AVX512CD | bit_AVX512BW | bit_AVX512VL;
+  constexpr uint32_t avx_saved = 0x06, avx512_saved = 0xe6;
+
+  uint32_t a, b, basic, d, extended, c, amd;
+  if (!__get_cpuid(1, &a, &b, &basic, &d) || (basic & v3_basic) != v3_basic) return 1;
+  if (!__get_cpuid_count(7, 0, &a, &extended, &c, &d) || (extended & v3_extended) != v3_extended) return 1;
+  if (!__get_cpuid(0x80000001u, &a, &b, &amd, &d) || (amd & v3_amd) != v3_amd) return 1;
+  uint32_t saved;
+  asm("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+  if ((saved & avx_saved) != avx_saved) return 1;
+  return (extended & v4_extended) == v4_extended && (saved & avx512_saved) == avx512_saved ? 4 : 3;
+}
+#endif
+
 struct Level {
   std::string name;
   const Kernels* kernels;
@@ -28,10 +54,10 @@ const std::vector<Level>& levels() {
   static const std::vector<Level> available = [] {
     std::vector<Level> found = {{"baseline", &baseline::kernels}};
 #ifdef LUCID_HAS_v3
-    if (__builtin_cpu_supports("x86-64-v3")) found.push_back({"v3", &v3::kernels});
+    if (x86_64_level() >= 3) found.push_back({"v3", &v3::kernels});
 #endif
 #ifdef LUCID_HAS_v4
-    if (__builtin_cpu_supports("x86-64-v4")) found.push_back({"v4", &v4::kernels});
+    if (x86_64_level() >= 4) found.push_back({"v4", &v4::kernels});
 #endif
     return found;
   }();

@@ -11,7 +11,9 @@ Layout Layout::of(int ndim, const int64_t* shape, const int64_t* const (&strides
     if (shape[k] != 1) order.push_back(k);
   }
   if (!row_major) {
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return strides[param][a] > strides[param][b]; });
+    std::sort(order.begin(), order.end(), [&](int a, int b) {
+      return strides[param][a] != strides[param][b] ? strides[param][a] > strides[param][b] : a < b;
+    });
   }
 
   Layout layout;

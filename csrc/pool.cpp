@@ -1,7 +1,5 @@
 #include "pool.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -10,6 +8,9 @@
 #include <mutex>
 #include <thread>
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -157,8 +158,10 @@ class Pool {
 std::atomic<Pool*> pool = nullptr;
 
 Pool& the_pool() {
+#if !defined(_WIN32)  // where nothing forks
   static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(new Pool); });
   static_cast<void>(registered);
+#endif
   Pool* current = pool.load();
   if (current == nullptr) {
     auto* fresh = new Pool;

@@ -13,7 +13,8 @@ run() {  # NAME SANITIZERS LIBRARY PYTEST-ARGUMENT...
   local target=build/sanitize-$name
   rm -rf "$target"
   $python -m pip install -q --no-build-isolation --no-deps --target "$target" \
-    -C build-dir="build/cmake-$name" -C cmake.define.LUCID_SANITIZE="$sanitizers" .
+    -C build-dir="build/cmake-$name" -C cmake.define.LUCID_SANITIZE="$sanitizers" \
+    -C cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON .
   echo "== $sanitizers"
   # -S leaves the editable install out; the address space is not randomised since GCC 12's thread sanitizer cannot
   # place its shadow otherwise.
