@@ -23,6 +23,7 @@ using ObservedTuple = std::tuple<double, double, double, double>;
 
 }  // namespace
 
+// nb::sig: what Python objects hold, which C++ does not say. src/lucid/engine/_cpu.pyi is made of these (`make stubs`).
 NB_MODULE(_cpu, m) {
   // At exit: an optimizer that a traceback or thread still holds is no news to users. tests/test_caches.py looks for
   // leaks.
@@ -30,8 +31,10 @@ NB_MODULE(_cpu, m) {
   m.doc() = "The CPU engine of lucid.optim. Private: lucid.engine.cpu is its face.";
 
   nb::class_<lucid::Plan>(m, "Plan")
-      .def(nb::init<nb::list>(), "groups"_a)
-      .def("gather", &lucid::Plan::gather, "groups"_a, "state_box"_a)
+      .def(nb::init<nb::list>(), "groups"_a, nb::sig("def __init__(self, groups: list[list[torch.Tensor]]) -> None"))
+      .def("gather", &lucid::Plan::gather, "groups"_a, "state_box"_a,
+           nb::sig(
+               "def gather(self, groups: list[list[torch.Tensor]], state_box: list[typing.Any]) -> list[int] | None"))
       .def(
           "bind",
           [](lucid::Plan& plan, size_t index, nb::handle gradient, nb::dict entry, nb::dict slots,
@@ -39,11 +42,15 @@ NB_MODULE(_cpu, m) {
             const auto [first, run, stride] = numbering;
             return plan.bind(index, gradient, entry, slots, {first, run, stride}, on_device);
           },
-          "index"_a, "gradient"_a, "entry"_a, "slots"_a, "numbering"_a, "on_device"_a = false)
+          "index"_a, "gradient"_a, "entry"_a, "slots"_a, "numbering"_a, "on_device"_a = false,
+          nb::sig("def bind(self, index: int, gradient: torch.Tensor, entry: dict[str, typing.Any], "
+                  "slots: dict[str, torch.Tensor], numbering: tuple[int, int, int], on_device: bool = False) -> "
+                  "str | None"))
       .def("compare", &lucid::Plan::compare)
-      .def("remember", &lucid::Plan::remember, "state"_a)
+      .def("remember", &lucid::Plan::remember, "state"_a,
+           nb::sig("def remember(self, state: dict[torch.Tensor, typing.Any]) -> None"))
       .def("steps", &lucid::Plan::steps)
-      .def("params", &lucid::Plan::params)
+      .def("params", &lucid::Plan::params, nb::sig("def params(self) -> list[torch.Tensor]"))
       .def("device_rows",
            [](const lucid::Plan& plan) {
              std::vector<DeviceRowTuple> found;
@@ -75,7 +82,7 @@ NB_MODULE(_cpu, m) {
            })
       .def("guess", &lucid::Plan::guess)
       .def("settle", &lucid::Plan::settle, "drift"_a, "keep"_a)
-      .def("step_counts", &lucid::Plan::step_counts)
+      .def("step_counts", &lucid::Plan::step_counts, nb::sig("def step_counts(self) -> list[tuple[int, torch.Tensor]]"))
       .def_prop_ro("serial", &lucid::Plan::serial)
       .def("measure", &lucid::Plan::measure, "threads"_a)
       .def("square_sum", &lucid::Plan::square_sum)
@@ -90,21 +97,27 @@ NB_MODULE(_cpu, m) {
             }
             plan.run(host, threads, observe, count, state_box);
           },
-          "scalars"_a, "threads"_a, "observe"_a, "count"_a, "state_box"_a)
-      .def("observed",
-           [](const lucid::Plan& plan) {
-             std::vector<std::pair<int, ObservedTuple>> found;
-             for (const auto& [row, seen] : plan.observed()) {
-               found.emplace_back(row, ObservedTuple{seen.gradient, seen.update, seen.param, seen.ratio});
-             }
-             return found;
-           })
+          "scalars"_a, "threads"_a, "observe"_a, "count"_a, "state_box"_a,
+          nb::sig(
+              "def run(self, scalars: list[lucid.engine.scalars.Scalars], threads: int, observe: bool, count: bool, "
+              "state_box: list[typing.Any]) -> None"))
+      .def(
+          "observed",
+          [](const lucid::Plan& plan) {
+            std::vector<std::pair<int, ObservedTuple>> found;
+            for (const auto& [row, seen] : plan.observed()) {
+              found.emplace_back(row, ObservedTuple{seen.gradient, seen.update, seen.param, seen.ratio});
+            }
+            return found;
+          },
+          nb::sig("def observed(self) -> list[tuple[int, lucid.engine.observed.Observed]]"))
       .def("release", &lucid::Plan::release)
       .def_prop_ro("ran", &lucid::Plan::ran)
       .def_prop_ro("sealed", &lucid::Plan::sealed);
 
-  m.def("connect", &lucid::connect, "tensor_type"_a);
-  m.def("connect_sharded", &lucid::connect_sharded, "sharded_type"_a);
+  m.def("connect", &lucid::connect, "tensor_type"_a, nb::sig("def connect(tensor_type: type[torch.Tensor]) -> bool"));
+  m.def("connect_sharded", &lucid::connect_sharded, "sharded_type"_a,
+        nb::sig("def connect_sharded(sharded_type: type[torch.Tensor]) -> None"));
   m.def("simd_levels", &lucid::simd_levels);
   m.def("simd_level", &lucid::simd_level);
   m.def("set_simd_level", &lucid::set_simd_level, "name"_a);
