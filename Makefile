@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: help setup train train-fsdp compare test test-distributed lint sanitize bench test-gpu bench-gpu accuracy format docs clean
+.PHONY: help setup train train-fsdp compare test test-distributed lint sanitize bench test-gpu bench-gpu accuracy format docs \
+	stubs wheel clean
 
 DISTRIBUTED := test_fsdp.py test_agreement.py test_ddp.py test_distributed_checkpoints.py test_backward_replicas.py \
 	test_example_fsdp.py test_accelerate.py test_lightning.py test_transformers.py
@@ -69,6 +70,13 @@ accuracy: setup  ## measure the error against exact arithmetic, as docs/numerics
 
 docs: setup  ## build the documentation into build/site (python -m http.server -d build/site shows it)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+stubs: setup  ## write the types of the CPU engine's extension anew, after a change in csrc/bindings.cpp
+	$(BIN)/python tools/stubs.py
+
+wheel: setup  ## build the sdist and, from it alone, the wheel of this Python and machine into dist/, with the pinned tools
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build dist runs
