@@ -81,7 +81,8 @@ def installed(wheel, tmp_path_factory):
     for name in needed(PROJECT["dependencies"]):
         distribution = importlib.metadata.distribution(name)
         for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
-            (site / top).symlink_to(Path(distribution.locate_file(top)).resolve())
+            if not (site / top).exists():  # several may have parts in one folder
+                (site / top).symlink_to(Path(distribution.locate_file(top)).resolve())
     run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", wheel)
     return python
 
@@ -133,7 +134,7 @@ def test_metadata(wheel):
 
 def test_the_wheel_works_where_nothing_else_is(installed, tmp_path):
     others = (
-        "import importlib.util as u; print([m for m in ('pytest', 'tqdm', 'triton', 'nanobind') if u.find_spec(m)])"
+        "import importlib.util as u; print([m for m in ('pytest', 'tqdm', 'nanobind', 'packaging') if u.find_spec(m)])"
     )
     assert run(installed, "-c", others, cwd=tmp_path).strip() == "[]"
     said = run(installed, "-W", "error", ROOT / "tests" / "smoke.py", cwd=tmp_path)
