@@ -582,6 +582,12 @@ def test_moments_are_not_taken_for_weights(tmp_path):
     assert [list(model) for model in read(tmp_path / "a.pt").models()] == [["a"]]
 
 
+def test_the_version_is_of_what_is_saved_not_of_the_optimizer():
+    _, optimizer = trained()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert "state_version" not in optimizer.param_groups[0]
+
+
 def test_buffers_and_tied_weights_are_left_out_in_order(capsys, tmp_path):
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
     model[2].weight = model[0].weight
