@@ -141,6 +141,13 @@ def test_the_wheel_works_where_nothing_else_is(installed, tmp_path):
     assert str(installed.parents[1]) in said  # not of the checkout
 
 
+def test_the_command_says_what_it_needs(installed, tmp_path):
+    for command in ([installed, "-m", "lucid"], [installed.with_name("lucid")]):
+        done = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True)
+        needs = "lucid: the command needs typer: pip install 'lucid-optim[cli]'\n"
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", needs)
+
+
 def test_users_see_the_types(installed, tmp_path):
     users = tmp_path / "users.py"
     users.write_text(
