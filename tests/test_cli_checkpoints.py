@@ -2,15 +2,18 @@
 a converted state is what loading would have made of it; and that a crash leaves what was there.
 """
 
+import contextlib
 import copy
 import io
 import json
 import os
 import pickle
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -30,6 +33,7 @@ from bits import assert_same, results
 from golden import make as golden
 from lucid.cli import checkpoints, main
 from lucid.cli.checkpoints import CommandError, read
+from lucid.optim import distributed_files
 from lucid.optim.checkpoint import load_optimizer
 from lucid.optim.formats import NAMES
 
@@ -305,6 +309,35 @@ def test_states_are_found_wherever_they_are(key, old, capsys, tmp_path):
     torch.save(saved, tmp_path / "a.pt", _use_new_zipfile_serialization=not old)
     status, found = inspected(capsys, tmp_path / "a.pt")
     assert (status, len(found)) == (0, 4)
+
+
+def test_a_folder_is_read_once_and_tells_how_far_it_is(tmp_path, monkeypatch):
+    path = save_folder(tmp_path / "a", *trained())
+    told, opened = [], []
+    contents = distributed_files._Contents
+    monkeypatch.setattr(distributed_files, "_Contents", lambda stream: opened.append(stream) or contents(stream))
+    distributed_files.read_whole(path, lambda *numbers: told.append(numbers))
+    assert len(opened) == 1
+    assert [there for there, _ in told] == list(range(1, len(told) + 1))
+    assert {of for _, of in told} == {len(told)}
+
+
+def test_who_waits_at_a_terminal_sees_how_far_it_is(tmp_path):
+    save_folder(tmp_path / "a", *trained())
+    seen = ""
+    for source, target in (("a", "b/"), ("b", "c.pt")):
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 80))
+        command = [sys.executable, "-m", "lucid", "convert", source, target, "--to", "8bit"]
+        subprocess.run(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=theirs, check=True, timeout=120)
+        os.set_blocking(ours, False)
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(ours, 4096):
+                seen += part.decode()
+        os.close(ours)
+        os.close(theirs)
+    for bar in ("read a", "write b", "read b", "write c.pt"):
+        assert f"{bar}:" in seen
 
 
 def test_several_optimizers_are_told_apart(capsys, tmp_path):

@@ -16,6 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from tqdm import tqdm
 
 from lucid.engine.shards import is_sharded
 from lucid.optim.state_dict import STATE_VERSION, VERSION, check_version
@@ -176,7 +179,13 @@ def _read_folder(path: Path) -> Tree:
     from lucid.optim.distributed_files import read_whole
 
     try:
-        return read_whole(path)
+        with tqdm(desc=f"read {path.name}", leave=False, disable=None) as bar:
+
+            def tell(there: int, of: int) -> None:
+                bar.total = of
+                bar.update(there - bar.n)
+
+            return read_whole(path, tell)
     except pickle.UnpicklingError as error:
         raise _more_than_values(path, error) from error
     except Exception as error:  # of whatever torch's readers make of what is missing or cut short
@@ -363,7 +372,10 @@ def _write_file(tree: Tree, path: Path) -> None:
     part = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(tree, file)
+            with tqdm.wrapattr(
+                file, "write", total=_bytes(tree), desc=f"write {path.name}", leave=False, disable=None
+            ) as counted:
+                torch.save(tree, counted)
             file.flush()
             os.fsync(file.fileno())
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
@@ -382,13 +394,38 @@ def _write_folder(tree: Tree, path: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it should be
-            save(tree, checkpoint_id=part, no_dist=True)
+            with tqdm(desc=f"write {path.name}", leave=False, disable=None) as bar:
+                save(tree, checkpoint_id=part, planner=_TellingPlanner(bar), no_dist=True)
         part.chmod(0o777 & ~_umask())
         part.rename(path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
     _sync_folder(path.parent)
+
+
+class _TellingPlanner(DefaultSavePlanner):
+    """Moves a progress bar on for each value that is written."""
+
+    def __init__(self, bar: Any) -> None:
+        super().__init__()
+        self._bar = bar
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        self._bar.reset(len(plan.items))
+        return plan
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        self._bar.update()
+        return super().resolve_data(write_item)
+
+
+def _bytes(tree: Any) -> int:
+    """The bytes of all tensors in dicts and lists."""
+    if isinstance(tree, Mapping | list | tuple):
+        return sum(_bytes(each) for each in (tree.values() if isinstance(tree, Mapping) else tree))
+    return tree.nbytes if isinstance(tree, Tensor) else 0
 
 
 def _umask() -> int:

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 _DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
@@ -72,8 +73,21 @@ class _Contents(_InPython):  # type: ignore[misc]
 class Reader(FileSystemReader):
     """Reads a checkpoint's folder. A list of contents that names code, or files elsewhere, raises UnpicklingError."""
 
+    _read: dict[str, Metadata] | None = None  # by path: a long list takes seconds, and is asked for twice
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        super().reset(checkpoint_id)
+        self._read = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as stream:
+        path = str(self._get_metadata_path(kwargs.get("rank")))
+        self._read = self._read or {}
+        if path not in self._read:
+            self._read[path] = self._checked_metadata(path)
+        return self._read[path]
+
+    def _checked_metadata(self, path: str) -> Metadata:
+        with self.fs.create_stream(path, "rb") as stream:
             metadata = _Contents(stream).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"its list of contents is {type(metadata).__name__}, expected Metadata")
@@ -101,11 +115,41 @@ class Planner(DefaultLoadPlanner):
 
 
 class _WholePlanner(Planner, _EmptyStateDictLoadPlanner):
-    """Loads all that there is, into an empty dict."""
+    """Loads all that there is, into an empty dict; tells how many values of how many it has."""
+
+    def __init__(self, tell: Callable[[int, int], object]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tell, self._there, self._all = tell, 0, 0
+
+    def create_local_plan(self) -> LoadPlan:
+        plan = super().create_local_plan()
+        self._all = len(plan.items)
+        return plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        super().load_bytes(read_item, value)
+        self._count()
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        super().commit_tensor(read_item, tensor)
+        self._count()
+
+    def _count(self) -> None:
+        self._there += 1
+        self._tell(self._there, self._all)
 
 
-def read_whole(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_whole(
+    path: str | os.PathLike[str], tell: Callable[[int, int], object] = lambda there, of: None
+) -> dict[str, Any]:
     """Return all that a checkpoint's folder holds, as one process sees it.
+
+    Parameters
+    ----------
+    path : path
+        The folder.
+    tell : callable, optional
+        Called with the number of values that are there and of all, as they are read.
 
     Raises
     ------
@@ -122,7 +166,7 @@ def read_whole(path: str | os.PathLike[str]) -> dict[str, Any]:
         if any(isinstance(part, int) and part >= most for part in place):
             raise pickle.UnpicklingError(f"its list of contents has a list of more than {most:,} values")
     try:
-        _load_state_dict(values, storage_reader=reader, planner=_WholePlanner(), no_dist=True)  # type: ignore[no-untyped-call]
+        _load_state_dict(values, storage_reader=reader, planner=_WholePlanner(tell), no_dist=True)
     except CheckpointException as error:
         ((failure, _),) = error.failures.values()
         raise failure from error
