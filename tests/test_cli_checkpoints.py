@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 import lucid.optim as optim
 from bits import assert_same, results
 from golden import make as golden
-from lucid.cli import checkpoints, main
+from lucid.cli import checkpoints, main, writing
 from lucid.cli.checkpoints import CommandError, read
 from lucid.optim import distributed_files
 from lucid.optim.checkpoint import load_optimizer
@@ -863,7 +863,7 @@ def test_a_full_disk_leaves_what_was_there(when, there, capsys, tmp_path, monkey
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    where = {"save": (torch, "save"), "fsync": (checkpoints.os, "fsync"), "replace": (checkpoints.Path, "replace")}
+    where = {"save": (torch, "save"), "fsync": (writing.os, "fsync"), "replace": (writing.Path, "replace")}
     monkeypatch.setattr(*where[when], full)
     status, _, err = run(capsys, "convert", path, target, "--to", "8bit")
     assert status == 2
@@ -1013,7 +1013,7 @@ def test_a_written_file_may_be_read_by_those_who_could_before(capsys, tmp_path):
 def test_what_is_new_has_the_mode_of_the_umask_and_outlives_a_power_cut(target, mode, capsys, tmp_path, monkeypatch):
     path = save(tmp_path / "a.pt", *trained())
     synced = []
-    monkeypatch.setattr(checkpoints, "_sync_folder", synced.append)
+    monkeypatch.setattr(writing, "_sync_folder", synced.append)
     before = os.umask(0o027)
     try:
         assert run(capsys, "convert", path, f"{tmp_path}/{target}", "--to", "8bit")[0] == 0

@@ -1,13 +1,9 @@
-"""Checkpoints as files and folders: read without running what is in them, written whole or not at all."""
+"""Checkpoints in files and folders, read without running what is in them, and what they are made of."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import shutil
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from tqdm import tqdm
 
 from lucid.engine.shards import is_sharded
@@ -145,7 +138,7 @@ def _read_file(path: Path, mapped: bool) -> Any:
     except pickle.UnpicklingError as error:
         raise _more_than_values(path, error) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CommandError(f"{path}: this cannot be read as a checkpoint: {_first_line(error)}") from error
+        raise CommandError(f"{path}: this cannot be read as a checkpoint: {first_line(error)}") from error
 
 
 def _more_than_values(path: Path, error: Exception) -> CommandError:
@@ -154,11 +147,11 @@ def _more_than_values(path: Path, error: Exception) -> CommandError:
     named = re.search(r"GLOBAL (\S+)", str(error))
     return CommandError(
         f"{path}: it holds more than tensors and plain values, and to load that could run any code "
-        f"({_first_line(error) if named is None else f'it names {named[1]}'}); save state dicts alone"
+        f"({first_line(error) if named is None else f'it names {named[1]}'}); save state dicts alone"
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith(("WeightsUnpickler error:", "Unsupported"))]
     return (telling or lines or [type(error).__name__])[0].rstrip(".")
@@ -172,7 +165,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise CommandError(f"{path}: this cannot be read as safetensors: {_first_line(error)}") from error
+        raise CommandError(f"{path}: this cannot be read as safetensors: {first_line(error)}") from error
 
 
 def _read_folder(path: Path) -> Tree:
@@ -189,7 +182,7 @@ def _read_folder(path: Path) -> Tree:
     except pickle.UnpicklingError as error:
         raise _more_than_values(path, error) from error
     except Exception as error:  # of whatever torch's readers make of what is missing or cut short
-        raise CommandError(f"{path}: this cannot be read as a checkpoint's folder: {_first_line(error)}") from error
+        raise CommandError(f"{path}: this cannot be read as a checkpoint's folder: {first_line(error)}") from error
 
 
 # What is in them
@@ -328,117 +321,3 @@ def _with(tree: Any, place: Place, new: Any) -> Any:
     copy: Any = dict(tree) if isinstance(tree, Mapping) else list(tree)
     copy[place[0]] = _with(tree[place[0]], place[1:], new)
     return tuple(copy) if isinstance(tree, tuple) else copy
-
-
-# Writing
-
-
-def check_target(path: Path, kind: Kind) -> None:
-    """Refuse where nothing could be written, before the work."""
-    parent = (path if kind == "folder" else _meant(path)).parent
-    if not parent.is_dir():
-        raise CommandError(f"{path}: expected a folder {parent} to write it into, there is none")
-    if kind == "folder" and path.exists():
-        raise CommandError(
-            f"{path}: a folder can only be written where there is nothing yet; remove it or name another"
-        )
-    if kind == "file" and path.is_dir():
-        raise CommandError(f"{path}: expected a file's name, this is a folder")
-    if kind == "file" and path.exists() and not path.is_file():
-        raise CommandError(f"{path}: expected a file's name, this is a device or pipe")
-
-
-def _meant(path: Path) -> Path:
-    """What a link leads to, so that the link stays one."""
-    return Path(os.path.realpath(path))
-
-
-def write(tree: Tree, path: Path, kind: Kind) -> None:
-    """Write a file or folder whole or not at all: under another name first, and renamed when it is on the disk."""
-    check_target(path, kind)
-    try:
-        if kind == "folder":
-            _write_folder(tree, path)
-        else:
-            _write_file(tree, _meant(path))
-    except (OSError, RuntimeError, CheckpointException) as error:
-        causes = [each for each, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
-        cause = next(iter(causes), error.__context__ if isinstance(error.__context__, OSError) else error)
-        raise CommandError(f"{path}: it could not be written, and nothing was changed: {_first_line(cause)}") from error
-
-
-def _write_file(tree: Tree, path: Path) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            with tqdm.wrapattr(
-                file, "write", total=_bytes(tree), desc=f"write {path.name}", leave=False, disable=None
-            ) as counted:
-                torch.save(tree, counted)
-            file.flush()
-            os.fsync(file.fileno())
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-        part.chmod(mode)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _write_folder(tree: Tree, path: Path) -> None:
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it should be
-            with tqdm(desc=f"write {path.name}", leave=False, disable=None) as bar:
-                save(tree, checkpoint_id=part, planner=_TellingPlanner(bar), no_dist=True)
-        part.chmod(0o777 & ~_umask())
-        part.rename(path)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    _sync_folder(path.parent)
-
-
-class _TellingPlanner(DefaultSavePlanner):
-    """Moves a progress bar on for each value that is written."""
-
-    def __init__(self, bar: Any) -> None:
-        super().__init__()
-        self._bar = bar
-
-    def create_local_plan(self) -> SavePlan:
-        plan = super().create_local_plan()
-        self._bar.reset(len(plan.items))
-        return plan
-
-    def resolve_data(self, write_item: WriteItem) -> Any:
-        self._bar.update()
-        return super().resolve_data(write_item)
-
-
-def _bytes(tree: Any) -> int:
-    """The bytes of all tensors in dicts and lists."""
-    if isinstance(tree, Mapping | list | tuple):
-        return sum(_bytes(each) for each in (tree.values() if isinstance(tree, Mapping) else tree))
-    return tree.nbytes if isinstance(tree, Tensor) else 0
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(path: Path) -> None:
-    """So that a renaming outlives a power cut; Windows has no such thing."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

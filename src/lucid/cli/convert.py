@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from lucid.optim.groups import ParamGroup
 from lucid.optim.state_dict import STATE_VERSION, VERSION, torch_group
 
 from . import CommandError, output
-from .checkpoints import SINGLE_FILE, Checkpoint, Kind, Parameter, Saved, check_target, read, replaced, write
+from .checkpoints import SINGLE_FILE, Checkpoint, Kind, Parameter, Saved, read, replaced
+from .writing import check_target, write
 
 Target = Literal["fp32", "bf16", "8bit", "torch"]
-TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 @dataclass(frozen=True, slots=True)

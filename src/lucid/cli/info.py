@@ -73,13 +73,11 @@ def gathered(*, measure: bool = True) -> Info:
 
 
 def _cuda_missing() -> str | None:
-    if cuda.missing is not None:
-        return cuda.missing
-    if torch.cuda.is_available():
-        return None
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is a build for CPUs alone"
-    return "torch finds no device"
+    if cuda.missing is not None:
+        return cuda.missing
+    return None if torch.cuda.is_available() else "torch finds no device"
 
 
 def _threads_reason() -> str:

@@ -28,7 +28,10 @@ _SQUARE_IS_NONE = 2.0**-63  # squares of such gradients, times 1 - beta2, are be
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A parameter's state. `ratio`: the largest |m|/√v; `update`: RMS of its next update's part of the weight's."""
+    """A parameter's state.
+
+    `max_m_over_sqrt_v`: the largest of an element. `update_ratio`: RMS of the next update over that of the weight.
+    """
 
     name: str
     shape: list[int]
