@@ -73,7 +73,8 @@ def test_small_formats_train_alike(tmp_path, capsys):
     full = train(tmp_path / "full")
     small = train(tmp_path / "small", "--state", "8bit", "--dtype", "bf16")
     assert full["losses"] == pytest.approx(small["losses"], rel=0.01)
-    sizes = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("bytes a parameter")]
+    lines = capsys.readouterr().out.splitlines()
+    sizes = [line.split()[-1] for line in lines if line.startswith("bytes per parameter")]
     assert float(sizes[0]) == pytest.approx(16, abs=0.01)
     assert float(sizes[1]) < 8.2
 

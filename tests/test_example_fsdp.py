@@ -164,8 +164,8 @@ def test_another_runs_checkpoint_is_refused(ranks, killed):
         ([], {}, "torchrun --standalone"),
         (["--steps", "0"], {"RANK": "0", "WORLD_SIZE": "2"}, "--steps"),
         (["--every", "0"], {"RANK": "0", "WORLD_SIZE": "2"}, "--every"),
-        (["--resume"], {"RANK": "0", "WORLD_SIZE": "2"}, "no whole checkpoint"),
-        ([], {"RANK": "0", "WORLD_SIZE": "9"}, "at most as many processes"),
+        (["--resume"], {"RANK": "0", "WORLD_SIZE": "2"}, "no complete checkpoint"),
+        ([], {"RANK": "0", "WORLD_SIZE": "9"}, "expected at most 8 processes, one per window of a batch, got 9"),
     ],
 )
 def test_bad_arguments_get_one_sentence(arguments, environment, said, tmp_path, monkeypatch, capsys):

@@ -122,8 +122,8 @@ def decay_groups(
     Subclasses of ``nn.Linear`` and of torch's convolutions count as neither norm nor embedding, whatever their name.
     A shared parameter does not decay if one of its uses does not decay: an embedding tied to the output layer decays
     unless `decay_embeddings` is False. The tensors that a parametrization stores instead of a weight decay as that
-    weight would, so both tensors of ``weight_norm`` decay. For parameters of the model itself, such as a position table,
-    the shape decides. For timm's exceptions use
+    weight would, so both tensors of ``weight_norm`` decay. For parameters of the model itself, such as a position
+    table, the shape decides. For timm's exceptions use
     ``no_decay=model.no_weight_decay() & dict(model.named_parameters()).keys()``.
 
     Examples
