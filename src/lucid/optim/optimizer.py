@@ -24,7 +24,7 @@ from .formats import KnownAs, StateFormat, StateFormatName, decoded, format_for
 from .gradients import NON_FINITE, NonFinite, checked_max_norm
 from .groups import ParamGroup, check_ordered, checked_params
 from .part import Outcome, Part
-from .state_dict import STATE_VERSION, VERSION, loaded, plain, torch_group
+from .state_dict import as_saved, loaded, torch_group
 from .statistics import summed_up
 from .values import checked_flag, one_of, shown
 
@@ -540,21 +540,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        groups = self._checked_groups()
-        number_of = {id(param): i for i, param in enumerate(param for group in groups for param in group["params"])}
-        saved: dict[str, Any] = {
-            "state": {
-                number_of.get(id(key), key): entry
-                for key, entry in self.state.items()
-                if not isinstance(key, Tensor) or id(key) in number_of
-            },
-            "param_groups": [
-                {key: plain(value) for key, value in group.items() if key != "params"}
-                | {"betas": group["betas"], VERSION: STATE_VERSION}
-                | {"params": [number_of[id(param)] for param in group["params"]]}
-                for group in groups
-            ],
-        }
+        saved = as_saved(self._checked_groups(), self.state)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             saved = post_hook(self, saved) or saved
         return saved
