@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lucid import engine
 
+from .formats import STEP
 from .values import shown
 
 if TYPE_CHECKING:
@@ -39,6 +41,22 @@ class _Kind(NamedTuple):
         return cls(param.device_mesh, tuple(hasattr(placement, "dim") for placement in param.placements))
 
 
+class Whole(NamedTuple):
+    """What the step of a parameter was like that is spread over processes: an `engine.Observed` of all its parts.
+
+    ``elements``: how many of its elements were updated; those of a process that has no gradient are not.
+    ``skipped_more``: how many more steps another process has left out than this one.
+    """
+
+    gradient: float
+    update: float
+    param: float
+    elements: float
+    ratio: float
+    step: float
+    skipped_more: float
+
+
 class Agreement:
     """The processes over which parameters are spread: those of their meshes, and of a group that has been named.
 
@@ -51,13 +69,20 @@ class Agreement:
         self._meshes: list[DeviceMesh] = []
         self._kinds: list[_Kind] = []
         self._kind_of: list[int] = []
-        for param in params:
+        self._spread: list[int] = []  # rows
+        known: list[tuple[tuple[int, ...], int]] = []
+        for row, param in enumerate(params):
             kind = _Kind.of(param)
             if kind.mesh is not None and kind.mesh not in self._meshes:
                 self._meshes.append(kind.mesh)
             if kind not in self._kinds:
                 self._kinds.append(kind)
             self._kind_of.append(self._kinds.index(kind))
+            if kind.mesh is not None:
+                self._spread.append(row)
+                known.append((tuple(param.shape), self._meshes.index(kind.mesh)))
+        # A number that is the same on processes that have the same parameters spread over the same meshes.
+        self._fingerprint = zlib.crc32(repr(known).encode())
         if group is not None:
             _check_apart(self._meshes, group)
 
@@ -81,20 +106,52 @@ class Agreement:
         """Return the worst finding of any process."""
         return self._together([0.0] * len(self._kinds), finding)[1]
 
-    def observed(self, rows: Sequence[tuple[int, engine.Seen]]) -> list[tuple[int, engine.Seen]]:
-        """Return what the updates of parameters were like, of each by its row number, from what those of parts were."""
+    def observed(
+        self,
+        rows: Iterable[tuple[int, engine.Seen]],
+        params: Sequence[Tensor],
+        state: Mapping[Any, Mapping[str, Any]],
+        skipped: int,
+    ) -> list[tuple[int, engine.Seen]]:
+        """Return what the updates of whole parameters were like, from what those of the parts here were, by row number.
+
+        A row that any process has updated comes back on all of them. ``params``: of all rows. ``skipped``: how many
+        steps this process has left out. Parameters that are not spread are told of as they are here.
+        """
         if not self._meshes:
             return list(rows)
-        table = torch.zeros(len(self._kind_of), 4, dtype=torch.float64, device="cpu")
+        here: list[tuple[int, engine.Seen]] = []
+        table = [[0.0] * len(_COLUMNS) for _ in params]
         for row, seen in rows:
-            table[row] = torch.tensor(list(seen), dtype=torch.float64, device="cpu")
-        for group, kinds in self._levels():
-            own = [row for row, kind in enumerate(self._kind_of) if kind in kinds]
-            parts = torch.stack(_exchanged(table[own].flatten().tolist(), group)).view(len(own), 4, -1)
-            whole = torch.cat([parts[:, :-1].sum(-1), parts[:, -1:].amax(-1)], dim=1)
-            spread = torch.tensor([[kinds[self._kind_of[row]]] for row in own], device="cpu")
-            table[own] = torch.where(spread, whole, parts.amax(-1))
-        return [(row, engine.Observed(*table[row].tolist())) for row, _ in rows]
+            if row not in self._spread:
+                here.append((row, seen))
+                continue
+            gradient, update, param, ratio = seen
+            elements, step = engine.shards.local(params[row]).numel(), float(state[params[row]][STEP])
+            table[row] = [gradient, update, param, elements, ratio, step, 1.0]
+        merged, most = self._merged(torch.tensor(table, dtype=torch.float64, device="cpu"), skipped)
+        more = most - skipped
+        return here + [
+            (row, Whole._make([*merged[row, :-1].tolist(), more])) for row in self._spread if merged[row, -1]
+        ]
+
+    def _merged(self, table: Tensor, skipped: float) -> tuple[Tensor, float]:
+        """Return the table of `_COLUMNS`, a row for each parameter, of all processes, and the most steps skipped."""
+        levels = list(self._levels())
+        alike = [True] * len(levels)
+        for spread in (False, True):  # first what replicas of a part know, so that each part is counted once
+            for level, (group, kinds) in enumerate(levels):
+                own = [row for row in self._spread if kinds.get(self._kind_of[row]) is spread]
+                if own:
+                    table[own], most, same = _exchanged_rows(table[own], (skipped, self._fingerprint), group, spread)
+                    skipped, alike[level] = float(most.amax()), bool((same == self._fingerprint).all())
+        # What one mesh knows the others do not: its processes ask each other where all have the same parameters.
+        for level, (group, _) in enumerate(levels) if len(self._meshes) > 1 else ():
+            if alike[level]:
+                rows = table[self._spread]
+                table[self._spread], most, _ = _exchanged_rows(rows, (skipped, self._fingerprint), group, False)
+                skipped = float(most.amax())
+        return table, skipped
 
     def _levels(self) -> Iterator[tuple[ProcessGroup, dict[int, bool]]]:
         """The processes along each dimension of each mesh; the kinds of that, and whether each is spread over it."""
@@ -118,6 +175,22 @@ class Agreement:
             totals, findings = _exchanged([total, finding], self._group)
             total, finding = engine.ordered_sum(totals), Finding(int(findings.max()))
         return total, finding
+
+
+_COLUMNS = (*Whole._fields[:-1], "took part")
+_ADDED = _COLUMNS.index("ratio")  # those before it are sums over elements
+
+
+def _exchanged_rows(
+    table: Tensor, numbers: tuple[float, float], group: ProcessGroup, added: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows of `_COLUMNS` of what all processes have in theirs, of parts or of replicas, and their numbers."""
+    *columns, first, second = _exchanged([*table.flatten().tolist(), *numbers], group)
+    every = torch.stack(columns).view(*table.shape, -1)
+    merged = every.amax(-1)
+    if added:
+        merged[:, :_ADDED] = every[:, :_ADDED].sum(-1)
+    return merged, first, second
 
 
 def _check_apart(meshes: Sequence[DeviceMesh], group: ProcessGroup) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -110,8 +110,9 @@ class Part:
             judged = Judged(None, 1.0, False)
             if decision is None:
                 judged = self._judged(optimizer, plan, scale, found_inf)
-            if judged.skip:
-                return Outcome(True, judged.norm, scale, {})
+            if judged.skip:  # together where gradients are judged; else others may step, and tell of it
+                told = {} if _is_judging(optimizer) else self._observed(optimizer, params, state_box[0], skips=True)
+                return Outcome(True, judged.norm, scale, told)
             if decision is None and self.only is None and self._is_initialising(state_box[0], new, hyperparameters):
                 _adopt(optimizer, state_box, new)
                 return Outcome(False, judged.norm, scale, {})
@@ -119,9 +120,12 @@ class Part:
             try:
                 _adopt(optimizer, state_box, new)
                 seen = plan.run(recipes, decision or judged.factor, state_box, observe=optimizer._observing)
-            except BaseException:
+            except BaseException as error:
                 if not plan.ran:
                     _abandon(optimizer, state_box, new, had)
+                if isinstance(error, Exception):
+                    with suppress(Exception):
+                        self._observed(optimizer, params, state_box[0])
                 raise
             finally:
                 for retired in self._retired:
@@ -131,10 +135,7 @@ class Part:
                 self.updated = self.plan.ran
                 self.plan.release()
             self._looked_at.clear()
-        if optimizer._observing:
-            seen = self._agreement.observed(seen)
-        every = _flat(params) if seen else []
-        observed = {every[row]: values for row, values in seen}
+        observed = self._observed(optimizer, params, state_box[0], seen)
         if decision is None:
             return Outcome(False, judged.norm, scale, observed)
         if decision.captured:  # run again, it writes to what is the state now
@@ -344,14 +345,32 @@ class Part:
         _check_others(finding)
         return finding is Finding.NOTHING
 
+    def _observed(
+        self,
+        optimizer: Optimizer,
+        params: list[list[Tensor]],
+        state: dict[Any, Any],
+        seen: Iterable[tuple[int, engine.Seen]] = (),
+        *,
+        skips: bool = False,
+    ) -> dict[Tensor, engine.Seen]:
+        """Return what the step was like on all processes together, each of which has to ask if it observes."""
+        if not optimizer._observing:
+            return {}
+        every = _flat(params)
+        rows = self._agreement.observed(seen, every, state, optimizer._skipped_steps + skips)
+        return {every[row]: values for row, values in rows}
+
     def _tell_others(self, optimizer: Optimizer) -> None:
         """Let processes that wait for this one know that it cannot step."""
         with suppress(Exception):  # what made it fail is what is to be raised
             groups = [group for group in optimizer.param_groups if isinstance(group, dict)]
+            params = [param for group in groups for param in group["params"]]
+            agreement = Agreement(params, optimizer._shard_group)
             if _is_judging(optimizer) or all(group["lr"] == 0 for group in groups):
-                params = [param for group in groups for param in group["params"]]
-                agreement = Agreement(params, optimizer._shard_group) if self.plan is None else self._agreement
                 agreement.worst(Finding.FAILED)
+            elif optimizer._observing:  # the others have stepped
+                agreement.observed([], params, {}, optimizer._skipped_steps)
 
 
 def _flat(groups: list[list[Tensor]]) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lucid import engine
 
+from .agreement import Whole
 from .part import members_of
 
 if TYPE_CHECKING:
@@ -62,18 +63,24 @@ def summed_up(optimizer: Optimizer, seen: Mapping[Tensor, engine.Seen], scale: f
     state = optimizer._state_box[0]
     numbers: dict[str, float] = {}
     groups: dict[int, list[_Sums]] = {}
+    skipped_more = 0
     for member in members_of(optimizer.param_groups):
         if member.param not in seen:
             continue
-        observed = engine.Observed(*seen[member.param])
+        observed = seen[member.param]
+        if not isinstance(observed, Whole):
+            gradient, update, param, ratio = observed
+            step = float(state.get(member.param, {}).get("step", 0.0))
+            observed = Whole(gradient, update, param, member.param.numel(), ratio, step, 0)
+        skipped_more = max(skipped_more, int(observed.skipped_more))
         sums = _Sums(
-            member.param.numel(),
+            int(observed.elements),
             observed.gradient,
             observed.update,
             observed.param,
             observed.ratio,
-            float(state.get(member.param, {}).get("step", 0.0)),
-            optimizer._skipped_steps + optimizer._skipped_alone.get(member.param, 0),
+            observed.step,
+            optimizer._skipped_steps + optimizer._skipped_alone.get(member.param, 0) + int(observed.skipped_more),
         )
         groups.setdefault(member.group, []).append(sums)
         if (name := optimizer.param_groups[member.group].name_of(member.place)) is not None:
@@ -83,6 +90,6 @@ def summed_up(optimizer: Optimizer, seen: Mapping[Tensor, engine.Seen], scale: f
         numbers |= sums.named(f"group{number}", scale)
     whole = {
         "grad_norm": math.sqrt(sum(sums.gradient for sums in together.values())) / scale,
-        "skipped_steps": optimizer.skipped_steps,
+        "skipped_steps": optimizer.skipped_steps + skipped_more,
     }
     return whole | numbers
