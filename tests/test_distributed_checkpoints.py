@@ -342,7 +342,7 @@ def refused(folder):
     case(r"prefix: expected one of the checkpoint's keys \(app, model\), got 'optimizer'", prefix="optimizer")
     case("saved with different beta1, beta2, betas, lr, weight_decay", groups=lambda net: net.parameters())
     (folder / "nothing").mkdir(exist_ok=True)
-    case("no whole checkpoint there", kind=FileNotFoundError, checkpoint_id=folder / "nothing")
+    case("no complete checkpoint there", kind=FileNotFoundError, checkpoint_id=folder / "nothing")
     case("no parameter of shape", groups=lambda net: [torch.nn.Parameter(torch.ones(3))])
 
     def with_another(net):

@@ -462,7 +462,7 @@ def refused_state():
     for wrong in (right.full_tensor(), right.redistribute(placements=[Replicate()])):
         entry["exp_avg"] = wrong
         before = whole(spread[0])
-        with pytest.raises(ValueError, match="not spread over processes as the parameter is"):
+        with pytest.raises(ValueError, match="not sharded as the parameter is"):
             optimizer.step()
         assert torch.equal(before, whole(spread[0]))
     entry["exp_avg"] = right

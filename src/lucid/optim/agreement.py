@@ -1,4 +1,4 @@
-"""What processes that each hold a part of the model find out together: the norm of all gradients, whether to step."""
+"""What processes that each hold a part of the model decide together: the gradient norm, and whether to step."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 class Finding(IntEnum):
-    """What a process has to tell the others, the worst last."""
+    """What a process reports to the others, the worst last."""
 
     NOTHING = 0
-    BAD = 1  # a gradient that is not finite
+    BAD = 1  # a non-finite gradient
     FAILED = 2  # an exception before anything was written
 
 
 class _Kind(NamedTuple):
-    """How a parameter is spread: over which mesh, and over which of its dimensions in parts."""
+    """How a parameter is sharded: on which mesh, and along which mesh dimensions."""
 
     mesh: DeviceMesh | None = None
     spread: tuple[bool, ...] = ()
@@ -58,10 +58,10 @@ class Whole(NamedTuple):
 
 
 class Agreement:
-    """The processes over which parameters are spread: those of their meshes, and of a group that has been named.
+    """Agreement between the processes of the parameters' meshes, and those of `shard_group`.
 
-    Every process has to ask the same questions in the same order. Each gets the same answers: it adds up what all have
-    sent in the order of their ranks.
+    Every process has to call the same methods in the same order. All get the same results, because each adds the
+    numbers of all processes in the order of their ranks.
     """
 
     def __init__(self, params: Sequence[Tensor], group: ProcessGroup | None) -> None:
@@ -87,14 +87,14 @@ class Agreement:
             _check_apart(self._meshes, group)
 
     def knows(self, row: int, param: Tensor) -> bool:
-        """Whether a parameter is still spread as it was."""
+        """Whether a parameter is still sharded as before."""
         return self._kinds[self._kind_of[row]] == _Kind.of(param)
 
     def __bool__(self) -> bool:
         return bool(self._meshes) or self._group is not None
 
     def square_sum(self, plan: engine.Plan, finding: Finding) -> tuple[float, Finding]:
-        """Return the sum of the squares of all gradients, of which `plan` has measured its own; the worst finding."""
+        """Return the sum of squares of all gradients, of which `plan` measured this process's part, and the worst."""
         if len(self._kinds) == 1:
             return self._together([plan.square_sum()], finding)
         sums: list[list[float]] = [[] for _ in self._kinds]
@@ -194,15 +194,15 @@ def _exchanged_rows(
 
 
 def _check_apart(meshes: Sequence[DeviceMesh], group: ProcessGroup) -> None:
-    """Raise where processes would count what they hold of a DTensor twice."""
+    """Raise if processes would count their shards of a DTensor twice."""
     from torch import distributed
 
     named = set(distributed.get_process_group_ranks(group))
     for mesh in meshes:
         if mesh.get_coordinate() is not None and len(named & set(mesh.mesh.flatten().tolist())) > 1:
             raise ValueError(
-                "shard_group: expected no processes over which DTensor parameters are spread already, got a group that "
-                f"shares some with {mesh}; leave shard_group away, DTensors need none"
+                "shard_group: expected processes that share no DTensor parameter, got a group that shares several with "
+                f"{mesh}; remove shard_group, DTensors do not need it"
             )
 
 
@@ -221,7 +221,7 @@ def checked_group(value: Any) -> ProcessGroup | None:
 
 
 def _exchanged(values: Sequence[float], group: ProcessGroup) -> list[Tensor]:
-    """Return for each of the values what every process gave, float64 on the CPU, in the order of their ranks."""
+    """Return, for each value, the values of all processes in the order of their ranks, as float64 on the CPU."""
     from torch import distributed
 
     kinds = [each.split(":")[0] for each in distributed.get_backend_config(group).split(",")]

@@ -1,4 +1,4 @@
-"""State formats: what the optimizer keeps for a parameter, under which keys, in which dtypes and shapes."""
+"""State formats: what the optimizer stores for a parameter, under which keys, in which dtypes and shapes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ STREAM = "stream"
 StateFormatName = Literal["fp32", "bf16", "8bit"]
 NAMES: tuple[StateFormatName, ...] = ("fp32", "bf16", "8bit")
 
-# What tells a parameter's draws from another's: the seed, and its name, or its number over all groups.
+# Identifies the random bits of a parameter: the seed, and the parameter's name, or its number over all groups.
 KnownAs = tuple[int, str | int]
 
-# What 8-bit moments are for: weights large enough to gain from them, rows long enough to share a scale. By the
-# parameter's whole shape, never a shard's.
+# 8-bit moments are for weights that are large enough to benefit, with rows that are long enough to share a scale. The
+# shape of the whole parameter decides, never that of a shard.
 _LEAST_ELEMENTS = 4096
 _LEAST_ROW = 64
 
@@ -42,8 +42,8 @@ _AMSGRAD = "max_exp_avg_sq"
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One tensor of a parameter's state: its dtype, and whether it has the parameter's shape, one number for each
-    block of 128 elements of a row, or is one number.
+    """One tensor of a parameter's state: its dtype, and whether it has the parameter's shape, one number per block
+    of 128 elements of a row, or is a single number.
     """
 
     dtype: torch.dtype
@@ -58,19 +58,19 @@ class Slot:
     def new(self, param: Tensor, device: torch.device, *, contiguous: bool) -> Tensor:
         """Return zeros on `device`, in the parameter's order of dimensions in memory unless `contiguous`."""
         part = shards.local(param)
-        with torch.inference_mode(False), torch.no_grad():  # what is made in that mode could not be updated outside
+        with torch.inference_mode(False), torch.no_grad():  # else nobody could update them outside of that mode
             if self.shape == "param" and not contiguous:
                 slot = torch.empty_like(part, dtype=self.dtype, device=device, requires_grad=False)
             else:
                 slot = torch.empty(self.shape_for(part), dtype=self.dtype, device=device)
-            if slot.device.type == "cpu":  # torch's own zeroing is parallel, which hangs a forked child
+            if slot.device.type == "cpu":  # torch zeroes in parallel, which hangs in a forked child
                 ctypes.memset(slot.data_ptr(), 0, slot.nbytes)
             else:
                 slot.zero_()
             return shards.spread_like(param, slot, self.shape_for(param))
 
     def check(self, value: Any, param: Tensor, key: str, name: str) -> Tensor:
-        """Return `value`, or raise unless it is a dense tensor of this slot's shape and kind of number."""
+        """Return `value`; raise if it is not a dense tensor of this slot's shape and kind of number."""
         expected = self.shape_for(param)
         if not isinstance(value, Tensor):
             raise ValueError(
@@ -82,7 +82,7 @@ class Slot:
             raise ValueError(f"state {key!r} of {name} has shape {tuple(value.shape)}, expected {expected}{like}")
         if value.device.type == "meta":
             raise ValueError(
-                f"state {key!r} of {name} is on the meta device and has no values; load the checkpoint anew"
+                f"state {key!r} of {name} is on the meta device and has no values; load the checkpoint again"
             )
         if value.layout is not torch.strided or not self._is_alike(value):
             kind = "complex" if self.dtype.is_complex else "floating-point"
@@ -93,7 +93,7 @@ class Slot:
         return value
 
     def part_of(self, value: Any, param: Tensor, key: str, name: str) -> Tensor:
-        """Return what this process is to hold of a checked `value`."""
+        """Return this process's shard of a checked `value`."""
         return shards.part_of(self.check(value, param, key, name).detach(), param, f"state {key!r} of {name}")
 
     def _is_alike(self, value: Tensor) -> bool:
@@ -117,16 +117,16 @@ def _moments(dtype: torch.dtype) -> dict[str, Slot]:
 
 _LATER = {_AMSGRAD, *(key for key, _ in _MASTER.values())}  # may be missing at first
 _MOST_CERTAIN = 256  # step count in 16 bits
-# Every key that some format knows: what a conversion replaces.
+# Every key of any format: a conversion replaces these.
 _KEYS = {STEP, STREAM, *_CODES, *_moments(torch.float32), *_LATER}
 
 
 @dataclass(frozen=True, slots=True)
 class StateFormat:
-    """What is kept for one kind of parameter.
+    """The state of one kind of parameter.
 
-    ``moments``: how the two moments are stored. ``slots``: every tensor but the step count and amsgrad's maximum.
-    ``device``: where they lie if that is not where the parameter does.
+    ``moments``: how the two moments are stored. ``slots``: all tensors except the step count and amsgrad's maximum.
+    ``device``: where these are, if not on the parameter's device.
     """
 
     moments: StateFormatName
@@ -135,20 +135,20 @@ class StateFormat:
     device: torch.device | None = None
 
     def device_for(self, param: Tensor) -> torch.device:
-        """Return where the state of `param` lies."""
+        """Return the device of the state of `param`."""
         return shards.local(param).device if self.device is None else self.device
 
     def slots_with(self, amsgrad: bool) -> dict[str, Slot]:
-        """Return the slots of a parameter, in the order in which they are made."""
+        """Return the slots of a parameter, in the order in which they are created."""
         return {**self.slots, _AMSGRAD: self.amsgrad_slot} if amsgrad else dict(self.slots)
 
     def complete(
         self, param: Tensor, entry: Mapping[str, Any], amsgrad: bool, name: str, known_as: KnownAs
     ) -> dict[str, Tensor]:
-        """Return what `entry`, a parameter's state so far, lacks; raise where what it has does not fit.
+        """Return what is missing in `entry`, a parameter's state so far; raise if an existing value does not fit.
 
-        A parameter without state gets all of it. The maximum of amsgrad may come later: it starts from zero; so may
-        what a parameter lacks of its master value, when a model becomes a 16-bit one: then the parameter counts alone.
+        A parameter without state gets all of it. amsgrad's maximum may be added later and starts from zero. So may the
+        residual or master, if a model is converted to 16 bits; the parameter's own value counts then.
         """
         slots = self.slots_with(amsgrad)
         if not entry:
@@ -176,18 +176,18 @@ class StateFormat:
                 )
             if key != STREAM and not shards.alike(tensor, param):
                 raise ValueError(
-                    f"state {key!r} of {name} is not spread over processes as the parameter is; load it with "
-                    "load_state_dict, or anew after the model was wrapped"
+                    f"state {key!r} of {name} is not sharded as the parameter is; load it with "
+                    "load_state_dict, or load the checkpoint again after the model is wrapped"
                 )
             if key in _CODES and not shards.local(tensor).is_contiguous():
                 raise ValueError(
                     f"state {key!r} of {name} has strides {tensor.stride()}, expected contiguous codes and scales; "
-                    "load it with load_state_dict, which puts them in order"
+                    "load it with load_state_dict, which makes them contiguous"
                 )
         return missing
 
     def converted(self, param: Tensor, entry: Mapping[str, Any], name: str, known_as: KnownAs) -> dict[str, Tensor]:
-        """Return a copy of a saved `entry` in this format, rounded to the nearest, sharing no memory with it."""
+        """Return a copy of a saved `entry` in this format, rounded to nearest; it shares no memory with `entry`."""
         own = {STEP: checked_step(entry.get(STEP), name).clone()}
         saved = dict(entry)
         for key, slot in self.slots_with(_AMSGRAD in entry).items():
@@ -199,7 +199,7 @@ class StateFormat:
         else:
             m, v = _decoded(param, saved, name)
             if self.moments == "8bit":
-                m, v = m.to(param.device).float(), v.to(param.device).float() + 0.0  # so that -0 is none
+                m, v = m.to(param.device).float(), v.to(param.device).float() + 0.0  # turns -0 into 0
                 for key, value in zip(_CODES, (*codecs.encode_signed(m), *codecs.encode_unsigned(v)), strict=True):
                     parts[key].copy_(value)
             elif self.moments == "bf16":
@@ -216,7 +216,7 @@ class StateFormat:
         return own | {key: copied(value) for key, value in saved.items() if key not in _KEYS}
 
     def _convert_master(self, parts: dict[str, Tensor], saved: Mapping[str, Any], param: Tensor, name: str) -> None:
-        """What the parameter's own bits lack of its master value; without a source the parameter counts alone."""
+        """Fill the residual or master from the saved one; without a saved one, the parameter's value counts."""
         residual, master = saved.get("residual"), saved.get("master")
         if "residual" in parts and residual is not None:
             value = Slot(torch.bfloat16).part_of(residual, param, "residual", name)
@@ -239,9 +239,9 @@ class StateFormat:
 
 
 def _decoded(param: Tensor, entry: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
-    """Both moments of a saved entry as numbers."""
+    """Return both moments of a saved entry as numbers."""
     if "exp_avg_code" in entry and not param.is_complex() and param.dim() > 0:
-        cut = shards.cuts_blocks(param)  # then codes and scales are put together first
+        cut = shards.cuts_blocks(param)  # then codes and scales are gathered first
         values = {
             key: shards.whole(slot.check(entry.get(key), param, key, name).detach())
             if cut
@@ -258,17 +258,17 @@ def _decoded(param: Tensor, entry: Mapping[str, Any], name: str) -> tuple[Tensor
 
 
 def decoded(param: Tensor, entry: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """Return a copy of a parameter's state as ``torch.optim.AdamW`` keeps it: float32 moments, no master weights."""
+    """Return a copy of a parameter's state as ``torch.optim.AdamW`` stores it: float32 moments, no master weights."""
     return _format(param.dtype, "fp32", False).converted(param, entry, name, (0, 0))
 
 
 def copied(value: Any) -> Any:
-    """Return a copy of a tensor or of anything else that was saved."""
+    """Return a copy of a saved tensor or other value."""
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _stream_of(seed: int, called: str | int) -> int:
-    """Return what the draws of a parameter are keyed with: 64 bits of its `KnownAs`."""
+    """Return the 64-bit key of a parameter's random bits, a hash of its `KnownAs`."""
     digest = hashlib.blake2b(repr((seed, called)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -280,7 +280,7 @@ def format_for(
     name: str,
     device: torch.device | None = None,
 ) -> StateFormat:
-    """Return what is kept for `param`, on `device` or with it; raise where its dtype is none that is known."""
+    """Return the state format of `param`, with state on `device` if given; raise if its dtype is not supported."""
     if param.dtype not in engine.COMPUTE:
         known = ", ".join(str(dtype) for dtype in engine.COMPUTE)
         raise TypeError(f"{name} has dtype {param.dtype}, expected one of {known}")
@@ -290,8 +290,8 @@ def format_for(
     if device is not None:
         if shards.is_sharded(param):
             raise ValueError(
-                f'{name} is spread over processes, for which state_device="cpu" does not work; let FSDP2 keep '
-                "parameters and state on the host (CPUOffloadPolicy), or leave state_device away"
+                f'{name} is sharded over processes, for which state_device="cpu" does not work; remove state_device, '
+                "or use FSDP2's CPUOffloadPolicy, which keeps parameters, gradients and state on the host"
             )
         kept = replace(kept, device=device)
     if kept.moments == "8bit":
@@ -310,7 +310,7 @@ def state_bytes(
     amsgrad: bool = False,
     ranks: int = 1,
 ) -> int:
-    """Return the bytes of a parameter's state; sharded by rows over `ranks` processes, on the one that holds most."""
+    """Return the bytes of a parameter's state; if sharded by rows over `ranks` processes, of the largest shard."""
     whole = torch.empty(tuple(shape), dtype=dtype, device="meta")
     kept = format_for(whole, state_format, master_weights, "a parameter")
     part = whole[: math.ceil(whole.shape[0] / ranks)] if whole.dim() else whole
@@ -326,7 +326,7 @@ def _is_quantized(shape: torch.Size) -> bool:
 def _format(dtype: torch.dtype, state_format: StateFormatName, master_weights: bool) -> StateFormat:
     compute = engine.COMPUTE[dtype]
     if compute is not torch.float32:
-        state_format = "fp32"  # who trains in float64 or complex numbers wants them
+        state_format = "fp32"  # float64 and complex parameters keep moments in their own precision
     slots = {"fp32": _moments(compute), "bf16": _moments(torch.bfloat16) | _STREAM, "8bit": _CODES | _STREAM}[
         state_format
     ]
@@ -337,13 +337,13 @@ def _format(dtype: torch.dtype, state_format: StateFormatName, master_weights: b
 
 
 def new_step() -> Tensor:
-    """Return the step count of a parameter that has taken no step."""
+    """Return a step count of 0."""
     with torch.inference_mode(False):
         return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def checked_step(value: Any, name: str) -> Tensor:
-    """Return a step count as 0-dim float32 on the CPU, `value` itself where it is so already."""
+    """Return a step count as a 0-dim float32 tensor on the CPU, `value` itself if it already is one."""
     number = number_in(value) if isinstance(value, Tensor) else value
     if not isinstance(number, numbers.Real):
         raise ValueError(f"state 'step' of {name}: expected one number, got {shown(value)}")
@@ -366,7 +366,7 @@ def checked_step(value: Any, name: str) -> Tensor:
 
 
 def step_is_uncertain(value: Any) -> bool:
-    """Whether a step count is a small float's and above 256, up to which bfloat16 has every whole number."""
+    """Whether a step count is in a float of 16 bits or fewer and too large for it to represent every whole number."""
     if isinstance(value, np.float16):
         return float(value) > _MOST_CERTAIN
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype.itemsize > 2:
@@ -376,5 +376,5 @@ def step_is_uncertain(value: Any) -> bool:
 
 
 def is_entry(value: Any) -> bool:
-    """Whether a value of a state dict is the state of some parameter."""
+    """Whether a value of a state dict is the state of a parameter."""
     return isinstance(value, Mapping) and not value.keys().isdisjoint(_KEYS - {STEP, STREAM})

@@ -1,4 +1,4 @@
-"""Values that users give, read and shown without trusting them, and as they are saved."""
+"""Values that users give: reading and printing them without trust, and making them plain for saving."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LONGEST = 500  # characters of a value in a message
 
 
 def shown(value: Any) -> str:
-    """Return how messages show a value; of a tensor that is large, or cannot be read, what it is."""
+    """Return a value as messages print it; for a large or unreadable tensor, its class, shape and dtype."""
     if isinstance(value, Tensor) and (value.numel() > 8 or not readable(value)):
         return f"a {type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
     try:
@@ -33,7 +33,7 @@ def shown(value: Any) -> str:
 
 
 def number_in(tensor: Tensor) -> float | None:
-    """Return the real number that is all of `tensor`, or None where it is not one, or cannot be read."""
+    """Return the only element of `tensor` as a real number, or None if it has no such element or is unreadable."""
     if tensor.numel() != 1 or tensor.is_complex() or tensor.dtype == torch.bool or not readable(tensor):
         return None
     try:
@@ -43,7 +43,7 @@ def number_in(tensor: Tensor) -> float | None:
 
 
 def as_float(number: Any) -> float:
-    """Return a real number as a float, as an infinity where it is beyond them."""
+    """Return a real number as a float, or as an infinity if it is too large."""
     try:
         return float(number)
     except OverflowError:
@@ -61,13 +61,13 @@ def checked_number(name: str, value: Any, below: float = math.inf) -> float:
 
 
 def checked_lr(value: Any) -> float:
-    """Return a learning rate, a number or a tensor of one, as a float; this waits for the device that it is on."""
+    """Return a learning rate, a number or a one-element tensor, as a float; for a tensor, wait for its device."""
     number = number_in(value) if isinstance(value, Tensor) else None
     return checked_number("lr", value if number is None else number)
 
 
 def is_on(device: torch.device | None, value: Any) -> TypeGuard[Tensor]:
-    """Whether `value` is one real number on `device`, which the device can read by itself."""
+    """Whether `value` is a tensor of one real number on `device`, which a kernel can read."""
     return (
         isinstance(value, Tensor)
         and value.device == device
@@ -78,7 +78,7 @@ def is_on(device: torch.device | None, value: Any) -> TypeGuard[Tensor]:
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Name]) -> Name:
-    """Return `value`; raise unless it is one of the names that are allowed."""
+    """Return `value`; raise unless it is one of the `allowed` names."""
     for each in allowed:
         if isinstance(value, str) and value == each:
             return each
@@ -131,7 +131,7 @@ def _same(one: Iterable[Any], other: Iterable[Any]) -> bool:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether it has numbers, in memory of its own: to read where there is none may end the process."""
+    """Whether a tensor has values in memory: reading a tensor without memory may crash the process."""
     if not engine.is_plain(tensor) or tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
         return False
     return tensor._is_zerotensor() or engine.has_memory(tensor)
