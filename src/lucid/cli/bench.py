@@ -1,4 +1,4 @@
-"""``lucid bench``: a step of your shapes, beside other optimizers and the memory's limit."""
+"""``lucid bench``: time a step of your shapes, beside other optimizers and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from . import CommandError, output
 from .shapes import DTYPES, Case
 
 _TORCHS = {"fused": FUSED, "foreach": FOREACH, "default": DEFAULT}
-_TEMPORARIES = {FOREACH: 4, DEFAULT: 1}  # times its weights that a step takes beside, about
+_TEMPORARIES = {FOREACH: 4, DEFAULT: 1}  # temporary memory of a step, about, as a multiple of the weights
 
 
 def _contenders(dtype: str, formats: Sequence[str], peers: Sequence[str] | None, device: str) -> list[Contender]:
@@ -43,16 +43,16 @@ def _contenders(dtype: str, formats: Sequence[str], peers: Sequence[str] | None,
             found.append(Contender(_TORCHS[peer], lambda params, make=make: make(params).step, kind, 2 * kind.itemsize))  # type: ignore[misc]
             continue
         if not is_installed(peer):
-            raise CommandError(f"--peer {peer}: {peer} is not installed; pip install {peer}, or leave it away")
+            raise CommandError(f"--peer {peer}: {peer} is not installed; pip install {peer}, or remove the option")
         if peer == "deepspeed":
             if device != "cpu" or kind is not torch.float32:
-                raise CommandError("--peer deepspeed: its CPUAdam is timed in float32 on the cpu; leave it away here")
+                raise CommandError("--peer deepspeed: its CPUAdam runs in float32 on the cpu only; remove the option")
             make = optimizers()[DEEPSPEED]
             found.append(Contender(DEEPSPEED, lambda params, make=make: make(params).step))  # type: ignore[misc]
             continue
         theirs = [each.contender() for each in LIBRARY_PEERS if each.library == peer and each.dtype is kind]
         if not theirs:
-            raise CommandError(f"--peer {peer}: expected --dtype float32 or bfloat16 beside it, got {dtype}")
+            raise CommandError(f"--peer {peer}: expected --dtype float32 or bfloat16 with it, got {dtype}")
         found += theirs
     return found
 
@@ -63,7 +63,7 @@ def _own(dtype: str, state_format: str) -> Contender:
 
 
 def _check_memory(case: Case, contenders: Sequence[Contender], device: str) -> None:
-    """Refuse what would swap: each contender has weights, gradients and state of its own."""
+    """Raise if memory would not suffice: each contender has its own weights, gradients and state."""
     needed = float(16 * min(case.elements, 2**26))
     for each in contenders:
         own = each.dtype.itemsize * case.elements
@@ -72,8 +72,8 @@ def _check_memory(case: Case, contenders: Sequence[Contender], device: str) -> N
     free = machine.free_memory() if device == "cpu" else float(torch.cuda.mem_get_info(device)[0])
     if needed > free:
         raise CommandError(
-            f"{case.name} takes {output.size(needed)} beside {len(contenders)} contenders, and {output.size(free)} are "
-            "free: name fewer with --format and --peer, or smaller weights with --dtype bfloat16"
+            f"{case.name} with {len(contenders)} optimizers takes {output.size(needed)}, and {output.size(free)} are "
+            "free: name fewer with --format and --peer, or use --dtype bfloat16"
         )
 
 
@@ -83,7 +83,7 @@ def _checked_device(device: str) -> str:
     except RuntimeError as error:
         raise CommandError(f"--device: expected cpu, cuda or cuda:1 and so on, got {device!r}") from error
     if kind.type not in ("cpu", "cuda"):
-        raise CommandError(f"--device: expected cpu or cuda, which have engines of their own, got {device!r}")
+        raise CommandError(f"--device: expected cpu or cuda, the devices with a native engine, got {device!r}")
     if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
         raise CommandError(f"--device {device}: torch {torch.__version__} finds no such device here")
     return device
@@ -100,7 +100,7 @@ def run(
     json: bool,
     plot: Path | None,
 ) -> int:
-    """Time and print; return 1 where a contender could not be measured."""
+    """Time and print; return 1 if a contender could not be measured."""
     if not case.elements:
         raise CommandError(f"{case.name}: expected parameters to step, got tensors without elements")
     contenders = _contenders(dtype, formats, peers, _checked_device(device))
@@ -131,7 +131,7 @@ def _print(case: Case, dtype: str, times: StepTimes, about: dict[str, str], *, b
     console = output.console()
     console.print(output.facts({name: about[name] for name in ("CPU", "threads", "versions", "neighbours")}))
     if busy:
-        console.print(Text("A busy machine: OpenMP's barriers wait for threads that do not run.", output.BAD))
+        console.print(Text("The machine is busy, so do not rely on these times.", output.BAD))
     names = [name for name in times.samples if name != LIMIT]
     first = next((name for name in names if name.startswith(LUCID)), None)
     header = ["step of", "ms", "GB/s", "of the limit", *([] if first is None else [f"time over {first}'s"]), "rounds"]
@@ -145,12 +145,12 @@ def _print(case: Case, dtype: str, times: StepTimes, about: dict[str, str], *, b
     console.print()
     console.print(output.table(header, rows, f"{case.described}, {dtype} weights"))
     console.print(
-        f"Medians (quartiles) of rounds in which each takes its turn. limit: moving bytes and doing nothing else, "
-        f"{output.digits(times.gigabytes(LIMIT))} GB/s; GB/s: of the bytes that a step must move.",
+        f"Medians (quartiles) of paired rounds. limit: memory bandwidth, measured by only moving bytes, "
+        f"{output.digits(times.gigabytes(LIMIT))} GB/s. GB/s: counts the bytes that a step must move.",
         style=output.FAINT,
     )
     if any(name in SLOW for name in names):
-        console.print("The slow ones take part in the first rounds only.", style=output.FAINT)
+        console.print("Slow optimizers take part in the first rounds only.", style=output.FAINT)
     for name, why in times.failures.items():
         console.print(Text(f"{name} was not measured. {why}", output.BAD))
 

@@ -1,4 +1,4 @@
-"""Which tensors a question is about."""
+"""The tensors that a command is about."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .checkpoints import read, trained
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Tensors to be trained, and where they come from."""
+    """Shapes of the tensors to train, and the name of their source."""
 
     name: str
     shapes: Sequence[Shape]
@@ -33,10 +33,10 @@ class Case:
 
 
 def chosen(checkpoint: Path | None, like: str | None, shapes: Path | None, default: str | None = None) -> Case:
-    """Return the one case that the command line names, or the model `default`."""
+    """Return the case that the command line names, or the model `default`."""
     given = [value for value in (checkpoint, like, shapes) if value is not None]
     if len(given) > 1 or (not given and default is None):
-        raise CommandError("expected one of CHECKPOINT, --like and --shapes (or, of plan, --parameters)")
+        raise CommandError("expected one of CHECKPOINT, --like and --shapes (for plan also --parameters)")
     if checkpoint is not None:
         return Case(checkpoint.name, _trained(checkpoint))
     if shapes is not None:
@@ -50,7 +50,7 @@ def chosen(checkpoint: Path | None, like: str | None, shapes: Path | None, defau
 
 
 def _trained(path: Path) -> list[Shape]:
-    """The shapes of a checkpoint's weights: what is tied counts once, and running statistics do not."""
+    """The shapes of a checkpoint's weights: tied weights count once, running statistics do not count."""
     weights = read(path).weights()
     if not weights:
         raise CommandError(f"{path}: expected a model's weights in it, found none")
@@ -65,7 +65,7 @@ _THOUSANDS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12
 
 
 def counted(count: str, layout: str, others: Sequence[object]) -> Case:
-    """Return as many parameters as `count` says, like "1.3B", in tensors of the shape `layout`, like "4096x4096"."""
+    """Return `count` parameters, like "1.3B", in tensors of the shape `layout`, like "4096x4096"."""
     if any(other is not None for other in others):
         raise CommandError("expected one of CHECKPOINT, --like, --shapes and --parameters, got two")
     found = _COUNT.fullmatch(count.strip())
