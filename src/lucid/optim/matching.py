@@ -85,7 +85,7 @@ def taken_over(
             f"load_state_dict: groups that differ in {', '.join(sorted(lost))} here were saved as one, so all of them "
             f"take the saved value; they keep only their own {DECAY}. Set the rest in param_groups after loading",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return taken
 
