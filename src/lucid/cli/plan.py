@@ -129,8 +129,8 @@ def _print(case: Case, ranks: Sequence[int], found: Sequence[Need], limit: int |
     console.print(shown)
     console.print(
         "Activations, buffers and the allocator's reserve come on top. in backward: with step_in_backward(), which "
-        "keeps only the largest gradient (weights used more than once need more). torch: torch.optim.AdamW, which keeps "
-        "no master weights for 16-bit parameters.",
+        "keeps only the largest gradient (weights used more than once need more). torch: torch.optim.AdamW, which "
+        "keeps no master weights for 16-bit parameters.",
         style=output.FAINT,
     )
     if limit is None:
