@@ -70,7 +70,7 @@ def load_optimizer(
         Where it holds more than tensors and plain values.
     TypeError, ValueError
         Where the checkpoint does not fit the optimizer: a parameter that it does not know, a shape, a value out of
-        range. Nothing is changed then.
+        range, parameters of one group that were saved with different hyperparameters. Nothing is changed then.
     """
     if storage_reader is None:
         if checkpoint_id is None:
