@@ -34,6 +34,14 @@ class Kind(str, enum.Enum):  # noqa: UP042, whose str() is not its value
 
 class Level(enum.IntEnum):
     THREE = 3
+    FIVE = 5
+
+
+class Name(str):
+    """A string whose repr is not that of its characters."""
+
+    def __repr__(self):
+        return f"Name({str(self)!r})"
 
 
 def trained(**options):
@@ -213,6 +221,17 @@ def test_numpys_seed_and_flags_are_taken_for_what_they_are():
     for seed in (np.int64(-1), np.uint64(2**63), np.float64(1), np.bool_(True)):
         with pytest.raises((TypeError, ValueError), match="seed: expected a whole number"):
             optim.AdamW(net.parameters(), seed=seed)
+
+
+def test_numpys_names_and_seeds_give_the_draws_of_plain_ones():
+    """A parameter that gets state after a resume has to draw as it would have before."""
+    streams = []
+    for kind, seed in ((str, 5), (np.str_, np.int64(5)), (Name, Level.FIVE)):
+        param = Parameter(torch.ones(64, 64))
+        optimizer = optim.AdamW([(kind("a"), param)], state_format="8bit", seed=seed)
+        optimizer.init_state()
+        streams.append(int(optimizer.state[param]["stream"]))
+    assert len(set(streams)) == 1
 
 
 # Betas

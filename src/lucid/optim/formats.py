@@ -20,7 +20,7 @@ from lucid import engine
 from lucid.engine import codecs, shards
 from lucid.engine.scalars import MAX_STEP
 
-from .values import as_float, number_in, shown
+from .values import as_float, number_in, plain, shown
 
 STEP = "step"
 STREAM = "stream"
@@ -269,7 +269,7 @@ def copied(value: Any) -> Any:
 
 def _stream_of(seed: int, called: str | int) -> int:
     """Return the 64-bit key of a parameter's random bits, a hash of its `KnownAs`."""
-    digest = hashlib.blake2b(repr((seed, called)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr((seed, plain(called))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

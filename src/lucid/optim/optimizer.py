@@ -195,7 +195,7 @@ class Optimizer(torch.optim.Optimizer):
         ----------
         param_group : dict
             ``"params"`` (a Parameter, or a list of Parameters or (name, Parameter) pairs) and any hyperparameter;
-            the rest comes from ``defaults``. The dict itself is not changed.
+            the rest comes from ``defaults``. The dict is copied: later changes belong into ``param_groups``.
 
         Raises
         ------
@@ -536,7 +536,9 @@ class Optimizer(torch.optim.Optimizer):
             under ``"fp32"`` are ``exp_avg``, ``exp_avg_sq`` and, with amsgrad, ``max_exp_avg_sq``;
             ``"param_groups"``: hyperparameters, with ``beta1``, ``beta2`` and ``betas``, and the ``state_version`` of
             all that (docs/formats.md). ``torch.optim.AdamW`` loads an
-            fp32 one, and `torch_state_dict` gives it one of any format; ``torch.load(weights_only=True)`` reads all.
+            fp32 one, and `torch_state_dict` gives it one of any format. Numbers and arrays of numpy are saved as numbers
+            and lists, so that ``torch.load(weights_only=True)`` reads all. ``param_names`` are saved where there is one
+            for each parameter.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -548,10 +550,12 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of this class or of ``torch.optim.AdamW`` returned.
 
-        Parameters are matched by name where both sides have the same set of names, else by position. Values are
-        copied, and converted, to the nearest, to the format that this optimizer keeps, whichever they were saved in;
-        hyperparameters and the seed are those of the checkpoint, ``state_format`` and ``master_weights`` stay as they
-        are, what is missing comes from ``defaults``, and keys that are not ours are kept.
+        Parameters are matched by name where both sides have the same set of names, whatever their groups, else by
+        position, where groups need the same sizes. State is copied, and converted, to the nearest, to the format that
+        this optimizer keeps. Hyperparameters and the seed follow the parameters: each group takes those that its
+        parameters were saved with. ``weight_decay`` alone stays as it is where parameters of one saved group are in
+        groups that differ in it here, as those of `decay_groups`. ``state_format`` and ``master_weights`` always stay,
+        what is missing comes from ``defaults``, and keys that are not ours are kept.
 
         Parameters
         ----------
@@ -561,7 +565,14 @@ class Optimizer(torch.optim.Optimizer):
         Raises
         ------
         TypeError, ValueError
-            Where anything does not fit: a count, a shape, a value out of range. Nothing is changed then.
+            Where anything does not fit: a count, a shape, a value out of range, parameters of one group that were saved
+            with different hyperparameters, state of no parameter. Nothing is changed then.
+
+        Warns
+        -----
+        UserWarning
+            Where names differ and position decides; where a step count was saved in 16 bits and is above 256; where
+            groups here differ in more than ``weight_decay`` and were saved as one.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")

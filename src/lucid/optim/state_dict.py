@@ -90,9 +90,8 @@ def loaded(
         name, step = uncertain[0]
         more = f" and of {len(uncertain) - 1} more" if len(uncertain) > 1 else ""
         warnings.warn(
-            f"load_state_dict: the step count {float(step):g} of {name}{more} was saved as {step.dtype}, which has not "
-            "all numbers of this size, so it may be wrong; save step counts as float32, and set this one in "
-            "optimizer.state if you know it",
+            f"load_state_dict: the step count {float(step):g} of {name}{more} was saved as {step.dtype}, which may "
+            "have rounded it; save step counts as float32, and set the right one in optimizer.state if you know it",
             UserWarning,
             stacklevel=3,
         )
