@@ -69,8 +69,8 @@ def load_optimizer(
     UnpicklingError
         If it holds anything but tensors and plain values.
     TypeError, ValueError
-        If the checkpoint does not fit the optimizer: it lacks a parameter, has another shape or a value out of range, or
-        saved the parameters of one group with different hyperparameters. Nothing is changed then.
+        If the checkpoint does not fit the optimizer: it lacks a parameter, has another shape or a value out of range,
+        or saved the parameters of one group with different hyperparameters. Nothing is changed then.
     """
     if storage_reader is None:
         if checkpoint_id is None:
