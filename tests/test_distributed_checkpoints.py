@@ -317,6 +317,61 @@ def test_one_process_of_a_group_loads(ranks, others):
     ranks.run(2, one_of_two_loads, others)
 
 
+# A parameter that never gets a gradient
+
+
+def with_one_unused(init, folder):
+    """Torch makes state for it where it loads, and asks the checkpoint for that."""
+
+    def made():
+        net = Net()
+        for layer in (*net.layers, net.first, net.last):
+            fully_shard(layer)
+        optimizer = make(fully_shard(net), {})
+        if init:
+            optimizer.init_state()
+        return net, optimizer
+
+    def train_but_one(net, optimizer, steps):
+        for _ in range(steps):
+            net.last(net.layers[0](net.first(torch.ones(2, 130)))).square().sum().backward()  # layers[1] is not used
+            optimizer.step()
+            optimizer.zero_grad()
+
+    net, optimizer = made()
+    train_but_one(net, optimizer, 3)
+    unused = list(net.layers[1].parameters())
+    assert [param in optimizer.state for param in unused] == [init, init]
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    train_but_one(net, optimizer, 2)
+    for load in ("dcp.load", "load_optimizer"):
+        twin, resumed = made()
+        model_state, optimizer_state = get_state_dict(twin, resumed)
+        saved = {"model": model_state} | ({"optimizer": optimizer_state} if load == "dcp.load" else {})
+        if load == "dcp.load" and not init:
+            with pytest.raises(dcp.api.CheckpointException, match=r"Missing key .*optimizer\.state\.layers\.1"):
+                dcp.load(saved, checkpoint_id=folder)
+            continue
+        dcp.load(saved, checkpoint_id=folder)
+        set_model_state_dict(twin, model_state)
+        if load == "dcp.load":
+            set_optimizer_state_dict(twin, resumed, optimizer_state)
+        else:
+            load_optimizer(twin, resumed, folder)
+        train_but_one(twin, resumed, 2)
+        counts = [float(resumed.state.get(param, {"step": 0.0})["step"]) for param in twin.parameters()]
+        assert counts == [0.0 if name.startswith("layers.1") else 5.0 for name, _ in twin.named_parameters()]
+        for left, right in zip(net.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(left.full_tensor(), right.full_tensor())
+    distributed.barrier()
+
+
+@pytest.mark.parametrize("init", [True, False], ids=["init_state()", "without"])
+def test_a_parameter_without_a_gradient_wants_init_state(ranks, tmp_path, init):
+    ranks.run(2, with_one_unused, init, tmp_path / "saved")
+
+
 # What does not fit
 
 

@@ -306,6 +306,38 @@ def test_step_in_backward(ranks):
     ranks.run(2, in_backward_is_left_to_the_step)
 
 
+def forward_first(make):
+    """After a forward that leaves weights gathered, they are other Parameters, which backward gives no gradient."""
+    for kept in (False, True):
+        net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+        for layer in net:
+            fully_shard(layer, reshard_after_forward=not kept)
+        fully_shard(net)
+        loss = net(torch.ones(2, 8)).sum()
+        unsharded = [not isinstance(param, DTensor) for param in net.parameters()]
+        assert unsharded == [kept] * 4
+        optimizer = make(net.parameters(), lr=1e-1)
+        loss.backward()
+        before = [whole(param) for param in net.parameters()]
+        optimizer.step()
+        moved = [not torch.equal(*pair) for pair in zip(before, map(whole, net.parameters()), strict=True)]
+        assert moved == [not kept] * 4
+    # What to do: go back to the shards first.
+    net(torch.ones(2, 8))
+    for module in net:
+        module.reshard()
+    optimizer = make(net.parameters(), lr=1e-1)
+    net(torch.ones(2, 8)).sum().backward()
+    before = [whole(param) for param in net.parameters()]
+    optimizer.step()
+    assert all(not torch.equal(*pair) for pair in zip(before, map(whole, net.parameters()), strict=True))
+
+
+@pytest.mark.parametrize("make", [optim.AdamW, torch.optim.AdamW], ids=["lucid", "torch"])
+def test_an_optimizer_made_after_a_forward(ranks, make):
+    ranks.run(2, forward_first, make)
+
+
 def state_goes_round():
     """By state_dict, copy and pickle, whole state into shards, and state made before the first gradient."""
     mesh = init_device_mesh("cpu", (3,))
