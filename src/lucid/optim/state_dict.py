@@ -32,7 +32,7 @@ def as_saved(groups: Sequence[ParamGroup], state: Mapping[Any, Any]) -> dict[str
         number_of.setdefault(id(param), number)
     return {
         "state": {
-            number_of.get(id(key), key): plain(entry)
+            number_of.get(id(key), plain(key)): plain(entry)
             for key, entry in state.items()
             if not isinstance(key, Tensor) or id(key) in number_of
         },
