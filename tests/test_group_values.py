@@ -107,6 +107,7 @@ def test_what_is_saved_is_plain_in_every_key(value, wanted):
     optimizer.param_groups[0] |= {"mine": value, "nested": [{"deep": (value,)}]}
     optimizer.state[net.bias]["mine"] = value
     optimizer.state["of no parameter"] = {"mine": value}
+    optimizer.state[np.int64(9)] = "of none either"
     saved = optimizer.state_dict()
     (group,) = saved["param_groups"]
     for found in (group["mine"], group["nested"][0]["deep"][0], saved["state"][1]["mine"]):

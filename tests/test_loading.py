@@ -356,6 +356,16 @@ def test_names_are_saved_where_there_is_one_for_each_parameter():
     assert saved[1]["param_names"] == ["c"]
 
 
+@pytest.mark.parametrize("names", [None, 3, "ab", [], {0: "a"}, ["a", "b", "c"]], ids=repr)
+def test_whatever_stands_for_names_what_is_saved_loads(names):
+    net, optimizer = trained(("ab", {}), names="ab")
+    optimizer.param_groups[0]["param_names"] = names
+    for saved in (optimizer.state_dict(), get_optimizer_state_dict(net, optimizer)):
+        target = made(("ab", {}), names="ab")
+        target[1].load_state_dict(saved)
+        assert_own_moments((net, optimizer), target)
+
+
 @pytest.mark.parametrize("names", [["a"], ["a", "b", "c"]], ids=["fewer", "more"])
 def test_names_that_are_not_as_many_as_parameters_match_nothing(names):
     """In a checkpoint of torch's, or of ours from before: matched by position, and not taken over."""

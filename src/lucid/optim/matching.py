@@ -74,9 +74,9 @@ def taken_over(
             spread.setdefault(number, []).append(place)
         taken.append(first)
     lost: set[str] = set()
-    for number, places in spread.items():
+    for places in spread.values():
         differing = set().union(*(_differing(groups[places[0]], groups[place]) for place in places))
-        lost |= (differing & saved_groups[number].keys()) - {DECAY}
+        lost |= differing - {DECAY}
         for place in places:
             if DECAY in differing and DECAY in groups[place]:
                 taken[place] = {**taken[place], DECAY: groups[place][DECAY]}

@@ -536,9 +536,9 @@ class Optimizer(torch.optim.Optimizer):
             under ``"fp32"`` are ``exp_avg``, ``exp_avg_sq`` and, with amsgrad, ``max_exp_avg_sq``;
             ``"param_groups"``: hyperparameters, with ``beta1``, ``beta2`` and ``betas``, and the ``state_version`` of
             all that (docs/formats.md). ``torch.optim.AdamW`` loads an
-            fp32 one, and `torch_state_dict` gives it one of any format. Numbers and arrays of numpy are saved as numbers
-            and lists, so that ``torch.load(weights_only=True)`` reads all. ``param_names`` are saved where there is one
-            for each parameter.
+            fp32 one, and `torch_state_dict` gives it one of any format. Numpy's numbers are saved as Python's and its
+            arrays as lists, so that ``torch.load(weights_only=True)`` reads all. ``param_names`` are saved where there
+            is one for each parameter.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)

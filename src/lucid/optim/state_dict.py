@@ -32,12 +32,12 @@ def as_saved(groups: Sequence[ParamGroup], state: Mapping[Any, Any]) -> dict[str
         number_of.setdefault(id(param), number)
     return {
         "state": {
-            number_of.get(id(key), key): plain(entry)
+            number_of.get(id(key), plain(key)): plain(entry)
             for key, entry in state.items()
             if not isinstance(key, Tensor) or id(key) in number_of
         },
         "param_groups": [
-            plain({key: value for key, value in group.items() if key != "params" and not _is_wrong(key, group)})
+            plain({key: value for key, value in group.items() if _is_saved(key, group)})
             | {"betas": plain(group["betas"]), VERSION: STATE_VERSION}
             | {"params": [number_of[id(param)] for param in group["params"]]}
             for group in groups
@@ -45,10 +45,14 @@ def as_saved(groups: Sequence[ParamGroup], state: Mapping[Any, Any]) -> dict[str
     }
 
 
-def _is_wrong(key: str, group: ParamGroup) -> bool:
-    """Whether `key` is that of names which are not as many as the parameters, whose list someone has changed."""
-    names = group[key] if key == "param_names" else None
-    return isinstance(names, list | tuple) and len(names) not in (0, len(group["params"]))
+def _is_saved(key: str, group: ParamGroup) -> bool:
+    """Whether `key` is saved as it is: names are not where someone has changed the list of parameters, and theirs may
+    be others'.
+    """
+    if key != "param_names":
+        return key != "params"
+    names = group[key]
+    return isinstance(names, list | tuple) and len(names) == len(group["params"])
 
 
 def loaded(
