@@ -302,7 +302,7 @@ FOLDERS = {
     "no contents": (contents(b""), "cannot be read as a checkpoint's folder: .*copy or save it again"),
     "contents of text": (contents(b"hello"), "cannot be read as a checkpoint's folder"),
     "contents cut short": (contents(b"\x80\x04\x95"), "cannot be read as a checkpoint's folder"),
-    "contents of code": (contents(pickle.dumps(Evil())), r"names builtins\.print, which is no part of one"),
+    "contents of code": (contents(pickle.dumps(Evil())), r"names builtins\.print, which does not belong in a checkpoint"),
     "a part is missing": (parts(lambda part: part.unlink()), r"No such file or directory \(__0_0\.distcp\)"),
     "a part is empty": (parts(lambda part: part.write_bytes(b"")), "damaged, cut short or missing"),
     "a part of noise": (

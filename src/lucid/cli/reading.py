@@ -134,7 +134,7 @@ def _said(error: BaseException) -> str:
 def _more_than_values(error: pickle.UnpicklingError) -> str:
     """The sentence where it names what could be code; nothing where its bytes are no pickle of torch's."""
     text = str(error)
-    if text.startswith("its list of contents"):  # which says all
+    if text.startswith("its .metadata"):  # a whole sentence
         return text
     named = re.search(r"GLOBAL (\S{1,100})", text)
     if named is not None and named[1].startswith("numpy."):
