@@ -114,7 +114,7 @@ def test_weights_in_another_order_are_not_taken_for_each_other(dtype, write, cap
     status, states, text = inspected(capsys, tmp_path / "optimizer.pt", "--weights", weights)
     assert (status, [each["oddities"] for each in states]) == (0, [[], []])
     assert ratios(states) == [None, None]
-    assert "update/weight is not known of any parameter: the state was saved without names" in text
+    assert "no update/weight for any parameter: the state was saved without names" in text
     assert "several weights have the same shape; save the optimizer with names" in text
     assert all(each["no_weight"] in text for each in states)
 
@@ -137,7 +137,7 @@ def test_a_shape_that_occurs_once_matches_in_any_order(write, capsys, tmp_path):
     weights = write(tmp_path, model.state_dict())
     status, states, text = inspected(capsys, tmp_path / "optimizer.pt", "--weights", weights)
     assert (status, ratios(states)) == (0, [None, None, bias])
-    assert "update/weight is not known of parameter 0, parameter 1: the state was saved without names" in text
+    assert "no update/weight for parameter 0, parameter 1: the state was saved without names" in text
     assert states[2]["no_weight"] is None
 
 
@@ -190,10 +190,10 @@ def test_weights_of_another_model_are_not_taken(capsys, tmp_path):
     weights = {f"module.{name}": each for name, each in whole.items()}
     status, states, text = inspected(capsys, path, "--weights", as_safetensors(tmp_path, weights))
     assert (status, ratios(states)) == (0, [None] * 3)
-    assert "update/weight is not known of any parameter: model.safetensors has no weight of this name" in text
+    assert "no update/weight for any parameter: model.safetensors has no weight of this name" in text
     status, states, text = inspected(capsys, path, "--weights", as_safetensors(tmp_path, {"a.bias": whole["a.bias"]}))
     assert [each["no_weight"] is None for each in states] == [False, False, True]
-    assert "update/weight is not known of z.weight, a.weight: model.safetensors has no weight" in text
+    assert "no update/weight for z.weight, a.weight: model.safetensors has no weight" in text
 
 
 def test_models_that_fit_equally_are_told(capsys, tmp_path):

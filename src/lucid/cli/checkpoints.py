@@ -1,4 +1,4 @@
-"""Checkpoints in files and folders, read without running what is in them, and what they are made of."""
+"""The contents of checkpoints in files and folders: optimizer states and models."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .reading import Kind
 
 Tree = dict[str, Any]
 States = Mapping[str | int, Mapping[str, Any]]  # by a parameter's key
-Place = tuple[str | int, ...]  # keys from the root of a checkpoint on
+Place = tuple[str | int, ...]  # keys from the root of the checkpoint
 
-_MOST_NODES, _DEEPEST = 5_000_000, 500  # dicts and lists of a checkpoint, and within each other
+_MOST_NODES, _DEEPEST = 5_000_000, 500  # number of dicts and lists in a checkpoint, and depth of nesting
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """A parameter in an optimizer's saved state.
 
-    `name`: where names were saved. `number`: its first place over all groups.
+    `name`: its saved name, if any. `number`: its first position over all groups.
     """
 
     key: str | int
@@ -49,7 +49,7 @@ class Parameter:
 class Saved:
     """An optimizer's state dict in a checkpoint.
 
-    `flat`: with one key for each value, as DCP can have it. `strays`: keys of state that belongs to no parameter.
+    `flat`: whether each value has its own key, as DCP can save it. `strays`: keys of state of no parameter.
     """
 
     place: Place
@@ -64,7 +64,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a file or folder holds."""
+    """The contents of a file or folder."""
 
     path: Path
     kind: Kind
@@ -75,7 +75,7 @@ class Checkpoint:
         return self.path.name or str(self.path)
 
     def optimizers(self) -> list[Saved]:
-        """Return the optimizer states in it; refuse where there is none."""
+        """Return the optimizer states in the checkpoint; raise if there is none."""
         try:
             states = [each for each in _nodes(self.tree) if _is_state(each[1]) or _is_flat_state(each[1])]
             found = [_saved(place, node) for place, node in states]
@@ -86,7 +86,7 @@ class Checkpoint:
             raise CommandError(f"{self.path}: {error}") from error
 
     def _instead_of_optimizer(self) -> str:
-        """What there is where no optimizer's state is, and what to do."""
+        """Return what the checkpoint holds instead of optimizer state, and what to do."""
         if self.kind == "safetensors":
             return (
                 "got safetensors, which hold tensors alone; give the file with optimizer.state_dict(), and this one as "
@@ -104,11 +104,11 @@ class Checkpoint:
         return f"found none (it holds {keys}); save optimizer.state_dict() in it"
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the model's parameters and buffers by name: of all that could be a model, the largest; else none."""
+        """Return parameters and buffers by name of the largest dict that could be a model, or an empty dict."""
         return max(self.models(), key=lambda model: sum(each.numel() for each in model.values()), default={})
 
     def models(self) -> list[dict[str, Tensor]]:
-        """Return all that could be a model: its parameters and buffers by name."""
+        """Return every dict that could be a model: parameters and buffers by name."""
         states: list[Place] = []
         models = []
         try:
@@ -125,8 +125,8 @@ class Checkpoint:
 def read(path: Path, *, mapped: bool = True) -> Checkpoint:
     """Read a file that ``torch.save`` or safetensors wrote, or a folder of ``torch.distributed.checkpoint``.
 
-    Nothing in it is run: what is neither a tensor nor a plain value is refused. `mapped`: tensors stay in the file
-    until they are used.
+    No code in it is run: anything but tensors and plain values is an error. `mapped`: tensors stay in the file until
+    they are used.
     """
     kind = reading.kind_of(path)
     if kind == "folder":
@@ -144,7 +144,7 @@ def read(path: Path, *, mapped: bool = True) -> Checkpoint:
     return Checkpoint(path, kind, dict(tree))
 
 
-# What is in them
+# Contents
 
 
 def _called(place: Place) -> str:
@@ -152,7 +152,7 @@ def _called(place: Place) -> str:
 
 
 def _nodes(tree: Any) -> Iterator[tuple[Place, Mapping[str, Any]]]:
-    """Every dict, from the outside inwards; raise where they have no end, as a dict within itself has none."""
+    """Yield every dict, the outer ones first; raise if there is no end, as with a dict within itself."""
     waiting: list[tuple[Place, Any]] = [((), tree)]
     for _ in range(_MOST_NODES):
         if not waiting:
@@ -187,7 +187,7 @@ def _is_model(node: Mapping[str, Any]) -> bool:
 
 
 def trained(model: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return a model's weights, in its order: what is tied counts once, and running statistics do not."""
+    """Return a model's weights in its order: tied weights count once, running statistics do not count."""
     floating = [
         each
         for name, each in model.items()
@@ -206,7 +206,7 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
-    """The parameters of a state dict; raise where loading would not know whose state is whose, or how to read it."""
+    """The parameters of a state dict; raise if loading could not match state and parameters, or not read it."""
     if _is_flat_state(node):
         parameters = _flat_parameters(node)
         for parameter in parameters:
@@ -228,7 +228,7 @@ def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
                 raise ValueError(f"state of parameter {key}: expected a dict, got {type(entry).__name__}")
             if any(isinstance(value, Tensor) and is_sharded(value) for value in entry.values()):
                 raise ValueError(
-                    f"state of parameter {key} is one process's part of tensors that are spread over several; save a "
+                    f"state of parameter {key} is one process's part of tensors that are sharded over several; save a "
                     "folder with torch.distributed.checkpoint, or full tensors"
                 )
             called = key if name is None and isinstance(key, str) else name
@@ -238,7 +238,7 @@ def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
 
 
 def _check_keys(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise unless each parameter has a number or a name, once in each group that it is in."""
+    """Raise unless each parameter has a number or a name, once in each of its groups."""
     wanted = "param_groups: expected each parameter's number or name once in 'params'"
     by_text: dict[str, int | str] = {}
     for group in groups:
@@ -254,7 +254,7 @@ def _check_keys(groups: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _entries(node: Mapping[str, Any]) -> dict[Any, Any]:
-    """The state of each parameter, by its key in the groups; folders turn numbers into strings, or lists."""
+    """The state of each parameter, by its key in the groups; folders turn numbers into strings or lists."""
     state = node["state"]
     keys = {key for group in node["param_groups"] for key in group["params"]}
     as_text = {str(key): key for key in keys}
@@ -263,12 +263,12 @@ def _entries(node: Mapping[str, Any]) -> dict[Any, Any]:
     for key, entry in items.items():
         own = key if key in keys else as_text.get(str(key), key)
         if entry is not None:
-            entries[key if own in items else own] = entry  # what is there twice stays with the key that is the group's
+            entries[key if own in items else own] = entry  # if both are there, the group's own key counts
     return entries
 
 
 def _flat_parameters(node: Mapping[str, Any]) -> list[Parameter]:
-    """Of keys like "state.layer.weight.exp_avg" and "param_groups.layer.weight.lr"."""
+    """Return parameters from keys like "state.layer.weight.exp_avg" and "param_groups.layer.weight.lr"."""
     parts: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
     for path, value in node.items():
         part, _, rest = path.partition(".")
@@ -284,9 +284,9 @@ def _flat_parameters(node: Mapping[str, Any]) -> list[Parameter]:
 def replaced(
     checkpoint: Checkpoint, saved: Saved, entries: States, group_of: Callable[[Mapping[str, Any]], Tree]
 ) -> Checkpoint:
-    """Return the checkpoint with another state in the place of `saved`.
+    """Return the checkpoint with `saved` replaced.
 
-    `entries`: by parameter's key. `group_of`: what a group becomes.
+    `entries`: the new state by parameter key. `group_of`: returns the new group for an old one.
     """
     node: Any = checkpoint.tree
     for key in saved.place:
@@ -304,7 +304,7 @@ def replaced(
 
 
 def _with(tree: Any, place: Place, new: Any) -> Any:
-    """A copy of the dicts and lists on the way to `place`, with `new` there."""
+    """Return a copy of the dicts and lists on the path to `place`, with `new` at that place."""
     if not place:
         return new
     copy: Any = dict(tree) if isinstance(tree, Mapping) else list(tree)

@@ -29,7 +29,7 @@ Target = Literal["fp32", "bf16", "8bit", "torch"]
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was done: bytes of the optimizers' state before and after, and what has to be known of it."""
+    """The result of a conversion: bytes of optimizer state before and after, and notes."""
 
     source: str
     target: str
@@ -64,13 +64,13 @@ def _entry(parameter: Parameter, to: Target) -> dict[str, Any]:
     master = "residual" in parameter.entry or "master" in parameter.entry
     kept = format_for(param, to, master, parameter.called)
     seed = parameter.group.get("seed", 0)
-    name = parameter.name if "param_names" in parameter.group else None  # a folder's keys are none
+    name = parameter.name if "param_names" in parameter.group else None  # a folder's keys are not saved names
     known_as = (seed, parameter.number if name is None else name)
     return kept.converted(param, parameter.entry, parameter.called, known_as)
 
 
 def _group(to: Target, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The group, with the keys that those of the optimizer to load it have."""
+    """Return the group with all keys that the optimizer expects that will load it."""
     nobody = [torch.empty(0, device="cpu")]
     if to == "torch":
         return torch.optim.AdamW(nobody).defaults | torch_group(group)
@@ -95,12 +95,12 @@ def converted(checkpoint: Checkpoint, saved: Saved, to: Target) -> Checkpoint:
             if parameter.entry:
                 entries[parameter.key] = _entry(parameter, to)
         return replaced(checkpoint, saved, entries, functools.partial(_group, to))
-    except (TypeError, ValueError, RuntimeError) as error:  # the last: where memory ends
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: out of memory
         raise CommandError(f"{checkpoint.path}: {error}") from error
 
 
 def listed(keys: Sequence[Any]) -> str:
-    """Return the first of the keys, for a sentence."""
+    """Return the first keys as text for a message."""
     return ", ".join(shown(key)[:40] for key in keys[:4]) + (", ..." if len(keys) > 4 else "")
 
 
@@ -110,7 +110,7 @@ def _bytes(savings: list[Saved]) -> int:
 
 
 def uncertain_count(entry: Mapping[str, Any]) -> str:
-    """Say so where a parameter's step count may have been rounded, or stood still."""
+    """Return a sentence if a parameter's step count may be rounded or may have stopped, else nothing."""
     step = entry.get("step")
     if not isinstance(step, Tensor) or not step_is_uncertain(step):
         return ""
@@ -127,7 +127,7 @@ def _kind(checkpoint: Checkpoint, target: str) -> Kind:
 
 
 def run(source: Path, target: str, to: Target, *, json: bool) -> int:
-    """Convert every optimizer's state in a checkpoint; all else in it stays as it is."""
+    """Convert the state of every optimizer in a checkpoint; the rest stays as it is."""
     path = Path(target)
     same = path.exists() and source.exists() and path.samefile(source)
     checkpoint = read(source, mapped=not same)

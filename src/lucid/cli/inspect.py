@@ -1,4 +1,4 @@
-"""``lucid inspect``: what a checkpoint's optimizer state is like, and what is odd about it."""
+"""``lucid inspect``: describe a checkpoint's optimizer state, and what is odd about it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _SQUARE_IS_NONE = 2.0**-63  # squares of such gradients, times 1 - beta2, are be
 class Found:
     """A parameter's state.
 
-    `max_m_over_sqrt_v`: the largest of an element. `update_ratio`: RMS of the next update over that of the weight.
-    `no_weight`: why no weight is known to be this parameter's.
+    `max_m_over_sqrt_v`: the largest of any element. `update_ratio`: RMS of the next update over RMS of the weight.
+    `no_weight`: why no weight is matched to this parameter.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Found:
 
 
 def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
-    """Return what the state of a parameter is like; `weight`: the parameter itself, where the checkpoint has it."""
+    """Return a description of a parameter's state; `weight`: the parameter itself, if known."""
     entry = parameter.entry
     odd = list(_oddities_of_keys(entry))
     tensors = {key: value.detach() for key, value in entry.items() if isinstance(value, Tensor)}
@@ -102,7 +102,7 @@ def _has_numbers(tensor: Tensor) -> bool:
 
 
 def _refusal(parameter: Parameter) -> str:
-    """Why `load_state_dict` would not take its state, if it would not."""
+    """Return why `load_state_dict` would raise for this state, or an empty string."""
     entry = parameter.entry
     codes = "exp_avg_code" in entry
     try:
@@ -121,7 +121,7 @@ def _number(value: Any) -> float | None:
 
 
 def _format(tensors: Mapping[str, Tensor]) -> str:
-    """As which format it is kept: its moments, and what it has of master values."""
+    """Return the format of the moments, plus residual or master and amsgrad."""
     if "exp_avg_code" in tensors:
         moments = "8bit"
     elif "exp_avg" not in tensors:
@@ -170,7 +170,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _moments(tensors: Mapping[str, Tensor], odd: list[str]) -> tuple[Tensor, Tensor]:
-    """Both moments as float64, complex ones as pairs; what is odd about codes goes to `odd`."""
+    """Return both moments as float64, complex ones as pairs; append what is odd about codes to `odd`."""
     if "exp_avg_code" in tensors:
         for key in ("exp_avg_scale", "exp_avg_sq_scale"):
             odd += _not_finite(key, tensors[key])
@@ -223,7 +223,7 @@ def _oddities_of_weight(weight: Tensor, tensors: Mapping[str, Tensor], moment: T
 
 
 def _stale(weight: Tensor, residual: Tensor) -> int:
-    """In how many places no master value has these two halves."""
+    """Return how many elements have a weight and a residual that no master weight splits into."""
     upper, lower = codecs.split(codecs.joined(weight, residual))
     bits = [tensor.contiguous().view(torch.int16) for tensor in (weight, residual, upper, lower)]
     return int(((bits[0] != bits[2]) | (bits[1] != bits[3])).sum())
@@ -232,7 +232,7 @@ def _stale(weight: Tensor, residual: Tensor) -> int:
 def _update_ratio(
     group: Mapping[str, Any], m: Tensor, denominator: Tensor, step: float, weight: Tensor | None
 ) -> float:
-    """RMS of the update that the next step would make if the moments stayed as they are, over RMS of the weight."""
+    """RMS of the update that the next step would make with these moments, over RMS of the weight."""
     betas = group.get("betas", (group.get("beta1"), group.get("beta2")))
     betas = betas if isinstance(betas, list | tuple) else ()
     options = [_number(each) for each in (group.get("lr"), group.get("eps"), group.get("weight_decay"), *betas)]
@@ -254,7 +254,7 @@ def _update_ratio(
 def inspected(
     checkpoint: Checkpoint, source: Checkpoint, models: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, list[Found]]:
-    """Return what is in each optimizer's state, by its place in the checkpoint; `models`: those in `source`."""
+    """Return the states of each optimizer, by its place in the checkpoint; `models`: those in `source`."""
     found: dict[str, list[Found]] = {}
     for saved in checkpoint.optimizers():
         pairs = list(zip(saved.parameters, matched(saved, source, models), strict=True))
@@ -265,7 +265,7 @@ def inspected(
                 for parameter, match in bar
                 if parameter.entry
             ]
-        except RuntimeError as error:  # where memory ends
+        except RuntimeError as error:  # out of memory
             raise CommandError(f"{checkpoint.path}: {first_line(error)}") from error
         states += [
             Found(_stray(key), [], "unknown", None, oddities=("it has state and is in no group",))
@@ -283,7 +283,7 @@ def _stray(key: Any) -> str:
 
 
 def run(path: Path, *, weights: Path | None, json: bool, plot: Path | None) -> int:
-    """Print what was found; return 1 where anything is odd."""
+    """Print the description; return 1 if anything is odd."""
     output.check_picture(plot)
     checkpoint = read(path)
     source = checkpoint if weights is None else read(weights)
@@ -318,7 +318,7 @@ def _print(name: str, states: list[Found]) -> None:
     size = output.size(sum(each.state_bytes for each in states))
     console.print(output.table(header, rows, f"{output.printable(name)}: state of {len(states)} parameters, {size}"))
     for reason, names in _without_weight(states).items():
-        console.print(Text(output.printable(f"update/weight is not known of {names}: {reason}"), output.FAINT))
+        console.print(Text(output.printable(f"no update/weight for {names}: {reason}"), output.FAINT))
     for each in states:
         for oddity in each.oddities:
             console.print(Text(output.printable(f"{each.name}: {oddity}"), output.BAD))
@@ -327,7 +327,7 @@ def _print(name: str, states: list[Found]) -> None:
 
 
 def _without_weight(states: Sequence[Found]) -> dict[str, str]:
-    """Whose weight is not known, by the reason."""
+    """Return the names of parameters without a weight, by reason."""
     names: dict[str, list[str]] = {}
     for each in states:
         if each.no_weight is not None:
@@ -344,7 +344,7 @@ def _figure(value: float) -> str:
 
 
 def draw(found: Mapping[str, list[Found]], path: Path) -> None:
-    """Draw the RMS of the moments of each parameter, and how far single elements go."""
+    """Plot the RMS of each parameter's moments, and its ratios."""
     from matplotlib.figure import Figure
 
     states = [each for group in found.values() for each in group]

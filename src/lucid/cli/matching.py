@@ -1,4 +1,4 @@
-"""Which of a model's weights belongs to which parameter of an optimizer's state."""
+"""Matching a model's weights to the parameters of an optimizer's state."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SAVE_NAMES = "save the optimizer with names: AdamW(model.named_parameters(), ..
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A parameter's weight, or why none is known."""
+    """A parameter's weight, or the reason why there is none."""
 
     weight: Tensor | None
     reason: str | None = None
 
 
 def matched(saved: Saved, source: Checkpoint, models: Sequence[Mapping[str, Tensor]]) -> list[Match]:
-    """Return the match of each parameter, in that of the `models` of `source` which fits best."""
+    """Return the match of each parameter, in the best fitting one of the `models` of `source`."""
     if not models:
         return [Match(None, f"{source.name} holds no weights; give them as --weights")] * len(saved.parameters)
     fitting: dict[int, list[list[Match]]] = {}
@@ -62,7 +62,7 @@ def _by_name(name: str, model: Mapping[str, Tensor], source: Checkpoint) -> Matc
 
 
 def _without_names(parameters: Sequence[Parameter], model: Mapping[str, Tensor], source: Checkpoint) -> list[Match]:
-    """By place where the order is the model's, else by a shape that occurs once."""
+    """Match by position if the order is the model's, otherwise by shapes that occur once."""
     weights = trained(model)
     shapes = [_shape(parameter) for parameter in parameters]
     there = Counter(weight.shape for weight in weights)
@@ -92,7 +92,7 @@ def _shape(parameter: Parameter) -> torch.Size | None:
 
 
 def _groups_mix(parameters: Sequence[Parameter], weights: Sequence[Tensor]) -> bool:
-    """Whether parameters of one shape are in several groups, which a model's order knows nothing of."""
+    """Whether parameters of one shape are in several groups, whose order may differ from the model's."""
     groups: dict[torch.Size, set[int]] = {}
     for parameter, weight in zip(parameters, weights, strict=True):
         groups.setdefault(weight.shape, set()).add(id(parameter.group))
@@ -102,8 +102,8 @@ def _groups_mix(parameters: Sequence[Parameter], weights: Sequence[Tensor]) -> b
 def _is_ordered(model: Mapping[str, Tensor], source: Checkpoint) -> bool:
     """Whether the order is the model's.
 
-    Safetensors sort, and folders list what their writers agreed on. A file in which names are sorted, all or those of
-    each dtype as safetensors' `load_file` has them, may have been made from such.
+    safetensors sorts its tensors by name, and a folder has the order of its writers. A file whose names are sorted, all
+    together or per dtype as safetensors' `load_file` sorts them, may come from one of these.
     """
     if source.kind != "file":
         return False

@@ -1,4 +1,4 @@
-"""Files and folders, read without running what is in them; what cannot be read is refused with a sentence."""
+"""Reading files and folders without running code from them, and errors for what cannot be read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5
 
 
 def kind_of(path: Path) -> Kind:
-    """Return how to read what is at `path`; refuse where nothing there could be read."""
+    """Return how to read `path`; raise if it cannot be read."""
     try:
         if not path.exists():
             raise CommandError(f"{path}: no such file or folder")
@@ -63,24 +63,24 @@ def _kind_of_folder(path: Path) -> Kind:
 
 
 def read_file(path: Path, mapped: bool) -> Any:
-    """Return what ``torch.save`` wrote; `mapped`: tensors stay in the file until they are used."""
+    """Return the contents of a file of ``torch.save``; `mapped`: tensors stay in the file until they are used."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch warns of, it also raises, or is nobody's concern here
+            warnings.simplefilter("ignore")  # torch's warnings either come with an error or do not matter here
             try:
                 return weights_only.load(path, map_location="cpu", mmap=mapped)
             except RuntimeError:
                 if not mapped:
                     raise
-                return weights_only.load(path, map_location="cpu")  # of before torch 1.6
+                return weights_only.load(path, map_location="cpu")  # a file from before torch 1.6
     except MemoryError:
         raise
-    except Exception as error:  # of whatever torch's reader makes of bytes that nobody meant for it
+    except Exception as error:  # torch's reader raises many kinds of errors for arbitrary bytes
         raise _refusal(path, _SAVED_BY_TORCH, error) from error
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file by name."""
+    """Yield the tensors of a file with their names."""
     from safetensors import safe_open
 
     try:
@@ -89,12 +89,12 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
     except MemoryError:
         raise
-    except Exception as error:  # its own, and torch's of what it is told to make
+    except Exception as error:  # its own errors, and torch's
         raise _refusal(path, "a file of safetensors", error) from error
 
 
 def read_folder(path: Path) -> Any:
-    """Return all that a folder of ``torch.distributed.checkpoint`` holds."""
+    """Return everything in a folder of ``torch.distributed.checkpoint``."""
     from lucid.optim.distributed_files import read_whole
 
     try:
@@ -107,7 +107,7 @@ def read_folder(path: Path) -> Any:
             return read_whole(path, tell)
     except MemoryError:
         raise
-    except Exception as error:  # of whatever torch's readers make of what is missing or cut short
+    except Exception as error:  # torch's readers raise many kinds of errors for damaged files
         if isinstance(error, pickle.UnpicklingError) and (sentence := _more_than_values(error)):
             raise CommandError(f"{path}: {sentence}") from error
         raise CommandError(
@@ -117,14 +117,14 @@ def read_folder(path: Path) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the line of an error that says most."""
+    """Return the most useful line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith(("WeightsUnpickler error:", "Unsupported"))]
     return (telling or lines or [type(error).__name__])[0].rstrip(".")
 
 
 def _said(error: BaseException) -> str:
-    """What an error says if that is a sentence, else what kind of error it is."""
+    """Return an error's text if it is a sentence, otherwise its class."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f" ({Path(str(error.filename)).name})" if error.filename else "")
     line = first_line(error).partition(". This is an internal")[0]
@@ -132,7 +132,7 @@ def _said(error: BaseException) -> str:
 
 
 def _more_than_values(error: pickle.UnpicklingError) -> str:
-    """The sentence where it names what could be code; nothing where its bytes are no pickle of torch's."""
+    """Return a sentence if the file names possible code, or nothing if its bytes are no pickle of torch's."""
     text = str(error)
     if text.startswith("its .metadata"):  # a whole sentence
         return text
@@ -150,7 +150,7 @@ def _more_than_values(error: pickle.UnpicklingError) -> str:
 
 
 def _refusal(path: Path, expected: str, error: Exception) -> CommandError:
-    """Why a file could not be read: what is in it, and what to do."""
+    """Return why a file could not be read, what it is, and what to do."""
     try:
         got, advice = _instead(path)
     except OSError as refused:
@@ -173,7 +173,7 @@ def _refusal(path: Path, expected: str, error: Exception) -> CommandError:
 
 
 def _instead(path: Path) -> tuple[str, str]:
-    """What a file is by its bytes, and what to do with it."""
+    """Return what a file is, judged by its bytes, and what to do with it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(512)
@@ -211,11 +211,11 @@ def _instead(path: Path) -> tuple[str, str]:
 
 
 def _archive(path: Path) -> tuple[str, str]:
-    """What a zip archive is, which torch.save, TorchScript, numpy and others write."""
+    """Return what a zip archive is: torch.save, TorchScript, numpy and others write such files."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except Exception:  # of whatever a damaged list of contents makes zipfile do
+    except Exception:  # zipfile raises many kinds of errors for a damaged archive
         return "a zip archive, as torch.save writes, that is damaged or cut short", _COPY
     if any(name.endswith("/constants.pkl") for name in names):
         return "a program of TorchScript", "save state dicts: torch.save(model.state_dict(), path)"
@@ -227,7 +227,7 @@ def _archive(path: Path) -> tuple[str, str]:
 
 
 def _text(head: bytes) -> str | None:
-    """The first bytes as text, if they are."""
+    """Return the first bytes as text, or None if they are not text."""
     for encoding in ("utf-16",) if head.startswith((b"\xff\xfe", b"\xfe\xff")) else ("utf-8-sig",):
         text = head.decode(encoding, errors="ignore").strip()
         whole = len(text.encode(encoding)) > 0.9 * len(head.strip())
