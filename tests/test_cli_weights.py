@@ -228,4 +228,7 @@ def test_many_parameters_are_told_in_one_line(capsys, tmp_path):
     _, _, text = inspected(
         capsys, saved(tmp_path, optimizer), "--weights", as_safetensors(tmp_path, model.state_dict())
     )
-    assert "not known of parameter 0, parameter 1, parameter 2 and 9 more: the state was saved without names" in text
+    assert (
+        "no update/weight for parameter 0, parameter 1, parameter 2 and 9 more: the state was saved without names"
+        in text
+    )
