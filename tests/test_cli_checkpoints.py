@@ -272,15 +272,15 @@ UNREADABLE = {
         "state of parameter 0: expected a dict, got Tensor",
     ),
     "another folder's contents": (other_contents, "is dict, expected Metadata"),
-    "a file cut short": (cut_file, "cannot be read as a checkpoint"),
+    "a file cut short": (cut_file, "got a zip archive, as torch.save writes, that is damaged or cut short"),
     "a folder's file cut short": (cut_folder, "cannot be read as a checkpoint's folder"),
     "a folder without its file": (folder_without_a_file, "cannot be read as a checkpoint's folder"),
-    "nothing in a file": (lambda path: path.write_bytes(b""), "cannot be read as a checkpoint"),
-    "text": (lambda path: path.write_text("hello"), "cannot be read as a checkpoint|more than tensors"),
+    "nothing in a file": (lambda path: path.write_bytes(b""), "got an empty file"),
+    "text": (lambda path: path.write_text("hello"), r"got text \('hello'\)"),
     "a list": (lambda path: torch.save([1, 2], path), "expected a dict of state dicts"),
     "a model alone": (lambda path: torch.save(make_model().state_dict(), path), "expected an optimizer's state dict"),
-    "an empty folder": (lambda path: path.mkdir(), "expected a checkpoint's folder"),
-    "broken safetensors": (safetensors_of_nothing, "cannot be read as safetensors"),
+    "an empty folder": (lambda path: path.mkdir(), "expected a folder of torch.distributed.checkpoint"),
+    "broken safetensors": (safetensors_of_nothing, "expected a file of safetensors, got text"),
 }
 
 
@@ -810,6 +810,7 @@ def test_what_is_said_of_a_conversion(capsys, tmp_path):
         "parameters": 4,
         "bytes_before": 2 * 4 * (64 * 129 + 3 * 65) + 4 * 4,
         "bytes_after": 64 * 128 * 2 + 64 * 8 + 2 * 4 * (64 + 3 * 65) + 4 * 4 + 8,
+        "notes": [],
     }
 
 

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import pickle
-import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lucid.engine.shards import is_sharded
 from lucid.optim.state_dict import STATE_VERSION, VERSION, check_version
+from lucid.optim.values import shown
 
-from . import CommandError
+from . import CommandError, reading
+from .reading import Kind
 
-Kind = Literal["file", "safetensors", "folder"]
 Tree = dict[str, Any]
 States = Mapping[str | int, Mapping[str, Any]]  # by a parameter's key
 Place = tuple[str | int, ...]  # keys from the root of a checkpoint on
 
-SINGLE_FILE = (".pt", ".pth", ".bin", ".ckpt", ".tar")
-
+_MOMENTS = {"exp_avg", "exp_avg_sq", "exp_avg_code", "exp_avg_sq_code"}
 _MOST_NODES, _DEEPEST = 5_000_000, 500  # dicts and lists of a checkpoint, and within each other
 
 
@@ -39,24 +37,24 @@ class Parameter:
 
     @property
     def called(self) -> str:
-        return self.name if self.name is not None else f"parameter {self.key}"
+        return f"parameter {self.key}" if self.name is None or self.name.isdecimal() else self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
     """An optimizer's state dict in a checkpoint.
 
-    `flat`: with one key for each value, as DCP can have it. `strays`: numbers of parameters that are in no group.
+    `flat`: with one key for each value, as DCP can have it. `strays`: keys of state that belongs to no parameter.
     """
 
     place: Place
     parameters: list[Parameter]
     flat: bool
-    strays: tuple[str | int, ...] = ()
+    strays: tuple[Any, ...] = ()
 
     @property
     def called(self) -> str:
-        return ".".join(map(str, self.place)) or "the optimizer"
+        return _called(self.place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +65,38 @@ class Checkpoint:
     kind: Kind
     tree: Tree
 
+    @property
+    def name(self) -> str:
+        return self.path.name or str(self.path)
+
     def optimizers(self) -> list[Saved]:
         """Return the optimizer states in it; refuse where there is none."""
         try:
             states = [each for each in _nodes(self.tree) if _is_state(each[1]) or _is_flat_state(each[1])]
             found = [_saved(place, node) for place, node in states]
+            if not found:
+                raise ValueError(f"expected an optimizer's state dict in it, {self._instead_of_optimizer()}")
+            return found
         except ValueError as error:
             raise CommandError(f"{self.path}: {error}") from error
-        if not found:
-            keys = ", ".join(sorted(map(str, self.tree))[:8]) or "nothing"
-            raise CommandError(f"{self.path}: expected an optimizer's state dict in it, found none; it holds {keys}")
-        return found
+
+    def _instead_of_optimizer(self) -> str:
+        """What there is where no optimizer's state is, and what to do."""
+        if self.kind == "safetensors":
+            return (
+                "got safetensors, which hold tensors alone; give the file with optimizer.state_dict(), and this one as "
+                "--weights"
+            )
+        for place, node in _nodes(self.tree):
+            if {"state", "param_groups"} <= set(node):
+                return (
+                    f"got one that cannot be used (in {_called(place)}): 'state' has to be a dict, and 'param_groups' "
+                    "a list of dicts, each with a list 'params'; save optimizer.state_dict() as it is"
+                )
+        if self.models():
+            return "got a model's weights alone; give the file with optimizer.state_dict(), and this one as --weights"
+        keys = ", ".join(sorted(str(key)[:40] for key in self.tree)[:8]) or "nothing"
+        return f"found none (it holds {keys}); save optimizer.state_dict() in it"
 
     def weights(self) -> dict[str, Tensor]:
         """Return the model's parameters and buffers by name: of all that could be a model, the largest; else none."""
@@ -104,88 +123,27 @@ def read(path: Path, *, mapped: bool = True) -> Checkpoint:
     Nothing in it is run: what is neither a tensor nor a plain value is refused. `mapped`: tensors stay in the file
     until they are used.
     """
-    try:
-        is_there = path.exists()
-    except OSError as error:
-        raise CommandError(f"{path}: {error.strerror}") from error
-    if not is_there:
-        raise CommandError(f"{path}: no such file or folder")
-    if path.is_dir():
-        if (path / ".metadata").exists():
-            return Checkpoint(path, "folder", _read_folder(path))
-        parts = sorted(path.glob("*.safetensors"))
-        if parts:
-            return Checkpoint(path, "safetensors", {name: each for part in parts for name, each in _tensors(part)})
-        raise CommandError(
-            f"{path}: expected a checkpoint's folder, but there is neither .metadata nor *.safetensors in it"
-        )
-    if path.suffix == ".safetensors":
-        return Checkpoint(path, "safetensors", dict(_tensors(path)))
-    tree = _read_file(path, mapped)
+    kind = reading.kind_of(path)
+    if kind == "folder":
+        tree = reading.read_folder(path)
+    elif kind == "safetensors":
+        parts = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        tree = {name: each for part in parts for name, each in reading.read_safetensors(part)}
+    else:
+        tree = reading.read_file(path, mapped)
     if not isinstance(tree, Mapping):
-        raise CommandError(f"{path}: expected a dict of state dicts or tensors in it, got {type(tree).__name__}")
-    return Checkpoint(path, "file", dict(tree))
-
-
-def _read_file(path: Path, mapped: bool) -> Any:
-    try:
-        try:
-            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-        except RuntimeError:
-            if not mapped:
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # of before torch 1.6
-    except pickle.UnpicklingError as error:
-        raise _more_than_values(path, error) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CommandError(f"{path}: this cannot be read as a checkpoint: {first_line(error)}") from error
-
-
-def _more_than_values(path: Path, error: Exception) -> CommandError:
-    if str(error).startswith("its list of contents"):  # which says all
-        return CommandError(f"{path}: {error}")
-    named = re.search(r"GLOBAL (\S+)", str(error))
-    return CommandError(
-        f"{path}: it holds more than tensors and plain values, and to load that could run any code "
-        f"({first_line(error) if named is None else f'it names {named[1]}'}); save state dicts alone"
-    )
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("WeightsUnpickler error:", "Unsupported"))]
-    return (telling or lines or [type(error).__name__])[0].rstrip(".")
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CommandError(f"{path}: this cannot be read as safetensors: {first_line(error)}") from error
-
-
-def _read_folder(path: Path) -> Tree:
-    from lucid.optim.distributed_files import read_whole
-
-    try:
-        with tqdm(desc=f"read {path.name}", leave=False, disable=None) as bar:
-
-            def tell(there: int, of: int) -> None:
-                bar.total = of
-                bar.update(there - bar.n)
-
-            return read_whole(path, tell)
-    except pickle.UnpicklingError as error:
-        raise _more_than_values(path, error) from error
-    except Exception as error:  # of whatever torch's readers make of what is missing or cut short
-        raise CommandError(f"{path}: this cannot be read as a checkpoint's folder: {first_line(error)}") from error
+        raise CommandError(
+            f"{path}: expected a dict of state dicts or tensors in it, got {type(tree).__name__}; save one, like "
+            '{"model": model.state_dict(), "optimizer": optimizer.state_dict()}'
+        )
+    return Checkpoint(path, kind, dict(tree))
 
 
 # What is in them
+
+
+def _called(place: Place) -> str:
+    return ".".join(map(str, place)) or "the optimizer"
 
 
 def _nodes(tree: Any) -> Iterator[tuple[Place, Mapping[str, Any]]]:
@@ -214,8 +172,9 @@ def _is_state(node: Mapping[str, Any]) -> bool:
 
 
 def _is_flat_state(node: Mapping[str, Any]) -> bool:
-    starts = {str(key).partition(".")[0] for key in node}
-    return {"state", "param_groups"} <= starts and not _is_state(node) and all("." in str(key) for key in node)
+    if _is_state(node) or not all(isinstance(key, str) and "." in key for key in node):
+        return False
+    return {"state", "param_groups"} <= {key.partition(".")[0] for key in node}
 
 
 def _is_model(node: Mapping[str, Any]) -> bool:
@@ -251,14 +210,22 @@ def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
     for group in node["param_groups"]:
         check_version(group.get(VERSION, STATE_VERSION))
     keys = [key for group in node["param_groups"] for key in group["params"]]
-    if not all(isinstance(key, int | str) for key in keys) or len(set(keys)) < len(keys):
-        raise ValueError("param_groups: expected each parameter's number or name once in 'params'")
+    for key in keys:
+        if not isinstance(key, int | str):
+            raise ValueError(
+                f"param_groups: expected each parameter's number or name once in 'params', got {shown(key)} of type "
+                f"{type(key).__name__}; save optimizer.state_dict() as it is"
+            )
+    if len(set(map(str, keys))) < len(keys):
+        twice = next(key for key, count in Counter(map(str, keys)).items() if count > 1)
+        raise ValueError(f"param_groups: expected each parameter's number or name once in 'params', got {twice} twice")
     entries = _entries(node)
     parameters = []
     for group in node["param_groups"]:
         names = group.get("param_names")
+        named = isinstance(names, list | tuple) and len(names) == len(group["params"])
         for index, key in enumerate(group["params"]):
-            name = names[index] if isinstance(names, list | tuple) and len(names) == len(group["params"]) else None
+            name = names[index] if named and isinstance(names[index], str) else None
             if name is None and isinstance(key, str):
                 name = key
             entry = entries.pop(key, {})
@@ -270,15 +237,26 @@ def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
                     "folder with torch.distributed.checkpoint, or full tensors"
                 )
             parameters.append(Parameter(key, name, entry, group))
-    return Saved(place, parameters, flat=False, strays=tuple(key for key in entries if str(key).isdecimal()))
+    return Saved(place, parameters, flat=False, strays=tuple(key for key in entries if _is_stray(key, entries[key])))
 
 
 def _entries(node: Mapping[str, Any]) -> dict[Any, Any]:
     """The state of each parameter, by its key in the groups; folders turn numbers into strings, or lists."""
     state = node["state"]
-    numbers = {str(key): key for group in node["param_groups"] for key in group["params"]}
-    items = state.items() if isinstance(state, Mapping) else enumerate(state)
-    return {numbers.get(str(key), key): entry for key, entry in items if entry is not None}
+    keys = {key for group in node["param_groups"] for key in group["params"]}
+    as_text = {str(key): key for key in keys}
+    items = dict(state) if isinstance(state, Mapping) else dict(enumerate(state))
+    entries = {}
+    for key, entry in items.items():
+        own = key if key in keys else as_text.get(str(key), key)
+        if entry is not None:
+            entries[key if own in items else own] = entry  # what is there twice stays with the key that is the group's
+    return entries
+
+
+def _is_stray(key: Any, entry: Any) -> bool:
+    """Whether what is under a key of no parameter is the state of one, rather than a tool's own."""
+    return str(key).isdecimal() or (isinstance(entry, Mapping) and not _MOMENTS.isdisjoint(entry))
 
 
 def _flat_parameters(node: Mapping[str, Any]) -> list[Parameter]:
@@ -307,7 +285,7 @@ def replaced(
         groups = {parameter.key: group_of(parameter.group) for parameter in saved.parameters}
         new |= {f"param_groups.{name}.{key}": each for name, group in groups.items() for key, each in group.items()}
     else:
-        keys = [parameter.key for parameter in saved.parameters]
+        keys = {parameter.key for parameter in saved.parameters}
         kept = {key: each for key, each in _entries(node).items() if key not in keys}
         regrouped = [group_of(group) | {"params": group["params"]} for group in node["param_groups"]]
         new = dict(node) | {"state": kept | dict(entries), "param_groups": regrouped}

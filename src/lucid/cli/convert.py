@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.text import Text
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,9 +17,11 @@ from lucid.optim import AdamW
 from lucid.optim.formats import decoded, format_for
 from lucid.optim.groups import ParamGroup
 from lucid.optim.state_dict import STATE_VERSION, VERSION, torch_group
+from lucid.optim.values import number_in, shown
 
 from . import CommandError, output
-from .checkpoints import SINGLE_FILE, Checkpoint, Kind, Parameter, Saved, read, replaced
+from .checkpoints import Checkpoint, Parameter, Saved, read, replaced
+from .reading import SINGLE_FILE, Kind
 from .writing import check_target, write
 
 Target = Literal["fp32", "bf16", "8bit", "torch"]
@@ -26,7 +29,7 @@ Target = Literal["fp32", "bf16", "8bit", "torch"]
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was done: bytes of the optimizers' state before and after."""
+    """What was done: bytes of the optimizers' state before and after, and what has to be known of it."""
 
     source: str
     target: str
@@ -34,14 +37,15 @@ class Conversion:
     parameters: int
     bytes_before: int
     bytes_after: int
+    notes: list[str]
 
 
 def stand_in(entry: Mapping[str, Any], name: str) -> Tensor:
     """Return a tensor with the shape and dtype of the parameter whose state `entry` is; it takes no memory."""
     moment = entry.get("exp_avg_code", entry.get("exp_avg"))
     if not isinstance(moment, Tensor):
-        keys = ", ".join(sorted(map(str, entry)))
-        raise CommandError(f"state of {name}: expected exp_avg or exp_avg_code of AdamW in it, got {keys}")
+        keys = ", ".join(f"{str(key)[:40]} ({type(value).__name__})" for key, value in list(entry.items())[:8])
+        raise ValueError(f"state of {name}: expected a tensor exp_avg or exp_avg_code, as AdamW has it, got {keys}")
     dtype = torch.float32
     if "residual" in entry:
         dtype = torch.bfloat16
@@ -60,7 +64,7 @@ def _entry(parameter: Parameter, to: Target, number: int) -> dict[str, Any]:
     master = "residual" in parameter.entry or "master" in parameter.entry
     kept = format_for(param, to, master, parameter.called)
     seed = parameter.group.get("seed", 0)
-    name = parameter.name if parameter.group.get("param_names") else None  # a folder's keys are none
+    name = parameter.name if "param_names" in parameter.group else None  # a folder's keys are none
     known_as = (seed, number if name is None else name)
     return kept.converted(param, parameter.entry, parameter.called, known_as)
 
@@ -79,6 +83,12 @@ def _group(to: Target, group: Mapping[str, Any]) -> dict[str, Any]:
 def converted(checkpoint: Checkpoint, saved: Saved, to: Target) -> Checkpoint:
     """Return the checkpoint with an optimizer's state in the format `to`."""
     entries = {}
+    if saved.strays and not any(parameter.entry for parameter in saved.parameters):
+        raise CommandError(
+            f"{checkpoint.path}: expected state under the keys that the groups of {saved.called} have "
+            f"({listed([each.key for each in saved.parameters])}), got {listed(saved.strays)}; rename them, or save "
+            "optimizer.state_dict() as it is"
+        )
     try:
         bar = tqdm(saved.parameters, saved.called, leave=False, disable=None)
         for number, parameter in enumerate(bar):
@@ -89,9 +99,38 @@ def converted(checkpoint: Checkpoint, saved: Saved, to: Target) -> Checkpoint:
         raise CommandError(f"{checkpoint.path}: {error}") from error
 
 
+def listed(keys: Sequence[Any]) -> str:
+    """Return the first of the keys, for a sentence."""
+    return ", ".join(shown(key)[:40] for key in keys[:4]) + (", ..." if len(keys) > 4 else "")
+
+
 def _bytes(savings: list[Saved]) -> int:
     values = (value for saved in savings for parameter in saved.parameters for value in parameter.entry.values())
-    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+    return sum(value.nbytes for value in values if isinstance(value, Tensor) and value.layout is torch.strided)
+
+
+def _notes(saved: Saved) -> Iterator[str]:
+    if saved.strays:
+        keys = listed(saved.strays)
+        yield f"{saved.called}: state under keys that no group has ({keys}) was not converted, and stays as it is"
+    for parameter in saved.parameters:
+        step = parameter.entry.get("step")
+        number = number_in(step) if isinstance(step, Tensor) else None
+        if number is not None and (rounded := rounded_count(step, number)):
+            yield f"{parameter.called}: {rounded}"
+
+
+def rounded_count(saved: Any, step: float) -> str:
+    """Why a count cannot be trusted: small floats lack most whole numbers, so that it was rounded, or stood still."""
+    if not isinstance(saved, Tensor) or not saved.is_floating_point() or saved.itemsize > 2:
+        return ""
+    exact = min(256.0, 2 / torch.finfo(saved.dtype).eps)
+    if step <= exact:
+        return ""
+    return (
+        f"step is {step:,.0f}, saved as {saved.dtype}, which rounds counts beyond {exact:,.0f}: the true count is not "
+        "known; set it by hand, and save it as float32"
+    )
 
 
 def _kind(checkpoint: Checkpoint, target: str) -> Kind:
@@ -121,6 +160,7 @@ def run(source: Path, target: str, to: Target, *, json: bool) -> int:
         sum(bool(parameter.entry) for saved in before for parameter in saved.parameters),
         _bytes(before),
         _bytes(after),
+        [note for saved in before for note in _notes(saved)],
     )
     if json:
         output.print_json(asdict(done))
@@ -129,4 +169,6 @@ def run(source: Path, target: str, to: Target, *, json: bool) -> int:
             f"{path}: {to} state of {done.parameters} parameters, {output.size(done.bytes_after)} "
             f"(in {source}: {output.size(done.bytes_before)})"
         )
+        for note in done.notes:
+            output.console().print(Text(output.printable(note), output.BAD))
     return 0

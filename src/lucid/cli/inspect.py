@@ -16,13 +16,17 @@ from tqdm import tqdm
 from lucid.engine import codecs
 from lucid.engine.shards import is_sharded
 from lucid.optim.formats import format_for
+from lucid.optim.values import as_float, number_in, shown
 
 from . import CommandError, output
-from .checkpoints import Checkpoint, Parameter, Saved, read, trained
-from .convert import stand_in
+from .checkpoints import Checkpoint, Parameter, read
+from .convert import rounded_count, stand_in
+from .matching import matched
+from .reading import first_line
 
 _CODES = ("exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale")
 _MAXIMUM = "max_exp_avg_sq"
+_NAMED = 3  # parameters in a sentence
 _SQUARE_IS_NONE = 2.0**-63  # squares of such gradients, times 1 - beta2, are below float32: v is 0 then
 
 
@@ -31,6 +35,7 @@ class Found:
     """A parameter's state.
 
     `max_m_over_sqrt_v`: the largest of an element. `update_ratio`: RMS of the next update over that of the weight.
+    `no_weight`: why no weight is known to be this parameter's.
     """
 
     name: str
@@ -42,6 +47,7 @@ class Found:
     max_m_over_sqrt_v: float = math.nan
     update_ratio: float = math.nan
     state_bytes: int = 0
+    no_weight: str | None = None
     oddities: tuple[str, ...] = ()
 
 
@@ -53,16 +59,18 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
     size = sum(value.nbytes for value in tensors.values() if value.layout is torch.strided)
     step = _number(entry.get("step"))
     if step is None or not (step >= 0 and step.is_integer()):
-        odd.append(f"step is {entry.get('step', 'missing')!r}, no count")
+        odd.append(f"step is {shown(entry.get('step', 'missing'))}, no count")
+    elif rounded := rounded_count(entry["step"], step):
+        odd.append(rounded)
     if not odd and (refusal := _refusal(parameter)):
         odd.append(f"it could not be loaded: {refusal}")
     moment = tensors.get("exp_avg_code", tensors.get("exp_avg"))
     found = Found(parameter.called, [] if moment is None else list(moment.shape), _format(tensors), step)
     moments = None if odd else _moments(tensors, odd)
-    if weight is not None and (weight.is_meta or weight.layout is not torch.strided or is_sharded(weight)):
-        weight = None  # there are no numbers, or not all
+    if weight is not None and (not _has_numbers(weight) or is_sharded(weight)):
+        weight = None
     if weight is not None and moment is not None:
-        odd += _oddities_of_weight(weight, tensors, moment)
+        odd += _oddities_of_weight(weight, {key: each for key, each in tensors.items() if _has_numbers(each)}, moment)
     if moments is None:
         return replace(found, state_bytes=size, oddities=tuple(odd))
     m, v = moments
@@ -88,6 +96,10 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
     )
 
 
+def _has_numbers(tensor: Tensor) -> bool:
+    return not (tensor.is_meta or tensor.is_quantized) and tensor.layout is torch.strided
+
+
 def _refusal(parameter: Parameter) -> str:
     """Why `load_state_dict` would not take its state, if it would not."""
     entry = parameter.entry
@@ -103,8 +115,8 @@ def _refusal(parameter: Parameter) -> str:
 
 def _number(value: Any) -> float | None:
     if isinstance(value, Tensor):
-        return float(value) if value.numel() == 1 and not value.is_complex() else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        return number_in(value)
+    return as_float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _format(tensors: Mapping[str, Tensor]) -> str:
@@ -172,7 +184,8 @@ def _moments(tensors: Mapping[str, Tensor], odd: list[str]) -> tuple[Tensor, Ten
 
 
 def _not_finite(key: str, value: Tensor) -> Iterator[str]:
-    count = int(value.numel() - value.isfinite().sum())
+    known = value.float() if value.is_floating_point() and value.itemsize < 2 else value  # torch asks no float8
+    count = int(value.numel() - known.isfinite().sum())
     if count:
         yield f"{key} is NaN or infinite in {count:,} of {value.numel():,}"
 
@@ -237,60 +250,46 @@ def _update_ratio(
     return size / rms if rms else math.nan
 
 
-def _weights_of(saved: Saved, models: Sequence[Mapping[str, Tensor]]) -> list[Tensor | None]:
-    """The weight of each parameter, in the model that fits best; in none where several do."""
-    nothing: list[Tensor | None] = [None for _ in saved.parameters]
-    shapes = [_moment_shape(parameter) for parameter in saved.parameters]
-    fitting: dict[int, list[list[Tensor | None]]] = {}
-    for model in models:
-        weights = _in_model(saved, shapes, model)
-        pairs = zip(weights, shapes, strict=True)
-        good = sum(weight is not None and shape in (None, weight.shape) for weight, shape in pairs)
-        fitting.setdefault(good, []).append(weights)
-    best = fitting[max(fitting)] if fitting else []
-    return best[0] if len(best) == 1 else nothing
-
-
-def _moment_shape(parameter: Parameter) -> torch.Size | None:
-    moment = parameter.entry.get("exp_avg_code", parameter.entry.get("exp_avg"))
-    return moment.shape if isinstance(moment, Tensor) else None
-
-
-def _in_model(saved: Saved, shapes: Sequence[torch.Size | None], model: Mapping[str, Tensor]) -> list[Tensor | None]:
-    """The weights by name, or in order where there are as many of the same shapes, which groups do not mix."""
-    if all(parameter.name is not None for parameter in saved.parameters):
-        return [model.get(parameter.name or "") for parameter in saved.parameters]
-    in_order = trained(model)
-    groups: dict[torch.Size, set[int]] = {}
-    for parameter, weight in zip(saved.parameters, in_order, strict=False):
-        groups.setdefault(weight.shape, set()).add(id(parameter.group))
-    same = len(in_order) == len(shapes) and all(
-        shape in (None, weight.shape) for shape, weight in zip(shapes, in_order, strict=True)
-    )
-    if same and all(len(each) == 1 for each in groups.values()):
-        return list(in_order)
-    return [None for _ in shapes]
-
-
-def inspected(checkpoint: Checkpoint, models: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Found]]:
-    """Return what is in each optimizer's state, by its place in the checkpoint."""
-    found = {}
+def inspected(
+    checkpoint: Checkpoint, source: Checkpoint, models: Sequence[Mapping[str, Tensor]]
+) -> dict[str, list[Found]]:
+    """Return what is in each optimizer's state, by its place in the checkpoint; `models`: those in `source`."""
+    found: dict[str, list[Found]] = {}
     for saved in checkpoint.optimizers():
-        pairs = list(zip(saved.parameters, _weights_of(saved, models), strict=True))
+        pairs = list(zip(saved.parameters, matched(saved, source, models), strict=True))
         bar = tqdm(pairs, saved.called, leave=False, disable=None)
-        found[saved.called] = [looked_at(parameter, weight) for parameter, weight in bar if parameter.entry]
-        found[saved.called] += [
-            Found(f"parameter {key}", [], "unknown", None, oddities=("it has state and is in no group",))
+        try:
+            states = [
+                replace(looked_at(parameter, match.weight), no_weight=match.reason)
+                for parameter, match in bar
+                if parameter.entry
+            ]
+        except RuntimeError as error:  # where memory ends
+            raise CommandError(f"{checkpoint.path}: {first_line(error)}") from error
+        states += [
+            Found(_stray(key), [], "unknown", None, oddities=("it has state and is in no group",))
             for key in saved.strays
         ]
+        called = saved.called
+        while called in found:  # keys of other types can read alike
+            called += "'"
+        found[called] = states
     return found
+
+
+def _stray(key: Any) -> str:
+    return f"parameter {key}" if str(key).isdecimal() else f"key {shown(key)}"
 
 
 def run(path: Path, *, weights: Path | None, json: bool, plot: Path | None) -> int:
     """Print what was found; return 1 where anything is odd."""
     output.check_picture(plot)
     checkpoint = read(path)
-    found = inspected(checkpoint, checkpoint.models() if weights is None else [read(weights).weights()])
+    source = checkpoint if weights is None else read(weights)
+    models = source.models() if weights is None else [source.weights()]
+    if weights is not None and not models[0]:
+        raise CommandError(f"--weights {weights}: expected a model's weights in it, found none")
+    found = inspected(checkpoint, source, models)
     odd = {name: [each for each in states if each.oddities] for name, states in found.items()}
     if plot is not None:
         draw(found, plot)
@@ -317,11 +316,26 @@ def _print(name: str, states: list[Found]) -> None:
     ]
     size = output.size(sum(each.state_bytes for each in states))
     console.print(output.table(header, rows, f"{output.printable(name)}: state of {len(states)} parameters, {size}"))
+    for reason, names in _without_weight(states).items():
+        console.print(Text(output.printable(f"update/weight is not known of {names}: {reason}"), output.FAINT))
     for each in states:
         for oddity in each.oddities:
             console.print(Text(output.printable(f"{each.name}: {oddity}"), output.BAD))
     if not any(each.oddities for each in states):
         console.print(Text("nothing odd", output.GOOD))
+
+
+def _without_weight(states: Sequence[Found]) -> dict[str, str]:
+    """Whose weight is not known, by the reason."""
+    names: dict[str, list[str]] = {}
+    for each in states:
+        if each.no_weight is not None:
+            names.setdefault(each.no_weight, []).append(each.name)
+    listed = {}
+    for reason, those in names.items():
+        more = f" and {len(those) - _NAMED:,} more" if len(those) > _NAMED else ""
+        listed[reason] = "any parameter" if len(those) == len(states) else ", ".join(those[:_NAMED]) + more
+    return listed
 
 
 def _figure(value: float) -> str:

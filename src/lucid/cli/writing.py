@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import tempfile
 import warnings
@@ -18,7 +19,8 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from tqdm import tqdm
 
 from . import CommandError
-from .checkpoints import Kind, Tree, first_line
+from .checkpoints import Tree
+from .reading import Kind, first_line
 
 
 def check_target(path: Path, kind: Kind) -> None:
@@ -49,7 +51,7 @@ def write(tree: Tree, path: Path, kind: Kind) -> None:
             _write_folder(tree, path)
         else:
             _write_file(tree, _meant(path))
-    except (OSError, RuntimeError, CheckpointException) as error:
+    except (OSError, RuntimeError, pickle.PicklingError, CheckpointException) as error:
         causes = [each for each, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
         cause = next(iter(causes), error.__context__ if isinstance(error.__context__, OSError) else error)
         raise CommandError(f"{path}: it could not be written, and nothing was changed: {first_line(cause)}") from error
@@ -110,10 +112,10 @@ class _TellingPlanner(DefaultSavePlanner):
 
 
 def _bytes(tree: Any) -> int:
-    """The bytes of all tensors in dicts and lists."""
+    """The bytes of all dense tensors in dicts and lists."""
     if isinstance(tree, Mapping | list | tuple):
         return sum(_bytes(each) for each in (tree.values() if isinstance(tree, Mapping) else tree))
-    return tree.nbytes if isinstance(tree, Tensor) else 0
+    return tree.nbytes if isinstance(tree, Tensor) and tree.layout is torch.strided else 0
 
 
 def _umask() -> int:

@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from . import weights_only
+
 _DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _KNOWN = {
     "torch": {"Size", *_DTYPES},
@@ -105,11 +107,13 @@ class Reader(FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """Loads into a state dict; reads values that are no tensors as ``torch.load(weights_only=True)`` does."""
+    """Loads into a state dict; reads values that are no tensors as ``torch.load(weights_only=True)`` does,
+    and numpy's numbers.
+    """
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), plain)
+        torch.save(weights_only.load(value), plain)
         plain.seek(0)
         super().load_bytes(read_item, plain)
 
