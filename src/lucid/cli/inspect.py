@@ -55,7 +55,8 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
     """Return what the state of a parameter is like; `weight`: the parameter itself, where the checkpoint has it."""
     entry = parameter.entry
     odd = list(_oddities_of_keys(entry))
-    tensors = {key: value for key, value in entry.items() if isinstance(value, Tensor)}
+    tensors = {key: value.detach() for key, value in entry.items() if isinstance(value, Tensor)}
+    weight = None if weight is None else weight.detach()
     size = sum(value.nbytes for value in tensors.values() if value.layout is torch.strided)
     step = _number(entry.get("step"))
     if step is None or not (step >= 0 and step.is_integer()):
