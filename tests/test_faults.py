@@ -488,6 +488,14 @@ def lr_meant(value):
         return number_meant(value.item())
 
 
+def two_of(value):
+    """What is a pair of betas, if it has two of something in order."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if isinstance(value, Tensor | np.ndarray):
+            return value.tolist() if value.ndim == 1 else ()
+    return list(value) if isinstance(value, tuple | list | types.GeneratorType) else ()
+
+
 def meant(name, value):
     """What `value` means by the documentation: (a plain value,), REFUSED, or None where it does not say."""
     if name == "lr":
@@ -495,16 +503,17 @@ def meant(name, value):
     if name in ("eps", "weight_decay", "beta1", "beta2"):
         return number_meant(value, 1.0 if name.startswith("beta") else math.inf)
     if name == "betas":
-        if not isinstance(value, tuple | list) or len(value) != 2:
+        value = two_of(value)
+        if len(value) != 2:
             return REFUSED
         pair = [number_meant(beta, 1.0) for beta in value]
         return REFUSED if REFUSED in pair else ((pair[0][0], pair[1][0]),)
     if name in ("amsgrad", "maximize", "master_weights"):
-        return (value,) if isinstance(value, bool) else REFUSED
+        return (bool(value),) if isinstance(value, bool | np.bool_) else REFUSED
     if name in CHOICES:
         return (str(value),) if isinstance(value, str) and value in CHOICES[name] else REFUSED
     if name == "seed":
-        whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= value < 2**63
         return (int(value),) if whole else REFUSED
     if name == "max_grad_norm":
         return (None,) if value is None else number_meant(value, None)
@@ -748,11 +757,10 @@ def test_bad_groups(trial, call):
 
         return spoil
 
-    new = made(value)
-    no_pair = key == "betas" and (not isinstance(new, tuple | list) or len(new) != 2)
+    no_pair = key == "betas" and len(two_of(made(value))) != 2
     if must == "refuse" and (key in SETTINGS or no_pair):  # refused at once
         world = trial.world
-        assert refusal(lambda: assign(world, new), world.optimizer, world.params) is not None
+        assert refusal(lambda: assign(world, made(value)), world.optimizer, world.params) is not None
         return
     if key in ("state_format", "master_weights") and must == "step":
         must = "either"  # the state may be in another format by now

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -37,7 +39,8 @@ class AdamW(Optimizer):
     lr : float or 0-dim Tensor, default 1e-3
         Learning rate α, finite and ≥ 0.
     betas : pair of float, default (0.9, 0.999)
-        Coefficients β1, β2 of the running averages of the gradient and its square, each in [0, 1).
+        Coefficients β1, β2 of the running averages of the gradient and its square, each in [0, 1): a tuple, a list, an
+        array or tensor of two, or any other two numbers in order.
     eps : float, default 1e-8
         ε, added to the denominator, finite and ≥ 0.
     weight_decay : float, default 0.01
@@ -127,7 +130,7 @@ class AdamW(Optimizer):
         self,
         params: Params,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Iterable[float] | Tensor = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         amsgrad: bool = False,
@@ -186,8 +189,9 @@ class AdamW(Optimizer):
 
 
 def _seed(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"seed: expected a whole number, got {shown(value)}")
-    if not 0 <= value < 2**63:
+    seed = int(value)
+    if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected a whole number from 0 to 2**63 - 1, got {shown(value)}")
-    return value
+    return seed

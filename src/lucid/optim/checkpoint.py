@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.storage import StorageReader
 from lucid import engine
 
 from .distributed_files import Planner, Reader
+from .groups import ParamGroup
+from .matching import taken_over
 from .optimizer import Optimizer
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def load_optimizer(
         Where it holds more than tensors and plain values.
     TypeError, ValueError
         Where the checkpoint does not fit the optimizer: a parameter that it does not know, a shape, a value out of
-        range. Nothing is changed then.
+        range, parameters of one group that were saved with different hyperparameters. Nothing is changed then.
     """
     if storage_reader is None:
         if checkpoint_id is None:
@@ -96,7 +98,8 @@ def load_optimizer(
         elif place.part == _GROUPS:
             values[key] = _room(None, metadata[key], key)
     load(values, storage_reader=storage_reader, planner=Planner(), process_group=process_group)
-    optimizer.load_state_dict(_assembled(names, [(places[key], value) for key, value in values.items()]))
+    found = [(places[key], value) for key, value in values.items()]
+    optimizer.load_state_dict(_assembled(names, found, optimizer.param_groups))
 
 
 def torch_optimizer_state_dict(model: nn.Module, optimizer: Optimizer, *, flatten: bool = False) -> dict[str, Any]:
@@ -178,31 +181,38 @@ def _room(param: Tensor | None, saved: Any, what: str) -> Tensor | None:
     return tensor.empty(saved.size, dtype=dtype, device_mesh=param.device_mesh, placements=placements)
 
 
-def _assembled(names: list[list[str]], values: list[tuple[_Place, Any]]) -> dict[str, Any]:
-    """A state dict of the optimizer whose groups have parameters of these `names`."""
+def _assembled(
+    names: list[list[str]], values: list[tuple[_Place, Any]], groups: Sequence[ParamGroup]
+) -> dict[str, Any]:
+    """A state dict for an optimizer with these `groups`, whose parameters have these `names`."""
     state: dict[str, dict[str, Any]] = {}
-    saved_groups: dict[str, dict[str, Any]] = {}  # by parameter or, where not flattened, by number
+    parts: dict[str, dict[str, Any]] = {}  # groups by number or, where flattened, by parameter
     for place, value in values:
-        into = state if place.part == _STATE else saved_groups
+        into = state if place.part == _STATE else parts
         into.setdefault(place.name, {})[place.key] = value
-    for group in [group for group in saved_groups.values() if _PARAMS in group]:
-        saved_groups |= {name: {key: group[key] for key in group if key != _PARAMS} for name in group[_PARAMS]}
-    number = itertools.count()
-    assembled: dict[str, Any] = {_STATE: {}, _GROUPS: []}
-    for group_names in names:
-        unknown = [name for name in group_names if name not in saved_groups]
-        if unknown:
-            raise ValueError(f"the checkpoint has no parameter {unknown[0]!r} ({len(unknown)} of them are missing)")
-        options = [{k: v for k, v in saved_groups[name].items() if k != "param_names"} for name in group_names]
-        for name, other in zip(group_names, options, strict=True):
-            if other != options[0]:
-                differing = sorted(key for key in other if other[key] != options[0].get(key))
-                raise ValueError(
-                    f"parameters {group_names[0]!r} and {name!r} are in one group here and were saved with different "
-                    f"{', '.join(differing)}; put them into groups as they were"
-                )
-        numbers = [next(number) for _ in group_names]
-        assembled[_GROUPS].append((options[0] if options else {}) | {_PARAMS: numbers})
-        found = {i: state[name] for i, name in zip(numbers, group_names, strict=True) if name in state}
-        assembled[_STATE] |= found
-    return assembled
+    saved_groups = [part for part in parts.values() if _PARAMS in part] or _as_groups(parts)
+    known = {name for group in saved_groups for name in group[_PARAMS]}
+    unknown = [name for group_names in names for name in group_names if name not in known]
+    if unknown:
+        raise ValueError(f"the checkpoint has no parameter {unknown[0]!r} ({len(unknown)} of them are missing)")
+    called = [[f"parameter {name!r}" for name in group_names] for group_names in names]
+    taken = taken_over(saved_groups, names, groups, called)
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(itertools.chain.from_iterable(names)))}
+    return {
+        _STATE: {number: state[name] for name, number in number_of.items() if name in state},
+        _GROUPS: [
+            {key: value for key, value in group.items() if key != "param_names"}
+            | {_PARAMS: [number_of[name] for name in group_names]}
+            for group, group_names in zip(taken, names, strict=True)
+        ],
+    }
+
+
+def _as_groups(parts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of the parameters that were saved with the same hyperparameters."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, part in parts.items():
+        options = {key: value for key, value in part.items() if key != "param_names"}
+        alike = repr(sorted((key, v.tolist() if isinstance(v, Tensor) else v) for key, v in options.items()))
+        groups.setdefault(alike, options | {_PARAMS: []})[_PARAMS].append(name)
+    return list(groups.values())

@@ -7,10 +7,12 @@ import ctypes
 import functools
 import hashlib
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from lucid import engine
 from lucid.engine import codecs, shards
 from lucid.engine.scalars import MAX_STEP
 
-from .values import as_float, number_in, shown
+from .values import as_float, number_in, plain, shown
 
 STEP = "step"
 STREAM = "stream"
@@ -114,6 +116,7 @@ def _moments(dtype: torch.dtype) -> dict[str, Slot]:
 
 
 _LATER = {_AMSGRAD, *(key for key, _ in _MASTER.values())}  # may be missing at first
+_MOST_CERTAIN = 256  # step count in 16 bits
 # Every key that some format knows: what a conversion replaces.
 _KEYS = {STEP, STREAM, *_CODES, *_moments(torch.float32), *_LATER}
 
@@ -266,7 +269,7 @@ def copied(value: Any) -> Any:
 
 def _stream_of(seed: int, called: str | int) -> int:
     """Return what the draws of a parameter are keyed with: 64 bits of its `KnownAs`."""
-    digest = hashlib.blake2b(repr((seed, called)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr((seed, plain(called))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -342,7 +345,7 @@ def new_step() -> Tensor:
 def checked_step(value: Any, name: str) -> Tensor:
     """Return a step count as 0-dim float32 on the CPU, `value` itself where it is so already."""
     number = number_in(value) if isinstance(value, Tensor) else value
-    if not isinstance(number, int | float):
+    if not isinstance(number, numbers.Real):
         raise ValueError(f"state 'step' of {name}: expected one number, got {shown(value)}")
     count = as_float(number)
     if not (0 <= count < MAX_STEP and count.is_integer()):
@@ -360,3 +363,18 @@ def checked_step(value: Any, name: str) -> Tensor:
     ):
         return value
     return new_step().fill_(count)
+
+
+def step_is_uncertain(value: Any) -> bool:
+    """Whether a step count is a small float's and above 256, up to which bfloat16 has every whole number."""
+    if isinstance(value, np.float16):
+        return float(value) > _MOST_CERTAIN
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype.itemsize > 2:
+        return False
+    number = number_in(value)
+    return number is not None and number > min(_MOST_CERTAIN, 2 / torch.finfo(value.dtype).eps)
+
+
+def is_entry(value: Any) -> bool:
+    """Whether a value of a state dict is the state of some parameter."""
+    return isinstance(value, Mapping) and not value.keys().isdisjoint(_KEYS - {STEP, STREAM})

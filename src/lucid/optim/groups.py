@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import ItemsView, Iterable, KeysView, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import islice
 from typing import Any, Self
 
+import numpy as np
 from torch import Tensor
 
-from .values import shown
+from .values import readable, shown
 
 _MISSING = object()
 
@@ -158,7 +160,23 @@ def check_distinct(tensors: Sequence[Tensor]) -> None:
 
 
 def pair(betas: Any) -> tuple[Any, Any]:
-    """Return the two betas, or raise naming what came."""
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise TypeError(f"betas: expected a pair of numbers (beta1, beta2), got {shown(betas)}")
-    return betas[0], betas[1]
+    """Return the two betas of any two numbers in order, or raise naming what came."""
+    two = _in_order(betas)
+    if len(two) != 2:
+        raise TypeError(
+            f"betas: expected a pair of numbers in order, such as (0.9, 0.999), got {shown(betas)}"
+            f"{', which cannot be read' * (isinstance(betas, Tensor) and not readable(betas))}"
+        )
+    return two[0], two[1]
+
+
+def _in_order(values: Any) -> Sequence[Any]:
+    """The items of anything that has them in order, at most 3; none of all else."""
+    if isinstance(values, str | bytes | bytearray | memoryview | Mapping | AbstractSet):
+        return ()
+    try:
+        if isinstance(values, Tensor):
+            return values.tolist() if readable(values) and values.dim() == 1 else ()
+        return list(islice(values.tolist() if isinstance(values, np.ndarray) else values, 3))
+    except Exception:  # of what cannot be iterated over
+        return ()

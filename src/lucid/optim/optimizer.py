@@ -24,7 +24,7 @@ from .formats import KnownAs, StateFormat, StateFormatName, decoded, format_for
 from .gradients import NON_FINITE, NonFinite, checked_max_norm
 from .groups import ParamGroup, check_ordered, checked_params
 from .part import Outcome, Part
-from .state_dict import STATE_VERSION, VERSION, loaded, plain, torch_group
+from .state_dict import as_saved, loaded, torch_group
 from .statistics import summed_up
 from .values import checked_flag, one_of, shown
 
@@ -195,7 +195,7 @@ class Optimizer(torch.optim.Optimizer):
         ----------
         param_group : dict
             ``"params"`` (a Parameter, or a list of Parameters or (name, Parameter) pairs) and any hyperparameter;
-            the rest comes from ``defaults``. The dict itself is not changed.
+            the rest comes from ``defaults``. The dict is copied: later changes belong into ``param_groups``.
 
         Raises
         ------
@@ -536,25 +536,13 @@ class Optimizer(torch.optim.Optimizer):
             under ``"fp32"`` are ``exp_avg``, ``exp_avg_sq`` and, with amsgrad, ``max_exp_avg_sq``;
             ``"param_groups"``: hyperparameters, with ``beta1``, ``beta2`` and ``betas``, and the ``state_version`` of
             all that (docs/formats.md). ``torch.optim.AdamW`` loads an
-            fp32 one, and `torch_state_dict` gives it one of any format; ``torch.load(weights_only=True)`` reads all.
+            fp32 one, and `torch_state_dict` gives it one of any format. Numpy's numbers are saved as Python's and its
+            arrays as lists, so that ``torch.load(weights_only=True)`` reads all. ``param_names`` are saved where there
+            is one for each parameter.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        groups = self._checked_groups()
-        number_of = {id(param): i for i, param in enumerate(param for group in groups for param in group["params"])}
-        saved: dict[str, Any] = {
-            "state": {
-                number_of.get(id(key), key): entry
-                for key, entry in self.state.items()
-                if not isinstance(key, Tensor) or id(key) in number_of
-            },
-            "param_groups": [
-                {key: plain(value) for key, value in group.items() if key != "params"}
-                | {"betas": group["betas"], VERSION: STATE_VERSION}
-                | {"params": [number_of[id(param)] for param in group["params"]]}
-                for group in groups
-            ],
-        }
+        saved = as_saved(self._checked_groups(), self.state)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             saved = post_hook(self, saved) or saved
         return saved
@@ -562,10 +550,12 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of this class or of ``torch.optim.AdamW`` returned.
 
-        Parameters are matched by name where both sides have the same set of names, else by position. Values are
-        copied, and converted, to the nearest, to the format that this optimizer keeps, whichever they were saved in;
-        hyperparameters and the seed are those of the checkpoint, ``state_format`` and ``master_weights`` stay as they
-        are, what is missing comes from ``defaults``, and keys that are not ours are kept.
+        Parameters are matched by name where both sides have the same set of names, whatever their groups, else by
+        position, where groups need the same sizes. State is copied, and converted, to the nearest, to the format that
+        this optimizer keeps. Hyperparameters and the seed follow the parameters: each group takes those that its
+        parameters were saved with. ``weight_decay`` alone stays as it is where parameters of one saved group are in
+        groups that differ in it here, as those of `decay_groups`. ``state_format`` and ``master_weights`` always stay,
+        what is missing comes from ``defaults``, and keys that are not ours are kept.
 
         Parameters
         ----------
@@ -575,7 +565,14 @@ class Optimizer(torch.optim.Optimizer):
         Raises
         ------
         TypeError, ValueError
-            Where anything does not fit: a count, a shape, a value out of range. Nothing is changed then.
+            Where anything does not fit: a count, a shape, a value out of range, parameters of one group that were saved
+            with different hyperparameters, state of no parameter. Nothing is changed then.
+
+        Warns
+        -----
+        UserWarning
+            Where names differ and position decides; where a step count was saved in 16 bits and is above 256; where
+            groups here differ in more than ``weight_decay`` and were saved as one.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")

@@ -1,12 +1,15 @@
-"""Values that users give, read and shown without trusting them."""
+"""Values that users give, read and shown without trusting them, and as they are saved."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeGuard, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +22,7 @@ LONGEST = 500  # characters of a value in a message
 
 def shown(value: Any) -> str:
     """Return how messages show a value; of a tensor that is large, or cannot be read, what it is."""
-    if isinstance(value, Tensor) and (value.numel() > 8 or not _readable(value)):
+    if isinstance(value, Tensor) and (value.numel() > 8 or not readable(value)):
         return f"a {type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
     try:
         single = isinstance(value, Tensor) and value.numel() == 1
@@ -31,7 +34,7 @@ def shown(value: Any) -> str:
 
 def number_in(tensor: Tensor) -> float | None:
     """Return the real number that is all of `tensor`, or None where it is not one, or cannot be read."""
-    if tensor.numel() != 1 or tensor.is_complex() or tensor.dtype == torch.bool or not _readable(tensor):
+    if tensor.numel() != 1 or tensor.is_complex() or tensor.dtype == torch.bool or not readable(tensor):
         return None
     try:
         return float(tensor.detach().item())
@@ -70,7 +73,7 @@ def is_on(device: torch.device | None, value: Any) -> TypeGuard[Tensor]:
         and value.device == device
         and value.numel() == 1
         and not value.is_complex()
-        and _readable(value)
+        and readable(value)
     )
 
 
@@ -84,12 +87,50 @@ def one_of(name: str, value: Any, allowed: Sequence[Name]) -> Name:
 
 def checked_flag(name: str, value: Any) -> bool:
     """Return `value`; raise unless it is True or False."""
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: expected True or False, got {shown(value)}")
+    return bool(value)
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as ``torch.load(weights_only=True)`` reads it, in plain Python and tensors; the same object where
+    it is so already. Arrays become numbers and lists, dicts and lists of other kinds plain ones. Anything else stays.
+    """
+    if value is None or type(value) in _PLAIN or isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.ndarray):
+        return plain(value.item() if value.size == 1 else value.tolist())
+    for kind, read in _READ.items():
+        if isinstance(value, kind):
+            return read(value)
+    if isinstance(value, Mapping):
+        keys, values = plain(list(value)), plain(list(value.values()))
+        same = type(value) in (dict, OrderedDict) and _same(keys, value) and _same(values, value.values())
+        return value if same else dict(zip(keys, values, strict=True))
+    if isinstance(value, Sequence | AbstractSet) and not isinstance(value, bytes | bytearray | memoryview):
+        items = [plain(item) for item in value]
+        if type(value) in (list, tuple, set, torch.Size) and _same(items, value):
+            return value
+        return tuple(items) if isinstance(value, tuple) else set(items) if isinstance(value, AbstractSet) else items
     return value
 
 
-def _readable(tensor: Tensor) -> bool:
+_PLAIN = (bool, int, float, complex, str, bytes)
+# What makes these of numbers and strings that are not Python's own; the first kind that fits.
+_READ: dict[type, Callable[[Any], Any]] = {
+    np.bool_: bool,
+    numbers.Integral: int,
+    numbers.Real: as_float,
+    numbers.Complex: complex,
+    str: str.__str__,
+}
+
+
+def _same(one: Iterable[Any], other: Iterable[Any]) -> bool:
+    return all(a is b for a, b in zip(one, other, strict=True))
+
+
+def readable(tensor: Tensor) -> bool:
     """Whether it has numbers, in memory of its own: to read where there is none may end the process."""
     if not engine.is_plain(tensor) or tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
         return False
