@@ -563,14 +563,11 @@ def test_state_of_no_parameter_is_odd(capsys, tmp_path):
     assert {name: each["oddities"] for name, each in found.items() if each["oddities"]} == {
         "parameter 7": ["it has state and is in no group"]
     }
+    assert run(capsys, "convert", tmp_path / "a.pt", tmp_path / "a.pt", "--to", "8bit")[0] == 2  # as loading refuses it
+    del saved["state"][7]
+    torch.save(saved, tmp_path / "a.pt")
     assert run(capsys, "convert", tmp_path / "a.pt", tmp_path / "a.pt", "--to", "8bit")[0] == 0
-    assert set(torch.load(tmp_path / "a.pt", weights_only=True)["state"]) == {
-        0,
-        1,
-        2,
-        7,
-        "of a tool",
-    }  # as loading does
+    assert set(torch.load(tmp_path / "a.pt", weights_only=True)["state"]) == {0, 1, 2, "of a tool"}  # as loading does
 
 
 @pytest.mark.parametrize("state_format", NAMES)

@@ -386,14 +386,13 @@ def test_state_that_no_group_knows_is_not_left_without_a_word(change, name, list
     assert not (tmp_path / "b.pt").exists()
 
 
-def test_state_of_which_some_belongs_to_no_parameter_is_converted_and_told(capsys, tmp_path):
-    torch.save(rekeyed(lambda key: key + 1), tmp_path / "a.pt")
-    status, out, _ = run(capsys, "convert", tmp_path / "a.pt", tmp_path / "b.pt", "--to", "8bit")
-    assert status == 0
-    note = "the optimizer: state under keys that no group has (4) was not converted, and stays as it is"
-    assert note in " ".join(out.split())
-    _, out, _ = run(capsys, "convert", tmp_path / "a.pt", tmp_path / "b.pt", "--to", "8bit", "--json")
-    assert json.loads(out)["notes"] == [note]
+def test_state_of_which_some_belongs_to_no_parameter_is_refused_as_loading_does(capsys, tmp_path):
+    saved = rekeyed(lambda key: key if key < 3 else 4)
+    torch.save(saved, tmp_path / "a.pt")
+    status, _, err = run(capsys, "convert", tmp_path / "a.pt", tmp_path / "b.pt", "--to", "8bit")
+    assert (status, "of the optimizer have (0, 1, 2, 3), got 4; rename" in err) == (2, True)
+    with pytest.raises(ValueError, match=r"expected the keys that groups have .* got state of 4"):
+        trained()[1].load_state_dict(saved)
 
 
 def change_of(**changes):
@@ -407,7 +406,7 @@ KEYS = {
         change_of(params=torch.arange(4)),
         "got one that cannot be used .in the optimizer.: 'state' has to be",
     ),
-    "a number and its text": (change_of(params=[0, "0", 1, 2]), "once in 'params', got 0 twice"),
+    "a number and its text": (change_of(params=[0, "0", 1, 2]), "once in 'params', got '0' twice"),
     "state of another kind": (lambda saved: saved.update(state=3), "got one that cannot be used"),
     "groups of another kind": (lambda saved: saved.update(param_groups={}), "got one that cannot be used"),
 }
@@ -419,6 +418,27 @@ def test_keys_of_odd_kinds_are_refused(spoil, message, capfd, tmp_path):
     spoil(saved)
     torch.save(saved, tmp_path / "a.pt")
     assert re.search(message, refused(capfd, tmp_path / "a.pt", tmp_path))
+
+
+def test_a_parameter_in_two_groups_is_one(capsys, tmp_path):
+    """It has the number of its first place; those of later ones stay theirs, with which draws are keyed."""
+
+    def with_one_twice(**options):
+        _, optimizer = trained(**options)
+        first = optimizer.param_groups[0]
+        optimizer.param_groups.insert(0, copy.copy(first) | {"params": first["params"][:1]})
+        return optimizer
+
+    saved, other = with_one_twice().state_dict(), with_one_twice(state_format="bf16")
+    torch.save(saved, tmp_path / "a.pt")
+    status, found, _ = inspected(capsys, tmp_path / "a.pt")
+    assert (status, list(found)) == (0, ["parameter 0", "parameter 2", "parameter 3", "parameter 4"])
+    assert run(capsys, "convert", tmp_path / "a.pt", tmp_path / "b.pt", "--to", "bf16")[0] == 0
+    converted = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert [group["params"] for group in converted["param_groups"]] == [[0], [0, 2, 3, 4]]
+    other.load_state_dict(saved)
+    for key, entry in other.state_dict()["state"].items():
+        assert all(torch.equal(converted["state"][key][name], value) for name, value in entry.items())
 
 
 def test_odd_keys_and_names_beside_the_state_do_no_harm(capsys, tmp_path):
@@ -505,13 +525,16 @@ def test_a_count_in_a_16_bit_float_is_odd(step, dtype, capsys, tmp_path):
     torch.save(saved, tmp_path / "a.pt")
     status, found, text = inspected(capsys, tmp_path / "a.pt")
     count = float(saved["state"][1]["step"])
-    sentence = f"parameter 1: step is {count:,.0f}, saved as {dtype}, which rounds counts beyond 256"
+    sentence = f"parameter 1: step is {count:,.0f}, saved as {dtype}, which rounds counts above 256: "
     assert status == 1
     assert sentence in text
     assert [name for name, each in found.items() if each["oddities"]] == ["parameter 1"]
     status, out, _ = run(capsys, "convert", tmp_path / "a.pt", tmp_path / "b.pt", "--to", "fp32")
     assert status == 0
     assert sentence in " ".join(out.split())
+    _, out, _ = run(capsys, "convert", tmp_path / "a.pt", tmp_path / "b.pt", "--to", "fp32", "--json")
+    (note,) = json.loads(out)["notes"]
+    assert note.startswith(sentence)
 
 
 @pytest.mark.parametrize(

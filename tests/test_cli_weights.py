@@ -111,6 +111,121 @@ def test_weights_in_another_order_are_not_taken_for_each_other(dtype, write, cap
     one, two = true_ratios(capsys, tmp_path, model, optimizer)
     assert not 0.5 < one / two < 2
     weights = write(tmp_path, model.state_dict())
-    status, states, _ = inspected(capsys, tmp_path / "optimizer.pt", "--weights", weights)
+    status, states, text = inspected(capsys, tmp_path / "optimizer.pt", "--weights", weights)
     assert (status, [each["oddities"] for each in states]) == (0, [[], []])
     assert ratios(states) == [None, None]
+    assert "update/weight is not known of any parameter: the state was saved without names" in text
+    assert "several weights have the same shape; save the optimizer with names" in text
+    assert all(each["no_weight"] in text for each in states)
+
+
+@pytest.mark.parametrize("write", UNORDERED)
+def test_names_match_in_any_order(write, capsys, tmp_path):
+    model, optimizer = trained(named=True)
+    wanted = true_ratios(capsys, tmp_path, model, optimizer)
+    weights = write(tmp_path, model.state_dict())
+    status, states, text = inspected(capsys, tmp_path / "optimizer.pt", "--weights", weights)
+    assert (status, ratios(states)) == (0, wanted)
+    assert [each["no_weight"] for each in states] == [None, None]
+    assert "not known" not in text
+
+
+@pytest.mark.parametrize("write", UNORDERED)
+def test_a_shape_that_occurs_once_matches_in_any_order(write, capsys, tmp_path):
+    model, optimizer = trained(ZBeforeA(bias=True))
+    *_, bias = true_ratios(capsys, tmp_path, model, optimizer)
+    weights = write(tmp_path, model.state_dict())
+    status, states, text = inspected(capsys, tmp_path / "optimizer.pt", "--weights", weights)
+    assert (status, ratios(states)) == (0, [None, None, bias])
+    assert "update/weight is not known of parameter 0, parameter 1: the state was saved without names" in text
+    assert states[2]["no_weight"] is None
+
+
+def test_an_overwritten_weight_is_found_by_its_shape(capsys, tmp_path):
+    model, optimizer = trained(ZBeforeA(bias=True))
+    weights = model.state_dict() | {"a.bias": model.a.bias.detach() + 1}
+    status, states, _ = inspected(capsys, saved(tmp_path, optimizer), "--weights", as_safetensors(tmp_path, weights))
+    assert status == 1
+    assert [len(each["oddities"]) for each in states] == [0, 0, 1]
+    assert "stale master" in states[2]["oddities"][0]
+
+
+def decaying_first(model):
+    params = list(model.parameters())
+    return [{"params": [p for p in params if p.dim() > 1]}, {"params": [p for p in params if p.dim() == 1]}]
+
+
+class BiasFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(32, bias=False)
+        self.linear = nn.Linear(32, 64)
+
+
+def test_groups_in_another_order_than_the_model_match_by_shape(capsys, tmp_path):
+    """As groups of who decays and who does not have them."""
+    model, optimizer = trained(BiasFirst(), groups=decaying_first)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    status, states, _ = inspected(capsys, saved(tmp_path, optimizer), "--weights", tmp_path / "model.pt")
+    assert (status, [each["shape"] for each in states]) == (0, [[64, 32], [32], [64]])
+    assert None not in ratios(states)
+    model, optimizer = trained(ZBeforeA(), groups=lambda model: [{"params": [each]} for each in model.parameters()])
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    status, states, text = inspected(capsys, saved(tmp_path, optimizer), "--weights", tmp_path / "model.pt")
+    assert (status, ratios(states)) == (0, [None, None])
+    assert "its groups may have put the parameters into another order" in text
+
+
+def test_weights_of_another_model_are_not_taken(capsys, tmp_path):
+    """Of a part of it, of more than it, of other names, of other shapes under its names."""
+    model, optimizer = trained(ZBeforeA(bias=True))
+    path = saved(tmp_path, optimizer)
+    whole = model.state_dict()
+    part = {name: each for name, each in whole.items() if name != "a.bias"}
+    for weights, count in ((part, 2), (whole | {"head": torch.ones(3, dtype=torch.float16)}, 4)):
+        status, states, text = inspected(capsys, path, "--weights", as_safetensors(tmp_path, weights))
+        assert (status, ratios(states)) == (0, [None] * 3)
+        assert f"the {count} weights in model.safetensors are not those of its 3 parameters" in text
+    path = saved(tmp_path, trained(ZBeforeA(bias=True), named=True)[1])
+    weights = {f"module.{name}": each for name, each in whole.items()}
+    status, states, text = inspected(capsys, path, "--weights", as_safetensors(tmp_path, weights))
+    assert (status, ratios(states)) == (0, [None] * 3)
+    assert "update/weight is not known of any parameter: model.safetensors has no weight of this name" in text
+    status, states, text = inspected(capsys, path, "--weights", as_safetensors(tmp_path, {"a.bias": whole["a.bias"]}))
+    assert [each["no_weight"] is None for each in states] == [False, False, True]
+    assert "update/weight is not known of z.weight, a.weight: model.safetensors has no weight" in text
+
+
+def test_models_that_fit_equally_are_told(capsys, tmp_path):
+    model, optimizer = trained()
+    tree = {"model": model.state_dict(), "mean": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(tree, tmp_path / "a.pt")
+    status, states, text = inspected(capsys, tmp_path / "a.pt")
+    assert (status, ratios(states)) == (0, [None, None])
+    assert "2 models in a.pt fit equally well; give the right one as --weights" in text
+    _, _, text = inspected(capsys, saved(tmp_path, optimizer))
+    assert "optimizer.pt holds no weights; give them as --weights" in text
+
+
+@pytest.mark.parametrize("names", [["0", "1"], ["z.weight", "a.weight"]])
+def test_numbers_that_became_text_are_no_names_unless_the_model_has_them(names, capsys, tmp_path):
+    model, optimizer = trained()
+    wanted = true_ratios(capsys, tmp_path, model, optimizer)
+    state = optimizer.state_dict()
+    state["state"] = {str(key): entry for key, entry in state["state"].items()}
+    state["param_groups"][0]["params"] = ["0", "1"]
+    torch.save(state, tmp_path / "optimizer.pt")
+    weights = dict(zip(names, model.state_dict().values(), strict=True))
+    torch.save(weights, tmp_path / "model.pt")
+    status, states, _ = inspected(capsys, tmp_path / "optimizer.pt", "--weights", tmp_path / "model.pt")
+    assert (status, ratios(states)) == (0, wanted)
+    assert [each["name"] for each in states] == ["parameter 0", "parameter 1"]
+
+
+def test_many_parameters_are_told_in_one_line(capsys, tmp_path):
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(12)), nn.Linear(8, 3, bias=False))
+    model, optimizer = trained(model)
+    _, _, text = inspected(
+        capsys, saved(tmp_path, optimizer), "--weights", as_safetensors(tmp_path, model.state_dict())
+    )
+    assert "not known of parameter 0, parameter 1, parameter 2 and 9 more: the state was saved without names" in text

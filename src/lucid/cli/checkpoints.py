@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lucid.engine.shards import is_sharded
+from lucid.optim.formats import is_entry
+from lucid.optim.matching import is_name, names_of
 from lucid.optim.state_dict import STATE_VERSION, VERSION, check_version
 from lucid.optim.values import shown
 
@@ -22,22 +24,25 @@ Tree = dict[str, Any]
 States = Mapping[str | int, Mapping[str, Any]]  # by a parameter's key
 Place = tuple[str | int, ...]  # keys from the root of a checkpoint on
 
-_MOMENTS = {"exp_avg", "exp_avg_sq", "exp_avg_code", "exp_avg_sq_code"}
 _MOST_NODES, _DEEPEST = 5_000_000, 500  # dicts and lists of a checkpoint, and within each other
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter in an optimizer's saved state; `name` where names were saved."""
+    """A parameter in an optimizer's saved state.
+
+    `name`: where names were saved. `number`: its first place over all groups.
+    """
 
     key: str | int
     name: str | None
+    number: int
     entry: Mapping[str, Any]
     group: Mapping[str, Any]
 
     @property
     def called(self) -> str:
-        return f"parameter {self.key}" if self.name is None or self.name.isdecimal() else self.name
+        return self.name if self.name is not None and is_name(self.name) else f"parameter {self.key}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,25 +214,15 @@ def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
         return Saved(place, parameters, flat=True)
     for group in node["param_groups"]:
         check_version(group.get(VERSION, STATE_VERSION))
-    keys = [key for group in node["param_groups"] for key in group["params"]]
-    for key in keys:
-        if not isinstance(key, int | str):
-            raise ValueError(
-                f"param_groups: expected each parameter's number or name once in 'params', got {shown(key)} of type "
-                f"{type(key).__name__}; save optimizer.state_dict() as it is"
-            )
-    if len(set(map(str, keys))) < len(keys):
-        twice = next(key for key, count in Counter(map(str, keys)).items() if count > 1)
-        raise ValueError(f"param_groups: expected each parameter's number or name once in 'params', got {twice} twice")
+    _check_keys(node["param_groups"])
     entries = _entries(node)
-    parameters = []
+    found: dict[str | int, Parameter] = {}
+    numbers = itertools.count()
     for group in node["param_groups"]:
-        names = group.get("param_names")
-        named = isinstance(names, list | tuple) and len(names) == len(group["params"])
-        for index, key in enumerate(group["params"]):
-            name = names[index] if named and isinstance(names[index], str) else None
-            if name is None and isinstance(key, str):
-                name = key
+        for key, name in zip(group["params"], names_of(group), strict=True):
+            position = next(numbers)
+            if key in found:  # in several groups
+                continue
             entry = entries.pop(key, {})
             if not isinstance(entry, Mapping):
                 raise ValueError(f"state of parameter {key}: expected a dict, got {type(entry).__name__}")
@@ -236,8 +231,26 @@ def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
                     f"state of parameter {key} is one process's part of tensors that are spread over several; save a "
                     "folder with torch.distributed.checkpoint, or full tensors"
                 )
-            parameters.append(Parameter(key, name, entry, group))
-    return Saved(place, parameters, flat=False, strays=tuple(key for key in entries if _is_stray(key, entries[key])))
+            called = key if name is None and isinstance(key, str) else name
+            found[key] = Parameter(key, called, position, entry, group)
+    strays = tuple(key for key, entry in entries.items() if is_entry(entry))
+    return Saved(place, list(found.values()), flat=False, strays=strays)
+
+
+def _check_keys(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise unless each parameter has a number or a name, once in each group that it is in."""
+    wanted = "param_groups: expected each parameter's number or name once in 'params'"
+    by_text: dict[str, int | str] = {}
+    for group in groups:
+        own = set()
+        for key in group["params"]:
+            if not isinstance(key, int | str):
+                raise ValueError(
+                    f"{wanted}, got {shown(key)} of type {type(key).__name__}; save optimizer.state_dict() as it is"
+                )
+            if key in own or by_text.setdefault(str(key), key) != key:
+                raise ValueError(f"{wanted}, got {shown(key)} twice")
+            own.add(key)
 
 
 def _entries(node: Mapping[str, Any]) -> dict[Any, Any]:
@@ -254,11 +267,6 @@ def _entries(node: Mapping[str, Any]) -> dict[Any, Any]:
     return entries
 
 
-def _is_stray(key: Any, entry: Any) -> bool:
-    """Whether what is under a key of no parameter is the state of one, rather than a tool's own."""
-    return str(key).isdecimal() or (isinstance(entry, Mapping) and not _MOMENTS.isdisjoint(entry))
-
-
 def _flat_parameters(node: Mapping[str, Any]) -> list[Parameter]:
     """Of keys like "state.layer.weight.exp_avg" and "param_groups.layer.weight.lr"."""
     parts: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
@@ -267,7 +275,10 @@ def _flat_parameters(node: Mapping[str, Any]) -> list[Parameter]:
         name, _, key = rest.rpartition(".")
         parts.setdefault(part, {}).setdefault(name, {})[key] = value
     names = parts["param_groups"] | parts["state"]
-    return [Parameter(name, name, parts["state"].get(name, {}), parts["param_groups"].get(name, {})) for name in names]
+    return [
+        Parameter(name, name, number, parts["state"].get(name, {}), parts["param_groups"].get(name, {}))
+        for number, name in enumerate(names)
+    ]
 
 
 def replaced(

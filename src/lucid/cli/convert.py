@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lucid.optim import AdamW
-from lucid.optim.formats import decoded, format_for
+from lucid.optim.formats import decoded, format_for, step_is_uncertain
 from lucid.optim.groups import ParamGroup
 from lucid.optim.state_dict import STATE_VERSION, VERSION, torch_group
-from lucid.optim.values import number_in, shown
+from lucid.optim.values import shown
 
 from . import CommandError, output
 from .checkpoints import Checkpoint, Parameter, Saved, read, replaced
@@ -56,7 +56,7 @@ def stand_in(entry: Mapping[str, Any], name: str) -> Tensor:
     return torch.zeros((), dtype=dtype).expand(moment.shape)
 
 
-def _entry(parameter: Parameter, to: Target, number: int) -> dict[str, Any]:
+def _entry(parameter: Parameter, to: Target) -> dict[str, Any]:
     """A parameter's state in the format `to`."""
     param = stand_in(parameter.entry, parameter.called)
     if to == "torch":
@@ -65,7 +65,7 @@ def _entry(parameter: Parameter, to: Target, number: int) -> dict[str, Any]:
     kept = format_for(param, to, master, parameter.called)
     seed = parameter.group.get("seed", 0)
     name = parameter.name if "param_names" in parameter.group else None  # a folder's keys are none
-    known_as = (seed, number if name is None else name)
+    known_as = (seed, parameter.number if name is None else name)
     return kept.converted(param, parameter.entry, parameter.called, known_as)
 
 
@@ -83,7 +83,7 @@ def _group(to: Target, group: Mapping[str, Any]) -> dict[str, Any]:
 def converted(checkpoint: Checkpoint, saved: Saved, to: Target) -> Checkpoint:
     """Return the checkpoint with an optimizer's state in the format `to`."""
     entries = {}
-    if saved.strays and not any(parameter.entry for parameter in saved.parameters):
+    if saved.strays:
         raise CommandError(
             f"{checkpoint.path}: expected state under the keys that the groups of {saved.called} have "
             f"({listed([each.key for each in saved.parameters])}), got {listed(saved.strays)}; rename them, or save "
@@ -91,9 +91,9 @@ def converted(checkpoint: Checkpoint, saved: Saved, to: Target) -> Checkpoint:
         )
     try:
         bar = tqdm(saved.parameters, saved.called, leave=False, disable=None)
-        for number, parameter in enumerate(bar):
+        for parameter in bar:
             if parameter.entry:
-                entries[parameter.key] = _entry(parameter, to, number)
+                entries[parameter.key] = _entry(parameter, to)
         return replaced(checkpoint, saved, entries, functools.partial(_group, to))
     except (TypeError, ValueError, RuntimeError) as error:  # the last: where memory ends
         raise CommandError(f"{checkpoint.path}: {error}") from error
@@ -109,27 +109,14 @@ def _bytes(savings: list[Saved]) -> int:
     return sum(value.nbytes for value in values if isinstance(value, Tensor) and value.layout is torch.strided)
 
 
-def _notes(saved: Saved) -> Iterator[str]:
-    if saved.strays:
-        keys = listed(saved.strays)
-        yield f"{saved.called}: state under keys that no group has ({keys}) was not converted, and stays as it is"
-    for parameter in saved.parameters:
-        step = parameter.entry.get("step")
-        number = number_in(step) if isinstance(step, Tensor) else None
-        if number is not None and (rounded := rounded_count(step, number)):
-            yield f"{parameter.called}: {rounded}"
-
-
-def rounded_count(saved: Any, step: float) -> str:
-    """Why a count cannot be trusted: small floats lack most whole numbers, so that it was rounded, or stood still."""
-    if not isinstance(saved, Tensor) or not saved.is_floating_point() or saved.itemsize > 2:
-        return ""
-    exact = min(256.0, 2 / torch.finfo(saved.dtype).eps)
-    if step <= exact:
+def uncertain_count(entry: Mapping[str, Any]) -> str:
+    """Say so where a parameter's step count may have been rounded, or stood still."""
+    step = entry.get("step")
+    if not isinstance(step, Tensor) or not step_is_uncertain(step):
         return ""
     return (
-        f"step is {step:,.0f}, saved as {saved.dtype}, which rounds counts beyond {exact:,.0f}: the true count is not "
-        "known; set it by hand, and save it as float32"
+        f"step is {float(step.detach()):,.0f}, saved as {step.dtype}, which rounds counts above 256: the true count is "
+        "not known; set it by hand, and save it as float32"
     )
 
 
@@ -160,7 +147,7 @@ def run(source: Path, target: str, to: Target, *, json: bool) -> int:
         sum(bool(parameter.entry) for saved in before for parameter in saved.parameters),
         _bytes(before),
         _bytes(after),
-        [note for saved in before for note in _notes(saved)],
+        [f"{of.called}: {note}" for saved in before for of in saved.parameters if (note := uncertain_count(of.entry))],
     )
     if json:
         output.print_json(asdict(done))

@@ -20,7 +20,7 @@ from lucid.optim.values import as_float, number_in, shown
 
 from . import CommandError, output
 from .checkpoints import Checkpoint, Parameter, read
-from .convert import rounded_count, stand_in
+from .convert import stand_in, uncertain_count
 from .matching import matched
 from .reading import first_line
 
@@ -61,8 +61,8 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
     step = _number(entry.get("step"))
     if step is None or not (step >= 0 and step.is_integer()):
         odd.append(f"step is {shown(entry.get('step', 'missing'))}, no count")
-    elif rounded := rounded_count(entry["step"], step):
-        odd.append(rounded)
+    elif uncertain := uncertain_count(entry):
+        odd.append(uncertain)
     if not odd and (refusal := _refusal(parameter)):
         odd.append(f"it could not be loaded: {refusal}")
     moment = tensors.get("exp_avg_code", tensors.get("exp_avg"))

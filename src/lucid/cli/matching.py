@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lucid.optim.matching import is_name
+
 from .checkpoints import Checkpoint, Parameter, Saved, trained
 
 _SAVE_NAMES = "save the optimizer with names: AdamW(model.named_parameters(), ...)"
@@ -46,7 +48,7 @@ def _in_model(parameters: Sequence[Parameter], model: Mapping[str, Tensor], sour
     """By name where there are names, else by place or shape among the weights that no name has taken."""
     names = {each.key: each.name for each in parameters if each.name is not None}
     if not any(name in model for name in names.values()):  # numbers, which a format of text keys made to names
-        names = {key: name for key, name in names.items() if not name.isdecimal()}
+        names = {key: name for key, name in names.items() if is_name(name)}
     taken = set(names.values())
     unnamed = [each for each in parameters if each.key not in names]
     others = {name: weight for name, weight in model.items() if name not in taken}
