@@ -69,6 +69,10 @@ def device(monkeypatch):
     resident._powers.cache_clear()
 
 
+def device_plan(optimizer):
+    return optimizer._whole.plan._device
+
+
 def twin_of(make, steps=0):
     """The same on the CPU engine."""
     with on("cpu"):
