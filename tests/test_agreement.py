@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lucid.optim as optim
 from bits import SEALED, draw, on, peek, same
-from test_fsdp import SHAPES, assert_whole, give_gradients, spread_over, whole
+from sharded import SHAPES, assert_whole, give_gradients, spread_over, whole
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, in torch's own import

@@ -22,15 +22,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import lucid.optim as optim
 from bits import assert_same, draw, results
 from lucid.optim.checkpoint import load_optimizer, torch_optimizer_state_dict
-from test_fsdp import assert_whole
-
-FORMATS = {
-    "fp32": (torch.float32, {"amsgrad": True}),
-    "bf16": (torch.float32, {"state_format": "bf16"}),
-    "8bit": (torch.float32, {"state_format": "8bit"}),
-    "8bit of bfloat16": (torch.bfloat16, {"state_format": "8bit"}),
-    "fp32 of float16": (torch.float16, {}),
-}
+from sharded import KINDS, assert_whole
 
 
 class Net(torch.nn.Module):
@@ -70,7 +62,7 @@ def train(net, optimizer, steps):
 
 
 def uninterrupted(name, steps):
-    dtype, options = FORMATS[name]
+    dtype, options = KINDS[name]
     net = Net(dtype)
     optimizer = make(net, options)
     train(net, optimizer, range(steps))
@@ -89,7 +81,7 @@ WHOLE = ("fp32", "8bit of bfloat16")  # saved whole as well: every kind of tenso
 
 def save(folder):
     world = distributed.get_world_size()
-    for name, (dtype, options) in FORMATS.items():
+    for name, (dtype, options) in KINDS.items():
         net = sharded(dtype)
         optimizer = make(net, options)
         train(net, optimizer, range(3))
@@ -108,7 +100,7 @@ def save(folder):
 
 
 def load_and_go_on(folder, saved_by):
-    for name, (dtype, options) in FORMATS.items():
+    for name, (dtype, options) in KINDS.items():
         whole = uninterrupted(name, 5)
         for way, (full, flat) in WAYS.items():
             if full and name not in WHOLE:
@@ -161,7 +153,7 @@ def whole_state(net, optimizer, folder, name):
 
 def save_others(folder):
     kinds = {"torch": (torch.float32, {}, torch.optim.AdamW)}
-    kinds |= {name: (dtype, options, optim.AdamW) for name, (dtype, options) in FORMATS.items()}
+    kinds |= {name: (dtype, options, optim.AdamW) for name, (dtype, options) in KINDS.items()}
     for name, (dtype, options, kind) in kinds.items():
         net = sharded(dtype)
         optimizer = make(net, options, kind)
@@ -190,7 +182,7 @@ def in_order(net, optimizer_state):
 def load_others(folder):
     for source in ("torch", "fp32", "bf16", "8bit"):
         for target in ("fp32", "bf16", "8bit"):
-            _, options = FORMATS[target]
+            _, options = KINDS[target]
             options = options | {"amsgrad": False}
             saved = torch.load(folder / f"{source} whole", weights_only=True)
             plain = Net()
@@ -211,11 +203,11 @@ def load_others(folder):
 
 
 def torch_loads_ours(folder):
-    for source, (dtype, _) in FORMATS.items():
+    for source, (dtype, _) in KINDS.items():
         saved = torch.load(folder / f"{source} whole", weights_only=True)
         plain = Net(dtype)
         plain.load_state_dict(saved["model"])
-        whole = make(plain, FORMATS[source][1])
+        whole = make(plain, KINDS[source][1])
         whole.load_state_dict(in_order(plain, saved["optimizer"]))
         expected = whole.torch_state_dict()
         for flat in (False, True):
@@ -263,7 +255,7 @@ def sharded_by_columns(dtype=torch.float32):
 def cut_blocks(folder):
     saved = torch.load(folder / "8bit whole", weights_only=True)
     for target in ("fp32", "bf16"):
-        options = FORMATS[target][1] | {"amsgrad": False}
+        options = KINDS[target][1] | {"amsgrad": False}
         plain = Net()
         plain.load_state_dict(saved["model"])
         theirs = make(plain, options)

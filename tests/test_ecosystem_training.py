@@ -14,15 +14,18 @@ from torch.nn import Parameter
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import lucid.optim as optim
-from test_ecosystem import assert_close, backward, batch, make_model, same, train, weights
-from test_ecosystem_models import FORMATS, as_with_torch, steps_of
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads wait for each other where the machine is busy."""
-    torch.set_num_threads(1)
-
+from beside_torch import (
+    FORMATS,
+    as_with_torch,
+    assert_close,
+    backward,
+    batch,
+    make_model,
+    same,
+    steps_of,
+    train,
+    weights,
+)
 
 # torch.compile
 
