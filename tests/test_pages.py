@@ -20,9 +20,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import lucid.optim as optim
 from blocks import PROCESSES, blocks_of, run
-from test_accelerate import as_torchrun, forget
-from test_lightning import THEIRS
-from test_transformers import make_llama
+from frameworks import LIGHTNINGS_WARNINGS, as_torchrun, forget
+from llama import make_llama
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
@@ -49,7 +48,7 @@ def quiet():
 
 
 @with_blocks(processes=False)
-@pytest.mark.filterwarnings(*(f"ignore:{said}:{kind.__name__}" for said, kind in THEIRS))
+@pytest.mark.filterwarnings(*(f"ignore:{said}:{kind.__name__}" for said, kind in LIGHTNINGS_WARNINGS))
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, quiet):
     monkeypatch.chdir(tmp_path)
     run(page)
