@@ -1,5 +1,5 @@
 """Guards the command `lucid`: help and errors, exit status, JSON, `info`, `bench` and `plan`; checkpoints have a file
-of their own (test_cli_checkpoints.py).
+of their own (test_cli_checkpoints.py), and so have `inspect` (test_cli_inspect.py) and `convert` (test_cli_convert.py).
 
 Figures are compared with what they are of: bytes with tensors that exist, and with a process's memory.
 """
