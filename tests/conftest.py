@@ -1,16 +1,24 @@
-"""Settings of torch that a test changes are as they were for the next one; Triton's kernels are interpreted."""
+"""What every test has: one thread, torch's settings as they were, kernels of Triton interpreted; markers of tiers."""
 
 import os
 import signal
+from pathlib import Path
 
 # Read when Triton is imported, here and in children: its kernels run on the CPU. tests/gpu has them compiled.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # others share the cores; read when torch is imported, here and in children
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
-from launchers import device  # noqa: F401
-from ranks import ranks  # noqa: F401
+# Modules that several test files share: their assertions tell as much as a test's own.
+SHARED = [path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith(("conftest", "test_"))]
+pytest.register_assert_rewrite(*SHARED)
+
+from launchers import device  # noqa: E402, F401
+from ranks import ranks  # noqa: E402, F401
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background, whose Ctrl-C is not meant for it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -18,9 +26,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the back
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]  # make test-gpu
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.distributed)
+
+
 @pytest.fixture(autouse=True)
-def torch_settings():
+def torch_settings(request):
+    """One thread, since several wait for each other where the machine is busy; tests of threads set their number."""
     threads = torch.get_num_threads()
+    if not request.node.get_closest_marker("serial"):
+        torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)

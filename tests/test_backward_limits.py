@@ -19,12 +19,6 @@ from bits import assert_same, on, peek, results
 from lucid import engine
 from twins import Chain, Net, adamw, grads, hooked, hooks, poison, reentrant, stepping, steps_of, train, twins
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 # Graphs
 
 

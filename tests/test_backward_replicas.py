@@ -24,11 +24,6 @@ from twins import Chain, Raise, grads, hooked, reentrant, train, twins
 WARNED = "step_in_backward() does nothing while a process group is initialised: "
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @contextmanager
 def group_of_one():
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)

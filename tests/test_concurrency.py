@@ -18,6 +18,8 @@ import lucid.optim as optim
 from bits import SEALED, World, assert_same, in_child, is_sealed, on, results
 from lucid import engine
 
+pytestmark = pytest.mark.serial  # threads want cores of their own, and torch's own number of them
+
 LARGE = [(700_001,), (3,), (200_000, 2)]  # above the size at which the interpreter's lock is let go
 
 

@@ -21,12 +21,6 @@ from bits import World, draw, on, peek
 from deciding import SHAPES, Pair, decisions, every_kind
 from launchers import settled
 
-
-@pytest.fixture(autouse=True)
-def one_thread(torch_settings):
-    torch.set_num_threads(1)
-
-
 # The device decides as the host does
 
 

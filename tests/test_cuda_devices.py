@@ -14,11 +14,6 @@ from lucid import engine
 from lucid.engine.cuda import launch, resident
 
 
-@pytest.fixture(autouse=True)
-def one_thread(torch_settings):
-    torch.set_num_threads(1)
-
-
 class TwoDevices:
     """A native plan of whose parameters every second one is on another device."""
 

@@ -9,17 +9,10 @@ import sys
 import threading
 
 import pytest
-import torch
 
 from bits import World, assert_same, on, peek, results, snapshot
 from launchers import Device, settled, twin_of
 from lucid.engine.cuda import launch, resident
-
-
-@pytest.fixture(autouse=True)
-def one_thread(torch_settings):
-    torch.set_num_threads(1)
-
 
 # What fails changes nothing
 
@@ -285,7 +278,7 @@ class Signals:
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
 def test_an_interrupt_anywhere_leaves_no_step_half_taken(options, device):
-    """A signal, which what handles it at that moment may put off; an exception at every point is test_atomic's."""
+    """A signal, which what handles it at that moment may put off; test_atomic_interrupted has exceptions at every point."""
     make = lambda: two_kinds(**options)  # noqa: E731
     wrong = []
     world = None

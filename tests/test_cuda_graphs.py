@@ -21,12 +21,6 @@ from launchers import Device, settled
 from lucid import engine
 from lucid.engine.cuda import launch, resident
 
-
-@pytest.fixture(autouse=True)
-def one_thread(torch_settings):
-    torch.set_num_threads(1)
-
-
 # CUDA graphs
 
 

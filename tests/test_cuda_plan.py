@@ -28,11 +28,6 @@ from lucid.engine.cuda.table import (
 SET = resident.SET
 
 
-@pytest.fixture(autouse=True)
-def one_thread(torch_settings):
-    torch.set_num_threads(1)
-
-
 # What a step launches and uploads
 
 

@@ -8,7 +8,6 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,11 +26,6 @@ from lucid.engine.cuda.table import (
     Rows,
     cut,
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread(torch_settings):
-    torch.set_num_threads(1)
 
 
 class Told:

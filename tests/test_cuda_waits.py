@@ -18,12 +18,6 @@ from deciding import Pair, decisions
 from launchers import Device
 from lucid.engine.cuda import launch, resident
 
-
-@pytest.fixture(autouse=True)
-def one_thread(torch_settings):
-    torch.set_num_threads(1)
-
-
 OPTIONS = {
     "plain": {},
     "clipped": {"max_grad_norm": 1.0},

@@ -11,10 +11,6 @@ STEPS = 9
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(train_gpt, "EVERY", 4)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(out, *arguments):

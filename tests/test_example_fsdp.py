@@ -107,7 +107,6 @@ def killed(tmp_path_factory):
 
 def test_processes_train_as_one_does(expected):
     alone = train_gpt.Run(CONFIG, train_gpt.Corpus())
-    torch.set_num_threads(1)
     for _ in range(STEPS):
         alone.advance()
     assert expected == pytest.approx(alone.losses, rel=1e-4)
