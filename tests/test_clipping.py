@@ -112,7 +112,7 @@ def test_the_norm_of_all_gradients(dtype, state_format, engine_name):
     assert (found.dtype, found.shape, found.device.type) == (torch.float64, (), "cpu")
 
 
-@pytest.mark.parametrize("engine_name", ["cpu", "reference"])  # test_cuda_bits has as many sums, without their rows
+@pytest.mark.parametrize("engine_name", ["cpu", "reference"])  # test_cuda_sums has as many sums, without their rows
 def test_the_order_of_parameters_counts(engine_name):
     """Of 640 with one entry, each lane has 20. One is large: where it comes first in its lane, the others are lost."""
     gradients = [9e-6] * 640
