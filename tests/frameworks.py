@@ -9,6 +9,7 @@ import warnings
 from typing import NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
@@ -49,6 +50,13 @@ def forget():
     """Accelerate's states are global."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """No state of Accelerate's after the tests of the files that import this."""
+    yield
+    forget()
 
 
 class Trained(NamedTuple):

@@ -13,11 +13,12 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from torch.distributed.tensor import DTensor
 
 import lucid.optim as optim
-from frameworks import (
+from frameworks import (  # noqa: F401
     EPOCHS,
     MICRO,
     STEPS,
     Trained,
+    alone,
     as_torchrun,
     assert_resumes,
     assert_same_bits,
@@ -30,13 +31,6 @@ from frameworks import (
     with_ours,
     with_torchs,
 )
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    """No state of Accelerate's afterwards."""
-    yield
-    forget()
 
 
 def train(make, *, clip=None, dtype=torch.float32, saves=None, resumes=None, fsdp=None):

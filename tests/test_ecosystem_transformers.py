@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import lucid.optim as optim
 from beside_torch import OURS_AND_TORCHS, assert_close, make_model, train, with_groups
-from frameworks import forget
+from frameworks import alone, forget  # noqa: F401
 from llama import make_data, make_llama
 
 OPTIONS = {  # what a schedule does not do without, or would not move in these few steps
@@ -21,12 +21,6 @@ OPTIONS = {  # what a schedule does not do without, or would not move in these f
     SchedulerType.GREEDY: {"patience": 1},
 }
 BY_LOSS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    yield
-    forget()
 
 
 @pytest.mark.parametrize("name", SchedulerType, ids=lambda name: name.value)

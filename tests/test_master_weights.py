@@ -2,8 +2,8 @@
 
 Naive bfloat16 weights stop learning and stop decaying where an update is below half of their last place, and no
 loss curve says so at once. Here (parameter, residual), or a float16 parameter's master, must follow the run with
-float32 parameters bit for bit; whoever overwrites a parameter must get the value that was written; and what other
-optimizers lose must be kept.
+float32 parameters bit for bit, and what other optimizers lose must be kept. Parameters that someone overwrites are in
+test_overwritten_weights.py.
 """
 
 import fractions

@@ -15,15 +15,19 @@ from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar
 
 import lucid.optim as optim
-from frameworks import EPOCHS, MICRO, STEPS, Trained, as_torchrun, assert_resumes, assert_same_bits, forget, outcome
+from frameworks import (  # noqa: F401
+    EPOCHS,
+    MICRO,
+    STEPS,
+    Trained,
+    alone,
+    as_torchrun,
+    assert_resumes,
+    assert_same_bits,
+    forget,
+    outcome,
+)
 from llama import make_data, make_llama
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    """No state of Accelerate's afterwards."""
-    yield
-    forget()
 
 
 def train(
