@@ -1,5 +1,6 @@
 """What every test has: one thread, torch's settings as they were, kernels of Triton interpreted; markers of tiers."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.distributed)
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector what imports have made: it takes longer than most tests, above all in forked ones."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
