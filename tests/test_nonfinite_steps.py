@@ -6,14 +6,10 @@ too.
 """
 
 import copy
-import datetime
-import faulthandler
 import gc
 import itertools
 import math
-import os
 import pickle
-import time
 
 import pytest
 import torch
@@ -360,7 +356,7 @@ def test_loading_leaves_option_and_count(engine_name):
 # Two processes
 
 
-STEPS, BAD_STEPS, SECONDS = 6, (0, 3), 40
+STEPS, BAD_STEPS = 6, (0, 3)
 REPLICAS = [
     (torch.float32, {"nonfinite": "skip"}),
     (torch.float32, {"nonfinite": "skip", "max_grad_norm": 0.1}),
@@ -391,36 +387,15 @@ def replica(dtype, options, rank, bad_steps):
     return results(optimizer), optimizer.grad_norm
 
 
-def replicas(rank, folder):
-    faulthandler.dump_traceback_later(0.7 * SECONDS, exit=True)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    distributed = torch.distributed
-    store = distributed.FileStore(os.path.join(folder, "store"), 2)
-    patience = datetime.timedelta(seconds=0.5 * SECONDS)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=patience)
+def replicas(folder):
+    rank = torch.distributed.get_rank()
     found = [[replica(*each, rank, bad_steps) for bad_steps in (BAD_STEPS, ())] for each in REPLICAS]
-    torch.save(found, os.path.join(folder, f"{rank}.pt"))
-    distributed.barrier()
-    distributed.destroy_process_group()
-    faulthandler.cancel_dump_traceback_later()
+    torch.save(found, folder / f"{rank}.pt")
 
 
-@pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch has no gloo"
-)
-def test_replicas_leave_out_the_same_steps(tmp_path):
+def test_replicas_leave_out_the_same_steps(ranks, tmp_path):
     """A NaN on one rank reaches all of them in the averaged gradients; what they then are is alike, to the bit."""
-    context = torch.multiprocessing.start_processes(
-        replicas, (str(tmp_path),), nprocs=2, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "the replicas hang"
-    finally:
-        for process in context.processes:
-            process.kill()
+    ranks.run(2, replicas, tmp_path)
     of_ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for first, second, (_, options) in zip(*of_ranks, REPLICAS, strict=True):
         wanted, norm = first[1]  # the first rank's without bad steps
