@@ -18,6 +18,7 @@ import torch
 SHARED = [path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith(("conftest", "test_"))]
 pytest.register_assert_rewrite(*SHARED)
 
+from interpreter import quicken  # noqa: E402
 from launchers import device  # noqa: E402, F401
 from ranks import ranks  # noqa: E402, F401
 
@@ -38,6 +39,7 @@ def pytest_collection_finish():
     """Spare the garbage collector what imports have made: it takes longer than most tests, above all in forked ones."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture(autouse=True)
@@ -58,30 +60,4 @@ def engine_name(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():
-    """Let Triton's interpreter patch its language once for a launch, not for each call of a function in a kernel.
-
-    And look up a type's numpy type once, not build a table of all for each value.
-    """
-    from triton.runtime import interpreter
-
-    patched = set()
-
-    def call(self, *args, **kwargs):
-        module = self.fn.__module__
-        if module.startswith("triton") and module not in patched:  # a launch patches what kernels' own modules see
-            patched.add(module)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    slow, numpy_types = interpreter._get_np_dtype, {}
-
-    def numpy_type(kind):
-        name = kind.scalar.name
-        if name not in numpy_types:
-            numpy_types[name] = slow(kind)
-        return numpy_types[name]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
-        patch.setattr(interpreter, "_get_np_dtype", numpy_type)
-        yield
+    quicken()
