@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: help setup train train-fsdp compare test test-distributed lint sanitize bench test-gpu bench-gpu accuracy format docs \
+.PHONY: help setup train train-fsdp compare check test test-distributed lint sanitize bench test-gpu bench-gpu accuracy format docs \
 	stubs wheel clean
 
 help:  ## list the targets
@@ -32,6 +32,9 @@ train-fsdp: setup  ## the same model on 2 processes with FSDP2 and 8-bit state (
 
 compare: setup  ## the same training with lucid's AdamW and torch's, side by side
 	$(BIN)/python examples/train_gpt.py --compare
+
+check: setup lint  ## in three minutes: lint, types, and of every test a few cases, in which every value of each parameter is
+	$(BIN)/python tools/tests.py --quick $(ARGS)
 
 test: setup lint  ## everything that must pass: lint, types, formats, tests, doctests
 	$(BIN)/python tools/tests.py $(ARGS)

@@ -11,6 +11,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # others share the cores; read when torch is imported, here and in children
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ import torch
 SHARED = [path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith(("conftest", "test_"))]
 pytest.register_assert_rewrite(*SHARED)
 
+import quick  # noqa: E402
 from interpreter import quicken  # noqa: E402
 from launchers import device  # noqa: E402, F401
 from ranks import ranks  # noqa: E402, F401
@@ -28,11 +30,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the back
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]  # make test-gpu
 
 
+SLOW = {"compiled", "wheel"}  # fixtures that compile all kernels, the extension
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="few cases of each test, and none of the slow ones")
+
+
+def pytest_configure(config):
+    if config.getoption("quick"):
+        hypothesis.settings.load_profile("quick")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "ranks" in getattr(item, "fixturenames", ()):
+        fixtures = getattr(item, "fixturenames", ())
+        if "ranks" in fixtures:
             item.add_marker(pytest.mark.distributed)
+        if not SLOW.isdisjoint(fixtures):
+            item.add_marker(pytest.mark.slow)
+    if config.getoption("quick"):
+        chosen = quick.select(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+        items[:] = chosen
 
 
 def pytest_collection_finish():

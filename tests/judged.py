@@ -20,6 +20,7 @@ from torch import Tensor
 
 import lucid.optim as optim
 from bits import SEALED, World, assert_same, on, peek, results
+from quick import examples
 
 CALLS = {  # at least; a whole number of batches
     "arguments": 1600,
@@ -53,7 +54,7 @@ def generated(what, begun, calls):
             made = 0
 
             @settings(
-                max_examples=-(-CALLS[what] // BATCH),
+                max_examples=examples(-(-CALLS[what] // BATCH)),
                 derandomize=True,
                 database=None,
                 deadline=None,
@@ -72,7 +73,7 @@ def generated(what, begun, calls):
                 for text in EXPECTED:
                     warnings.filterwarnings("ignore", f".*{text}")
                 run()
-            assert made >= CALLS[what]
+            assert made >= examples(CALLS[what])
 
         test.__doc__ = check.__doc__
         return test

@@ -135,6 +135,7 @@ def replicas(folder):
     return run.bits
 
 
+@pytest.mark.slow
 def test_ddp(ranks, tmp_path):
     one, two = ranks.run(2, replicas, str(tmp_path))
     assert_same_bits(one, two)
@@ -172,6 +173,7 @@ def shards(folder, state_dict_type):
             forget()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state_dict_type", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
 def test_fsdp2(ranks, tmp_path, state_dict_type):
     ranks.run(2, shards, str(tmp_path), state_dict_type)

@@ -153,6 +153,7 @@ class Interrupts:
             signal.getsignal(signal.SIGINT)(signal.SIGINT, frame)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that strikes a dying generator
 @at(cpu=STAGES, cuda=[0, 2], reference=STAGES)
 def test_an_interrupt_at_every_point_of_the_step(stage, engine_name):

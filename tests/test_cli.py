@@ -66,6 +66,7 @@ def test_help_does_not_wait_for_torch():
     subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["typer", "tqdm", "matplotlib"])
 def test_a_missing_extra_is_named(missing):
     code = f"import sys; sys.modules['{missing}'] = None\nfrom lucid.cli import main\nsys.exit(main(sys.argv[1:]))"
@@ -436,6 +437,7 @@ print(after - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "name"), [("fp32", "float32"), ("bf16", "bfloat16")])
 @pytest.mark.parametrize("state", NAMES)
 def test_the_plan_of_the_example_is_what_a_process_takes(state, dtype, name, capsys, tmp_path):

@@ -260,6 +260,7 @@ def test_a_folder_is_read_once_and_tells_how_far_it_is(tmp_path, monkeypatch):
     assert {of for _, of in told} == {len(told)}
 
 
+@pytest.mark.slow
 def test_who_waits_at_a_terminal_sees_how_far_it_is(tmp_path):
     save_folder(tmp_path / "a", *trained())
     seen = ""

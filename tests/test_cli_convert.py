@@ -241,6 +241,7 @@ def test_a_full_disk_leaves_what_was_there(when, there, capsys, tmp_path, monkey
     assert not there or target.read_bytes() == b"what was there"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["b.pt", "b/"])
 def test_a_file_that_may_not_grow_is_a_full_disk(target, tmp_path):
     """A real one: torch's writers make errors of their own of it."""
@@ -352,6 +353,7 @@ def killed(part, source, target, torn):
     torn.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
 def test_a_conversion_in_place_that_is_killed_leaves_the_file(part, capsys, tmp_path):
     path = save(tmp_path / "a.pt", *trained())
@@ -362,6 +364,7 @@ def test_a_conversion_in_place_that_is_killed_leaves_the_file(part, capsys, tmp_
     assert inspected(capsys, path)[1]["parameter 0"]["format"] == "8bit"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0.5, 1.0])
 def test_a_folder_whose_conversion_is_killed_is_not_there(part, capsys, tmp_path):
     source, target = save_folder(tmp_path / "a", *trained()), tmp_path / "b"

@@ -21,6 +21,7 @@ import lucid.optim as optim
 from bits import on
 from lucid import engine
 from lucid.engine import codecs
+from quick import examples
 from stored import (
     DRAWS,
     ENGINES,
@@ -286,7 +287,7 @@ def test_what_is_not_finite_marks_its_block_and_no_other(kind, bad):
 
 
 @both
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(st.data())
 def test_a_block_of_any_numbers(kind, data):
     """A scale is the block's largest value over what the top code means; codes are those of the definition."""

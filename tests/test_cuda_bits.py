@@ -23,6 +23,7 @@ from launchers import device_plan
 from layouts import CUTS, DENSE, check, gradients_like, step_in_any_layout
 from lucid.engine.cuda import launch, table
 from patterns import DTYPES, REAL_GRADIENTS, patterns, whole_grid
+from quick import examples
 
 FORMATS = ["fp32", "bf16", "8bit"]
 # Parameter, format, whether with master weights.
@@ -49,6 +50,7 @@ def assert_equal_runs(run, what=""):
 # Numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_whole_grid(dtype):
     """Any bits, all kinds of groups, lengths and gradients, each row with its own step count; nothing in the gaps."""
@@ -271,14 +273,14 @@ def test_programs_of_several_small_tiles(dtype, state_format, master_weights, sm
 # Layouts
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(25), deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_any_layout_of_parameter_gradient_and_state(data):
     with on("cuda"):
         step_in_any_layout(data)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(25), deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_any_format_in_any_layout(data):
     step_any_format_in_any_layout(data, ["cuda"])

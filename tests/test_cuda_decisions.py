@@ -67,6 +67,7 @@ def reread(optimizer, how):
 RARELY = ("state", "skipped_steps", "state_dict", "pickle", "deepcopy")
 
 
+@pytest.mark.slow
 @every_kind
 def test_long_random_sequences(dtype, options, device):
     chance = random.Random(str((dtype, options)))

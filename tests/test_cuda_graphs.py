@@ -405,6 +405,7 @@ def test_what_cannot_be_captured_is_refused(change, message, captured_before, ca
         assert not any(name == "update" for name, _ in capturing.launched[launched:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["prepare", "empty", "staging", "upload"])
 def test_a_capture_that_fails_changes_nothing(method, capturing, monkeypatch):
     """Nor does it leave behind a graph that nobody can run, for which steps would wait from then on."""

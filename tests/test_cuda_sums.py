@@ -14,6 +14,7 @@ from bits import draw, on
 from gradients import LIES, uneven
 from lucid import engine
 from lucid.engine.cuda import launch, table
+from quick import examples
 
 
 def measured(optimizer):
@@ -54,6 +55,7 @@ def of_sizes(sizes, dtype, gradient_dtype, lies):
     return optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "gradient_dtype", "lies"),
     [
@@ -126,7 +128,7 @@ def test_the_sum_over_rows_leaves_out_those_without_a_gradient(rows):
     assert sums.flatten().tolist() == [engine.ordered_sum(values[0, own]), *values[1:, own].amax(1).tolist()]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(60), deadline=None, derandomize=True, database=None)
 @given(
     st.lists(
         st.one_of(st.sampled_from([0, 1, 4095, 4096, 4097, 4096 * 4096, 4096 * 4096 + 1]), st.integers(0, 2**26)),

@@ -26,6 +26,7 @@ from lucid.engine.cuda.table import (
     Rows,
     cut,
 )
+from quick import examples
 
 
 class Told:
@@ -82,7 +83,7 @@ def geometry_of(kind):
 
 
 @given(told_rows())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 def test_every_element_is_updated_by_one_program(told):
     rows = Rows(told)
     assert sorted(rows.devices) == sorted({(row.device_type, row.device_index) for row in told.rows})
@@ -117,7 +118,7 @@ def test_every_element_is_updated_by_one_program(told):
 
 
 @given(told_rows(largest=200_000), st.sampled_from([1, 3, 8]))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 def test_every_chunk_is_measured_once(told, together):
     rows = Rows(told)
     for device in rows.devices:
@@ -143,7 +144,7 @@ def test_every_chunk_is_measured_once(told, together):
 
 
 @given(st.lists(st.integers(0, 3 * CHUNK), max_size=6), st.integers(0, 5))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 def test_sums_are_cut_into_chunks(counts, gap):
     begins = np.array([sum(counts[:k]) + gap * k for k in range(len(counts))], np.int64)
     segments, parts, starts = cut(np.array(counts, np.int64), begins)

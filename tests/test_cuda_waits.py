@@ -187,6 +187,7 @@ class OnDevice(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @every_option
 def test_no_code_of_the_host_reads_a_device(options):
     """Not in a warm step: who tries, in Python or C++, ends the process, here a child."""

@@ -41,6 +41,7 @@ def train_replicas(name, steps):
     return digest(optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_replicas_are_the_same_after_a_thousand_steps(ranks, name):
     one, two = ranks.run(2, train_replicas, name, 1000)

@@ -236,6 +236,7 @@ def others(ranks, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_format_loads_every_format_and_torchs(ranks, others, world):
     ranks.run(world, load_others, others)

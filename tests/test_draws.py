@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lucid.engine import codecs
 from lucid.engine.shards import WHOLE
+from quick import examples
 from stored import ENGINES, float32, stepped
 
 
@@ -54,7 +55,7 @@ def test_golden_draws(stream, step):
     assert mixed(0) == 0xE220A8397B1DCDAF  # the first output of splitmix64 from seed 0
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=examples(50))
 @given(
     stream=st.integers(-(2**63), 2**63 - 1),
     step=st.integers(1, 2**24),

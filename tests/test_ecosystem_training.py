@@ -369,6 +369,7 @@ def trained_further(model, optimizer, start, stop):
     return model, optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state_format", FORMATS)
 def test_pickled_to_a_worker_and_back(state_format, workers):
     """The multiprocessing shares memory: what the worker does is done to the tensors here, to the bit."""

@@ -62,6 +62,7 @@ def same(a, b):
 SMALL_FORMATS = ("--state", "8bit", "--dtype", "bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("formats", [(), SMALL_FORMATS], ids=["fp32", "8bit-bf16"])
 def test_a_stopped_run_goes_on_to_the_same_bits(formats, trained, tmp_path):
     out, whole, _ = trained(*formats)

@@ -105,6 +105,7 @@ def killed(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_processes_train_as_one_does(expected):
     alone = train_gpt.Run(CONFIG, train_gpt.Corpus())
     for _ in range(STEPS):
@@ -112,6 +113,7 @@ def test_processes_train_as_one_does(expected):
     assert expected == pytest.approx(alone.losses, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_the_checkpoint_before(killed, expected):
     assert folders(killed) == ["step-000003", "step-000006"]
     assert not (killed / "step-000006" / ".metadata").exists()
@@ -119,6 +121,7 @@ def test_a_killed_save_leaves_the_checkpoint_before(killed, expected):
     assert saved_losses(killed / "step-000003") == expected[:3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_killed_run_goes_on_with_any_number_of_processes(ranks, killed, expected, world, tmp_path):
     out = tmp_path / "run"
@@ -153,6 +156,7 @@ def refused(folder):
         run_here(None, folder, train_gpt.Config(steps=STEPS, state="8bit", seed=1))
 
 
+@pytest.mark.slow
 def test_another_runs_checkpoint_is_refused(ranks, killed):
     ranks.run(2, refused, killed / "step-000003")
 

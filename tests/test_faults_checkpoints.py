@@ -457,6 +457,7 @@ def killed_when(child, there, seconds=60):
     os.waitpid(child, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("formats", [{}, {"state": "8bit", "dtype": "bf16"}], ids=["fp32", "8bit-bf16"])
 def test_killed_while_it_saves(formats, tmp_path, monkeypatch):
     """However much of it was written, the one before is whole, and the run goes on from it to the same bits."""

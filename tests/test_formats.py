@@ -35,6 +35,7 @@ from formats import (
     step_any_format_in_any_layout,
 )
 from lucid import engine
+from quick import examples
 
 # What is kept
 
@@ -224,7 +225,7 @@ def test_engines_threads_and_batches_give_the_same_bits(dtype, state_format):
         assert_same(found, wanted, f"{level}, {threads} threads, batches of {batch}")
 
 
-@settings(max_examples=70, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(70), deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_any_layout_of_parameter_gradient_and_state(data):
     step_any_format_in_any_layout(data, ["cpu", "cpu", "cpu", "reference"])

@@ -90,6 +90,7 @@ class Trio:
         return {f: decoded(peek(o)[self.params[f][index]], key) for f, o in self.optimizers.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rms", "steps"), [(1.0, 10_000), (1e-12, 3000), (1e6, 3000)])
 def test_stationary_gradients_do_not_make_the_moments_drift(rms, steps):
     """On average v is within 2 % of float32's, at every size of gradients; m is without a bias."""

@@ -151,6 +151,7 @@ def spread_in_many_ways(engine_name):
                 assert_whole(ours, theirs, f"{placements} {state_format} {dtype}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine_name", ["cpu", "reference"])
 def test_tensor_parallel_and_hybrid_placements(ranks, engine_name):
     ranks.run(4, spread_in_many_ways, engine_name)

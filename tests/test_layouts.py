@@ -18,11 +18,12 @@ import lucid.optim as optim
 from bits import World, assert_same, draw, in_child, on, results, same, snapshot
 from layouts import CUTS, DENSE, STEPS, as_contiguous, check, contiguous, gradients_like, step_in_any_layout
 from lucid import engine
+from quick import examples
 
 # Any layout of anything
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(150), deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_any_layout_of_parameter_gradient_and_state(data):
     step_in_any_layout(data)

@@ -236,11 +236,13 @@ def in_processes(kind, folder):
         return run(of_8_bits, dtype=torch.bfloat16).bits
 
 
+@pytest.mark.slow
 def test_ddp(ranks, tmp_path):
     one, two = ranks.run(2, in_processes, "ddp", str(tmp_path))
     assert_same_bits(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp2, shards", "fsdp2, one file"])
 def test_fsdp2(ranks, tmp_path, kind):
     one, two = ranks.run(2, in_processes, kind, str(tmp_path))

@@ -106,6 +106,7 @@ def results_as_bits(optimizer):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state_format", FORMATS)
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32 gradients", "16-bit gradients"])
 @pytest.mark.parametrize("half", HALVES, ids=str)
@@ -113,6 +114,7 @@ def test_many_steps_are_those_of_float32_parameters(half, narrow, state_format):
     follow(half, half if narrow else torch.float32, state_format, 1050 if half == torch.bfloat16 else 350, 150)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", HALVES, ids=str)
 def test_many_steps_on_the_reference(half):
     with on("reference"):

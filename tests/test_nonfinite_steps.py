@@ -405,6 +405,7 @@ def test_replicas_leave_out_the_same_steps(ranks, tmp_path):
             assert own_norm == norm
 
 
+@pytest.mark.slow
 def test_steps_that_are_never_taken_leave_nothing_behind():
     """Rows are bound anew in each of them."""
     params = [Parameter(torch.ones(3)) for _ in range(300)]

@@ -86,6 +86,7 @@ def test_a_run_that_ended_is_not_repeated(tmp_path):
     assert journal.read()[key] == ended
 
 
+@pytest.mark.slow
 def test_a_worker_trains_and_a_failure_keeps_the_others(tmp_path):
     unknown = Configuration("unknown", "lucid", state="3bit")
     ended = []

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 import lucid.optim as optim
 from bits import tensors_in, through_a_file
 from lucid.optim.groups import ParamGroup
+from quick import examples
 
 SHAPES = [(3, 5), (7,), ()]
 
@@ -125,7 +126,7 @@ def test_state_without_a_version_is_of_the_first():
     assert "state_version" not in other.param_groups[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(
     k=st.integers(0, 6),
     rest=st.integers(1, 4),

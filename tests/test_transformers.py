@@ -162,6 +162,7 @@ def replicas(folder):
     return ours.bits
 
 
+@pytest.mark.slow
 def test_ddp(ranks, tmp_path):
     one, two = ranks.run(2, replicas, str(tmp_path))
     assert_same_bits(one, two)
@@ -181,6 +182,7 @@ def shards(folder, state_dict_type):
             forget()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state_dict_type", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
 def test_fsdp2_of_accelerate(ranks, tmp_path, state_dict_type):
     ranks.run(2, shards, str(tmp_path), state_dict_type)
@@ -202,6 +204,7 @@ def sharded_when_loaded(folder):
             forget()
 
 
+@pytest.mark.slow
 def test_fsdp2_of_transformers(ranks, tmp_path):
     make_llama().save_pretrained(tmp_path / "model")
     ranks.run(2, sharded_when_loaded, str(tmp_path))
