@@ -400,6 +400,7 @@ def resident_bytes():
         return int(file.read().split()[1]) * 4096
 
 
+@pytest.mark.slow
 def test_rows_that_are_looked_at_anew_leave_nothing_behind():
     """A gradient of a subclass, or of another layout each time, has its row bound at every step."""
 

@@ -368,20 +368,20 @@ def test_the_plan_counts_torchs_state(dtype, amsgrad):
     assert (found.state, found.in_backward, found.total_in_backward) == (held, None, None)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("processes", [2, 3, 4])
 @pytest.mark.parametrize("state_format", NAMES)
-def test_the_plan_counts_the_largest_shard(state_format, ranks):
+def test_the_plan_counts_the_largest_shard(state_format, processes):
     """Rows of 8-bit blocks are never cut, so that the state of a shard is that of its rows; by the whole's shape."""
     for shape in SHAPES:
         whole = state_bytes(shape, torch.float32, state_format)
-        part = state_bytes(shape, torch.float32, state_format, ranks=ranks)
-        found = plan.need([shape], "float32", state_format, ranks)
-        rows = [math.ceil(rows / ranks) for rows in shape[:1]]
+        part = state_bytes(shape, torch.float32, state_format, ranks=processes)
+        found = plan.need([shape], "float32", state_format, processes)
+        rows = [math.ceil(rows / processes) for rows in shape[:1]]
         assert (found.weights, found.state, found.in_backward) == (4 * math.prod([*rows, *shape[1:]]), part, None)
         if shape:
             drawn = state_format == "bf16" or (state_format == "8bit" and is_quantized(shape))
             numbers = 4 + 8 * drawn  # the step count and what draws are keyed with: on each
-            assert (part - numbers) * shape[0] == (whole - numbers) * math.ceil(shape[0] / ranks)
+            assert (part - numbers) * shape[0] == (whole - numbers) * math.ceil(shape[0] / processes)
         else:
             assert part == whole
 

@@ -193,6 +193,7 @@ def test_rows_that_take_part_now_and_then(device):
     assert decisions(device) > 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 0], ids=["", "some of them empty"])
 def test_many_rows(size, device):
     """Where a row's sum stands among the others' decides the last bit of the norm."""

@@ -276,6 +276,7 @@ class Signals:
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
 def test_an_interrupt_anywhere_leaves_no_step_half_taken(options, device):
     """A signal, which its handler may put off; test_atomic_interrupted.py has exceptions at every point."""

@@ -132,6 +132,7 @@ def test_an_override_holds_until_it_ends(level):
     assert engine.cpu.simd_level() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_levels_threads_and_batches_give_the_references_bits(dtype):
     problem = whole_grid(dtype)

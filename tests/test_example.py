@@ -83,6 +83,7 @@ def test_lucid_and_torch_train_alike(trained):
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_observing_draws_every_matrix_and_changes_no_bit(trained, tmp_path, monkeypatch):
     runs = []
     original = train_gpt.save_ratios

@@ -30,6 +30,7 @@ import train_gpt
 from bad_values import CRASHES, REFUSED, expressions, made, statement, tables, values
 from bits import draw, on, peek, tensors_in
 from judged import CALLS, KINDS, SHAPES, generated, has_memory, refusal, trained, trials
+from quick import examples
 
 # State
 
@@ -406,7 +407,7 @@ def test_bad_files():
     """Cut short, bytes flipped, the checksums made right again: what torch still reads is not little."""
     loaded_from_files.clear()
     bad_files()
-    assert len(loaded_from_files) > CALLS["checkpoints"] // 10
+    assert len(loaded_from_files) > examples(CALLS["checkpoints"]) // 10
 
 
 # kill -9

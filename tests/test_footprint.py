@@ -69,6 +69,7 @@ def test_triton_waits_for_a_gpu():
     assert stepped() == ["cuda", "None"]
 
 
+@pytest.mark.slow
 def test_steps_where_there_is_no_triton():
     name, reason = stepped('import sys; sys.modules["triton"] = None')  # as if it were not installed
     assert name == "reference"

@@ -280,6 +280,7 @@ def test_parameters_of_the_same_memory_are_updated_in_their_order(warm, engine_n
         assert_same(shared(warm, 50, 1), shared(warm, 50, 1, one_after_the_other=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warm", [False, True], ids=["from the start", "shared later"])
 def test_parameters_of_the_same_memory_do_not_race(warm):
     """Each a batch of its own, so that two threads would update both at once."""

@@ -73,6 +73,7 @@ def test_theta_beside_torchs_and_beside_the_best_of_float32(over_decays: Errors,
     assert ours <= 2 * over_decays.theta[THETA_ROUNDED][index]
 
 
+@pytest.mark.slow
 def test_bias_of_v(over_decays: Errors):
     assert abs(over_decays.bias["lucid"]) <= 1e-7
 
@@ -98,6 +99,7 @@ def test_amsgrad_beside_torchs():
 # Thousands of steps in float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9999999), (0.9999999, 0.9999999)])
 def test_float64(betas: tuple[float, float], amsgrad: bool):
