@@ -81,4 +81,5 @@ def engine_name(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():
-    quicken()
+    if os.environ["TRITON_INTERPRET"] == "1":
+        quicken()
