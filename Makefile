@@ -6,11 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: help setup train train-fsdp compare test test-distributed lint sanitize bench test-gpu bench-gpu accuracy format docs \
+.PHONY: help setup train train-fsdp compare check test test-distributed lint sanitize bench test-gpu bench-gpu accuracy format docs \
 	stubs wheel clean
-
-DISTRIBUTED := test_fsdp.py test_agreement.py test_ddp.py test_distributed_checkpoints.py test_backward_replicas.py \
-	test_example_fsdp.py test_accelerate.py test_lightning.py test_transformers.py
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -36,11 +33,14 @@ train-fsdp: setup  ## the same model on 2 processes with FSDP2 and 8-bit state (
 compare: setup  ## the same training with lucid's AdamW and torch's, side by side
 	$(BIN)/python examples/train_gpt.py --compare
 
+check: setup lint  ## in three minutes: lint, types, and of every test a few cases, in which every value of each parameter is
+	$(BIN)/python tools/tests.py --quick $(ARGS)
+
 test: setup lint  ## everything that must pass: lint, types, formats, tests, doctests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python tools/tests.py $(ARGS)
 
 test-distributed: setup  ## of these, the tests of several processes alone
-	$(BIN)/python -m pytest $(addprefix tests/,$(DISTRIBUTED)) $(ARGS)
+	$(BIN)/python -m pytest -m distributed $(ARGS)
 
 lint: setup  ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .

@@ -200,9 +200,9 @@ def _times(results: Sequence[LoopResult]) -> Table:
             ]
         )
     note = (
-        "Forward, backward, step. ×: the ordinary one's time over the other's of the same round, median (quartiles); "
+        "Time of forward, backward and step. ×: the ordinary step's time divided by the time in backward of the same "
     )
-    note += "above 1, stepping in backward is faster."
+    note += "round, median (quartiles). Above 1, step in backward is faster."
     return Table("Time of a training step", note, header, rows)
 
 
@@ -215,9 +215,10 @@ def _memory(results: Sequence[MemoryResult]) -> Table:
         sizes = [result.gradients, *(size for pair in pairs for size in pair)]
         rows.append([result.name, *(f"{size / 2**20:.2f}" for size in sizes), f"{result.saved:.0%}"])
     note = (
-        "MiB alive at the peak of a training step: gradients, and all tensors that the step made, activations among "
-        "them. saved: what the peak of all tensors lost, as a part of the gradients; where activations are the larger, "
-        "the peak is at the beginning of backward, before there are gradients, and nothing can be saved."
+        "MiB in use at the peak of a training step: by gradients, and by all tensors that the step creates, including "
+        "activations. saved: by how much the peak of all tensors fell, as a part of the gradients. If activations take "
+        "more memory than gradients, the peak is at the beginning of backward, before gradients exist, and nothing is "
+        "saved."
     )
     return Table("Memory", note, header, rows)
 

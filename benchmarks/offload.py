@@ -37,7 +37,7 @@ def _steps(dtype: torch.dtype, **options: Any) -> dict[str, Callable[[], object]
     update = lucid.optim.AdamW(here, 1e-4, **options)
 
     copies = offload.copies_for(device)
-    stages = [(copies.staging(offload.CHUNK_BYTES), copies.staging(offload.CHUNK_BYTES)) for _ in range(offload.SLOTS)]
+    stages = [(copies.staging(offload.PIECE_BYTES), copies.staging(offload.PIECE_BYTES)) for _ in range(offload.SLOTS)]
 
     chunks = [pair for param in params for pair in zip(_cut(param.detach()), _cut(_gradient(param)), strict=True)]
 
@@ -69,7 +69,7 @@ def _gradient(param: Tensor) -> Tensor:
 
 
 def _cut(tensor: Tensor) -> Sequence[Tensor]:
-    size = offload.CHUNK_BYTES // tensor.element_size()
+    size = offload.PIECE_BYTES // tensor.element_size()
     return [tensor.view(-1)[begin : begin + size] for begin in range(0, tensor.numel(), size)]
 
 

@@ -1,7 +1,7 @@
 """Where the time of a step over many small tensors goes, in ns a tensor.
 
 A step's calls of the engine are timed by wrapping them, so this knows where an optimizer keeps its
-plan, and nothing of how a step is put together.
+rows, and nothing of how a step is put together.
 
     python -m benchmarks.overhead
 """
@@ -86,27 +86,29 @@ class _Clock:
         return run
 
 
-class _TimedPlan:
-    """The CPU engine's plan, its calls timed."""
+class _TimedRows:
+    """The CPU engine's rows, their calls timed."""
 
-    def __init__(self, plan: object, clock: _Clock) -> None:
-        self._plan, self._clock = plan, clock
+    def __init__(self, rows: object, clock: _Clock) -> None:
+        self._rows, self._clock = rows, clock
 
     def __getattr__(self, name: str) -> Any:
-        member = getattr(self._plan, name)
-        return self._clock.timed(f"  plan.{name}", member) if callable(member) else member
+        member = getattr(self._rows, name)
+        return self._clock.timed(f"  rows.{name}", member) if callable(member) else member
 
 
 def _stages(optimizer: lucid.optim.AdamW) -> dict[str, float]:
     """Return the medians of what a step spends in the engine's calls, and beside them."""
-    plan = optimizer._whole.plan
+    plan = optimizer._stepper.whole.plan
     assert plan is not None
     clock = _Clock()
     step = clock.timed("whole", optimizer.step)
     graph = torch.autograd.graph
+    timed = _TimedRows(plan._rows, clock)
     increment = clock.timed("  increment_version", graph.increment_version)
     with (
-        mock.patch.object(plan, "_native", _TimedPlan(plan._native, clock)),
+        mock.patch.object(plan, "_rows", timed),
+        mock.patch.object(plan._cpu, "_rows", timed),
         mock.patch.object(graph, "increment_version", increment),
     ):
         for _ in range(REPEATS):

@@ -116,13 +116,13 @@ def tables(results: Mapping[Task, Runs], seconds: Mapping[Task, float]) -> Itera
     note = (
         f"Held-out loss minus {BASELINE}'s at the same seed, in thousandths of a nat: mean ± half its 95 % confidence "
         f"interval (Student's t). inside: the mean loss lies in {BASELINE}'s range over the seeds, and the "
-        "whole interval within ± σ of the table above. Else worse or better where the interval leaves out zero, and "
-        "unclear where it does not."
+        "whole interval within ± σ of the table above. Otherwise worse or better if the interval excludes zero, and "
+        "unclear if it does not."
     )
     yield Table("Differences", note, header, rows)
 
     rows = [[name, *(_accuracy(runs.get(name, {})) for runs in results.values())] for name in names]
-    note = "Of what was held out, % named rightly (GPT: the next character): mean ± standard deviation over the seeds."
+    note = "Accuracy on the held-out data in % (GPT: of the next character): mean ± standard deviation over the seeds."
     yield Table("Accuracy", note, header, rows)
 
 

@@ -40,7 +40,7 @@ from lucid.bench.contenders import LR, WEIGHT_DECAY
 from lucid.bench.machine import Neighbours
 from lucid.bench.paired import Quartiles, order, ratios
 from lucid.bench.shapes import CASES, Case
-from lucid.optim.formats import StateFormatName
+from lucid.engine.formats import StateFormatName
 
 from . import machine, report
 from .arguments import check_page, count, write_page
@@ -243,21 +243,27 @@ LAYERS = {1e9: 24, 1e10: 40, 1e11: 80, 1e12: 128}
 ASSUMPTIONS = {
     "GPU_MEMORY": (f"{GPU_MEMORY / 1e9:.0f} GB", f"of an {GPU} (data sheet)"),
     "GPU_BANDWIDTH": (f"{GPU_BANDWIDTH / 1e12:.1f} TB/s", "of its memory (data sheet)"),
-    "BANDWIDTH_REACHED": (f"{BANDWIDTH_REACHED}", "of that, by an optimizer step at the memory's limit"),
+    "BANDWIDTH_REACHED": (f"{BANDWIDTH_REACHED}", "of that bandwidth, by an optimizer step"),
     "GPU_FLOPS": (f"{GPU_FLOPS / 1e12:.0f} T/s", "dense bfloat16 (data sheet)"),
-    "FLOPS_REACHED": (f"{FLOPS_REACHED}", "of that, by forward and backward (Llama 3 reports 0.38 to 0.43)"),
+    "FLOPS_REACHED": (f"{FLOPS_REACHED}", "of that rate, by forward and backward (Llama 3 reports 0.38 to 0.43)"),
     "FLOPS_A_PARAMETER_AND_TOKEN": (
         f"{FLOPS_A_PARAMETER_AND_TOKEN}",
-        "a dense model; attention and recomputing left out",
+        "a dense model, without attention and recomputation",
     ),
-    "TOKENS": (f"{TOKENS:,}", "a rank and step"),
-    "NODE": (f"{NODE}", "GPUs that NVLink connects"),
-    "NVLINK": (f"{NVLINK / 1e9:.0f} GB/s", "a GPU, each way (data sheet)"),
-    "NETWORK": (f"{NETWORK / 1e9:.0f} GB/s", "a GPU, each way: 400 Gbit/s"),
-    "LINK_REACHED": (f"{LINK_REACHED}", "of either, by large collectives"),
+    "TOKENS": (f"{TOKENS:,}", "per rank and step"),
+    "NODE": (f"{NODE}", "GPUs connected by NVLink"),
+    "NVLINK": (f"{NVLINK / 1e9:.0f} GB/s", "per GPU, each way (data sheet)"),
+    "NETWORK": (f"{NETWORK / 1e9:.0f} GB/s", "per GPU, each way: 400 Gbit/s"),
+    "LINK_REACHED": (f"{LINK_REACHED}", "of either bandwidth, by large collectives"),
     "HOP": (f"{1e6 * HOP:.0f} µs", "a small message to the next rank; lucid gathers by rings, torch reduces by trees"),
-    "LAYERS": (", ".join(f"{n}" for n in LAYERS.values()), "of 1, 10, 100 and 1,000 G parameters, alike"),
-    "MEMORY_FOR_THESE": (f"{MEMORY_FOR_THESE}", "of the memory; the rest is for activations and buffers"),
+    "LAYERS": (
+        ", ".join(f"{n}" for n in LAYERS.values()),
+        "layers of equal size, for 1, 10, 100 and 1,000 G parameters",
+    ),
+    "MEMORY_FOR_THESE": (
+        f"{MEMORY_FOR_THESE}",
+        "of the memory, for weights, gradients and state; the rest is for activations and buffers",
+    ),
 }
 
 
@@ -389,8 +395,8 @@ def measured_tables(results: Results) -> Iterator[Table]:
         for name in (FUSED, *FORMATS)
     ]
     shapes = f"{LARGE.name}, {len(LARGE.shapes)} tensors, {LARGE.elements / 1e6:.1f} M parameters, float32"
-    note = f"{shapes}: weights, gradients and state of the rank that holds most, MB. The last column is of all ranks."
-    yield Table("Measured: bytes a rank", note, ["MB", *ranks, "bytes a parameter"], rows)
+    note = f"{shapes}: MB of weights, gradients and state on the largest rank. The last column is over all ranks."
+    yield Table("Measured: bytes a rank", note, ["MB", *ranks, "bytes per parameter"], rows)
 
     rows = []
     for name in (FUSED, *FORMATS, FUSED_CLIPPED, CLIPPED):
@@ -398,8 +404,8 @@ def measured_tables(results: Results) -> Iterator[Table]:
         row = [name, *(f"{_milliseconds(found, name):.1f}" for found in large)]
         rows.append([*row, *(_times(peer, name, found) for found in large)])
     note = (
-        "The same model. ms of the slowest rank, median. ×: torch fused's time over it in the same round (quartiles). "
-        "clipped: by the norm over all ranks, torch's by clip_grad_norm_."
+        "The same model: median time of the slowest rank. ×: torch fused's time divided by this one's in the same "
+        "round, median (quartiles). clipped: by the global gradient norm; torch fused uses clip_grad_norm_."
     )
     yield Table("Measured: a step", note, ["", *(f"{r}, ms" for r in ranks), *(f"×, {r}" for r in ranks)], rows)
 
@@ -411,10 +417,10 @@ def measured_tables(results: Results) -> Iterator[Table]:
         row += [f"{_milliseconds(found, name):.3g}" for name in (CLIPPED, FUSED_CLIPPED)]
         rows.append([*row, _times(FUSED_CLIPPED, CLIPPED, found)])
     note = (
-        f"{tensors:,} sharded tensors of {SMALL.shapes[0][0]} elements. ms of the slowest rank, medians. × as above. "
-        "CPU: while it worked, waiting for a turn left out. Wanted: × at least 10, and at most 1 µs a tensor."
+        f"{tensors:,} sharded tensors of {SMALL.shapes[0][0]} elements: median time of the slowest rank. × as above. "
+        "CPU: CPU time per process, without waiting for a core. Target: × at least 10, at most 1 µs per tensor."
     )
-    header = ["ranks", "lucid ms", "µs a tensor", "CPU µs a tensor", "torch fused ms", "×"]
+    header = ["ranks", "lucid ms", "µs per tensor", "CPU µs per tensor", "torch fused ms", "×"]
     header += ["lucid, clipped ms", "torch, clipped ms", "×"]
     yield Table("Measured: many small tensors", note, header, rows)
 
@@ -431,9 +437,9 @@ def paper_tables() -> Iterator[Table]:
     most = max(LAYERS)
     rows = [[kept.name, *(_fitting(held(kept, way, most, GPUS)) for way in SHARDINGS)] for kept in PAPER]
     note = (
-        f"GB on each of {GPUS:,} GPUs, 1 T parameters: weights, gradients, state and, under "
-        f"FSDP2, {3 * PAPER[0].gathered * most / LAYERS[most] / 1e9:.0f} GB of gathered layers. "
-        f"**Bold** fits into {MEMORY_FOR_THESE:.0%} of {GPU_MEMORY / 1e9:.0f} GB."
+        f"1 T parameters on {GPUS:,} GPUs, GB on each: weights, gradients, state and, under FSDP2, "
+        f"{3 * PAPER[0].gathered * most / LAYERS[most] / 1e9:.0f} GB of gathered layers. "
+        f"**Bold**: fits into {MEMORY_FOR_THESE:.0%} of {GPU_MEMORY / 1e9:.0f} GB."
     )
     yield Table("On paper: bytes a rank", note, ["GB", *SHARDINGS], rows)
 
@@ -441,7 +447,7 @@ def paper_tables() -> Iterator[Table]:
     for kept in PAPER:
         fewest = [fewest_gpus(kept, size) for size in LAYERS]
         rows.append([kept.name, *("–" if found is None else f"{found:,}" for found in fewest)])
-    note = f"The fewest GPUs, in nodes of {NODE}, whose memory holds that under FSDP2."
+    note = f"The smallest number of GPUs, in nodes of {NODE}, that holds the same under FSDP2."
     yield Table("On paper: GPUs that it takes", note, ["", *map(_size, LAYERS)], rows)
 
     torch_fp32, small = PAPER[0], PAPER[-1]
@@ -455,8 +461,9 @@ def paper_tables() -> Iterator[Table]:
                 row += [_seconds(x) for x in (found.exchange, found.compute, found.update, found.norm)]
                 rows.append([*row, _share(found.share)])
     note = (
-        "GB that a rank sends, and the time of that, of forward and backward, of the clipped optimizer step and of the "
-        "norm's exchange. share: of the last two in the whole, where the exchange runs beside forward and backward."
+        "GB sent: by each rank. exchange: the time to send them. compute: forward and backward. step: the clipped "
+        "optimizer step. norm: the exchange of the gradient norm. share: step and norm as a part of the whole, if the "
+        "exchange overlaps with forward and backward."
     )
     header = ["", "format", "GB sent", "exchange", "compute", "step", "norm", "share"]
     yield Table("On paper: what is exchanged, and how long a step takes", note, header, rows)
@@ -469,8 +476,8 @@ def paper_tables() -> Iterator[Table]:
         for kept in PAPER
     ]
     note = (
-        "The clipped optimizer step in compute and step together, exchanges left out, for any number of parameters (it "
-        "cancels out), by the ranks that share them and the tokens of a rank."
+        "The clipped optimizer step as a part of compute and step, without communication, by the number of ranks that "
+        "share the parameters and the tokens per rank. The number of parameters cancels out."
     )
     header = ["", *(f"{_ranks(ranks)}, {n:,} tokens" for ranks in (1, NODE, GPUS) for n in (512, TOKENS))]
     yield Table("On paper: where the optimizer step is a share of the whole", note, header, rows)

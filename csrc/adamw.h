@@ -1,5 +1,5 @@
-// The AdamW rule, once: section 3 of the numerics contract (docs/numerics.md), line by line as in
-// src/lucid/engine/reference.py. Included by csrc/kernels.cpp only, which compiles it for each SIMD level.
+// The AdamW rule: section 3 of the numerics contract (docs/numerics.md), the same as src/lucid/engine/reference.py line
+// by line. Only csrc/kernels.cpp includes it, which compiles it for each SIMD level.
 #pragma once
 
 #include "kernels.h"
@@ -8,7 +8,7 @@
 namespace lucid::LUCID_LEVEL {
 namespace {
 
-// a + (1 - beta) (x - a), or x + beta (a - x) where beta < 1/2: `weight` is 1 - beta, or beta.
+// a + (1 - beta) (x - a), or x + beta (a - x) if beta < 1/2; `weight` is 1 - beta, or beta.
 template <class V, class T>
 [[gnu::always_inline]] inline V mean(V a, V x, T weight, bool from_average) {
   const V base = from_average ? a : x;
@@ -16,13 +16,13 @@ template <class V, class T>
   return base + weight * (other - base);
 }
 
-// The larger; a NaN wins.
+// The larger of a and b, or NaN if one is NaN.
 template <class V>
 inline V maximum(V a, V b) {
   return ((b > a) | (b != b)) ? b : a;
 }
 
-// What a step came across, for those who observe it.
+// The intermediate values of a step that observing needs.
 template <class V>
 struct Used {
   V root, update;

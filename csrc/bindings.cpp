@@ -4,57 +4,75 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
+
 #include "dispatch.h"
-#include "plan.h"
+#include "rows.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
 
 namespace {
 
-// lucid.engine.scalars.Scalars, field by field as lucid::HostScalars.
-using ScalarsTuple = std::tuple<double, double, double, double, double, double, double, double, double>;
+// The sets in a table of scalars (lucid.engine.scalars.table), float64[1 + sets, words_of_set]; the first row is not a
+// set.
+std::vector<lucid::HostScalars> sets_in(nb::handle table) {
+  constexpr size_t words_of_set = 16;
+  Py_buffer buffer;
+  if (PyObject_GetBuffer(table.ptr(), &buffer, PyBUF_SIMPLE) != 0) throw nb::python_error();
+  const size_t sets = static_cast<size_t>(buffer.len) / (words_of_set * sizeof(double));
+  std::vector<lucid::HostScalars> found(sets == 0 ? 0 : sets - 1);
+  for (size_t k = 0; k < found.size(); ++k) {
+    const auto* set = static_cast<const double*>(buffer.buf) + (k + 1) * words_of_set;
+    std::memcpy(&found[k], set, sizeof found[k]);
+  }
+  PyBuffer_Release(&buffer);
+  return found;
+}
 
-// lucid.engine.cuda.table.DeviceRow, field by field as lucid::DeviceRow.
+// lucid.engine.cuda.row_table.DeviceRow, the same as lucid::DeviceRow field by field.
 using DeviceRowTuple = std::tuple<int, int, int, int, int, int, int, bool, int, bool, bool, bool, int64_t>;
 
-// lucid.engine.observed.Observed, field by field as lucid::RowObserved.
+// lucid.engine.observed.Observed, the same as lucid::RowObserved field by field.
 using ObservedTuple = std::tuple<double, double, double, double>;
 
 }  // namespace
 
-// nb::sig: what Python objects hold, which C++ does not say. src/lucid/engine/_cpu.pyi is made of these (`make stubs`).
+// nb::sig gives the types inside Python objects, which C++ does not know. `make stubs` makes src/lucid/engine/_cpu.pyi
+// from these signatures.
 NB_MODULE(_cpu, m) {
-  // At exit: an optimizer that a traceback or thread still holds is no news to users. tests/test_caches.py looks for
-  // leaks.
+  // If a traceback or a thread still holds an optimizer at exit, nanobind would warn users of a leak.
+  // tests/test_caches.py looks for real leaks.
   nb::set_leak_warnings(false);
   m.doc() = "The CPU engine of lucid.optim. Private: lucid.engine.cpu is its face.";
 
-  nb::class_<lucid::Plan>(m, "Plan")
+  nb::class_<lucid::Rows>(m, "Rows")
       .def(nb::init<nb::list>(), "groups"_a, nb::sig("def __init__(self, groups: list[list[torch.Tensor]]) -> None"))
-      .def("gather", &lucid::Plan::gather, "groups"_a, "state_box"_a,
+      .def("gather", &lucid::Rows::gather, "groups"_a, "state_box"_a,
            nb::sig(
                "def gather(self, groups: list[list[torch.Tensor]], state_box: list[typing.Any]) -> list[int] | None"))
       .def(
           "bind",
-          [](lucid::Plan& plan, size_t index, nb::handle gradient, nb::dict entry, nb::dict slots,
+          [](lucid::Rows& rows, size_t index, nb::handle gradient, nb::dict entry,
+             const std::vector<lucid::RowSlot>& slots, std::pair<int, int> format,
              std::tuple<int64_t, int64_t, int64_t> numbering, bool on_device) {
             const auto [first, run, stride] = numbering;
-            return plan.bind(index, gradient, entry, slots, {first, run, stride}, on_device);
+            const lucid::RowFormat stored{static_cast<lucid::ParamFormat>(format.first),
+                                          static_cast<lucid::MomentFormat>(format.second)};
+            return rows.bind(index, gradient, entry, slots, stored, {first, run, stride}, on_device);
           },
-          "index"_a, "gradient"_a, "entry"_a, "slots"_a, "numbering"_a, "on_device"_a = false,
+          "index"_a, "gradient"_a, "entry"_a, "slots"_a, "format"_a, "numbering"_a, "on_device"_a = false,
           nb::sig("def bind(self, index: int, gradient: torch.Tensor, entry: dict[str, typing.Any], "
-                  "slots: dict[str, torch.Tensor], numbering: tuple[int, int, int], on_device: bool = False) -> "
-                  "str | None"))
-      .def("compare", &lucid::Plan::compare)
-      .def("remember", &lucid::Plan::remember, "state"_a,
-           nb::sig("def remember(self, state: dict[torch.Tensor, typing.Any]) -> None"))
-      .def("steps", &lucid::Plan::steps)
-      .def("params", &lucid::Plan::params, nb::sig("def params(self) -> list[torch.Tensor]"))
+                  "slots: list[tuple[int, torch.Tensor]], format: tuple[int, int], numbering: tuple[int, int, int], "
+                  "on_device: bool = False) -> str | None"))
+      .def("compare", &lucid::Rows::compare)
+      .def("steps", &lucid::Rows::steps)
+      .def("before_writing", &lucid::Rows::before_writing, "state"_a,
+           nb::sig("def before_writing(self, state: dict[torch.Tensor, typing.Any]) -> list[torch.Tensor]"))
       .def("device_rows",
-           [](const lucid::Plan& plan) {
+           [](const lucid::Rows& rows) {
              std::vector<DeviceRowTuple> found;
-             for (const lucid::DeviceRow& row : plan.device_rows()) {
+             for (const lucid::DeviceRow& row : rows.device_rows()) {
                found.emplace_back(row.row, row.device.type, row.device.index, static_cast<int>(row.compute),
                                   static_cast<int>(row.gradient), static_cast<int>(row.param_format),
                                   static_cast<int>(row.moment_format), row.amsgrad, row.dims, row.numbered,
@@ -62,58 +80,52 @@ NB_MODULE(_cpu, m) {
              }
              return found;
            })
-      .def_prop_ro("device_structure", &lucid::Plan::device_structure)
+      .def_prop_ro("device_structure", &lucid::Rows::device_structure)
       .def(
           "write_device_rows",
-          [](const lucid::Plan& plan, uintptr_t table, uintptr_t layouts) {
-            plan.write_device_rows(reinterpret_cast<int64_t*>(table), reinterpret_cast<int64_t*>(layouts));
+          [](const lucid::Rows& rows, uintptr_t table, uintptr_t layouts) {
+            rows.write_device_rows(reinterpret_cast<int64_t*>(table), reinterpret_cast<int64_t*>(layouts));
           },
           "table"_a, "layouts"_a)
       .def(
           "write_device_step",
-          [](const lucid::Plan& plan, uintptr_t table) {
-            return plan.write_device_step(reinterpret_cast<int64_t*>(table));
+          [](const lucid::Rows& rows, uintptr_t table) {
+            return rows.write_device_step(reinterpret_cast<int64_t*>(table));
           },
           "table"_a)
       .def("only_device",
-           [](const lucid::Plan& plan) {
-             const lucid::DLDevice device = plan.only_device();
+           [](const lucid::Rows& rows) {
+             const lucid::DLDevice device = rows.only_device();
              return std::make_pair(device.type, device.index);
            })
-      .def("guess", &lucid::Plan::guess)
-      .def("settle", &lucid::Plan::settle, "drift"_a, "keep"_a)
-      .def("step_counts", &lucid::Plan::step_counts, nb::sig("def step_counts(self) -> list[tuple[int, torch.Tensor]]"))
-      .def_prop_ro("serial", &lucid::Plan::serial)
-      .def("measure", &lucid::Plan::measure, "threads"_a)
-      .def("square_sum", &lucid::Plan::square_sum)
-      .def("squares", &lucid::Plan::squares)
+      .def("assume", &lucid::Rows::assume)
+      .def("correct", &lucid::Rows::correct, "correction"_a, "keep"_a)
+      .def("step_counts", &lucid::Rows::step_counts, nb::sig("def step_counts(self) -> list[tuple[int, torch.Tensor]]"))
+      .def_prop_ro("serial", &lucid::Rows::serial)
+      .def("measure", &lucid::Rows::measure, "threads"_a)
+      .def("square_sum", &lucid::Rows::square_sum)
+      .def("squares", &lucid::Rows::squares)
       .def(
-          "run",
-          [](lucid::Plan& plan, const std::vector<ScalarsTuple>& scalars, int threads, bool observe, bool count,
-             nb::list state_box) {
-            std::vector<lucid::HostScalars> host;
-            for (const ScalarsTuple& one : scalars) {
-              host.push_back(std::apply([](auto... field) { return lucid::HostScalars{field...}; }, one));
-            }
-            plan.run(host, threads, observe, count, state_box);
+          "update",
+          [](lucid::Rows& rows, nb::handle table, int threads, bool observe, bool count, nb::list state_box) {
+            rows.update(sets_in(table), threads, observe, count, state_box);
           },
-          "scalars"_a, "threads"_a, "observe"_a, "count"_a, "state_box"_a,
-          nb::sig(
-              "def run(self, scalars: list[lucid.engine.scalars.Scalars], threads: int, observe: bool, count: bool, "
-              "state_box: list[typing.Any]) -> None"))
+          "table"_a, "threads"_a, "observe"_a, "count"_a, "state_box"_a,
+          nb::sig("def update(self, table: array.array[float] | bytes, threads: int, observe: bool, count: bool, "
+                  "state_box: list[typing.Any]) -> None"))
       .def(
           "observed",
-          [](const lucid::Plan& plan) {
+          [](const lucid::Rows& rows) {
             std::vector<std::pair<int, ObservedTuple>> found;
-            for (const auto& [row, seen] : plan.observed()) {
+            for (const auto& [row, seen] : rows.observed()) {
               found.emplace_back(row, ObservedTuple{seen.gradient, seen.update, seen.param, seen.ratio});
             }
             return found;
           },
           nb::sig("def observed(self) -> list[tuple[int, lucid.engine.observed.Observed]]"))
-      .def("release", &lucid::Plan::release)
-      .def_prop_ro("ran", &lucid::Plan::ran)
-      .def_prop_ro("sealed", &lucid::Plan::sealed);
+      .def("release", &lucid::Rows::release)
+      .def_prop_ro("written", &lucid::Rows::written)
+      .def_prop_ro("sealed", &lucid::Rows::sealed);
 
   m.def("connect", &lucid::connect, "tensor_type"_a, nb::sig("def connect(tensor_type: type[torch.Tensor]) -> bool"));
   m.def("connect_sharded", &lucid::connect_sharded, "sharded_type"_a,

@@ -23,9 +23,9 @@ LUCID_DECLARE_LEVEL(baseline)
 namespace {
 
 #if defined(__x86_64__)
-// Which of x86-64-v3 and v4 this processor has, by the lists of its psABI, and the system saves the registers of;
-// else 1.
-// __builtin_cpu_supports() knows these names with newer Clangs only, and with clang-cl nothing links what it calls.
+// Returns 4 or 3 if this processor has x86-64-v4 or v3 (as the psABI lists them) and the system saves their registers,
+// else 1. __builtin_cpu_supports() knows these names only in newer Clangs, and with clang-cl no library defines the
+// function that it calls.
 int x86_64_level() {
   constexpr uint32_t v3_basic = bit_SSE3 | bit_SSSE3 | bit_SSE4_1 | bit_SSE4_2 | bit_POPCNT | bit_CMPXCHG16B | bit_FMA |
                                 bit_MOVBE | bit_AVX | bit_F16C | bit_OSXSAVE;

@@ -1,4 +1,4 @@
-// Which SIMD level runs: the best that this CPU has, or the one that a test asks for.
+// Chooses the SIMD level: the best that this CPU has, or the one that a test asks for.
 #pragma once
 
 #include <string>
@@ -8,10 +8,10 @@
 
 namespace lucid {
 
-// Levels that this build has and this CPU can run, worst first.
+// The levels that this build contains and this CPU can run, the widest last.
 std::vector<std::string> simd_levels();
 const std::string& simd_level();
-// False where `name` is not among simd_levels(); nothing is changed then.
+// Returns false and changes nothing if `name` is not one of simd_levels().
 bool set_simd_level(const std::string& name);
 
 const Kernels& kernels();

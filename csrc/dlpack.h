@@ -1,5 +1,5 @@
-// The part of DLPack 1.x that is read here: how torch hands out a tensor's address, type and strides without
-// allocating anything. Layouts are those of the published standard (dmlc/dlpack, include/dlpack/dlpack.h).
+// The part of DLPack 1.x that we use: it gives a tensor's address, type and strides without an allocation. The layouts
+// are those of the published standard (dmlc/dlpack, include/dlpack/dlpack.h).
 #pragma once
 
 #include <cstdint>

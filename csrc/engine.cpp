@@ -11,8 +11,8 @@ namespace {
 
 std::atomic<int64_t> elements_of_batch = 1 << 16;
 
-// Elements that are brought to one contiguous buffer at a time where an operand is not so by itself: all
-// buffers together stay in the first-level cache.
+// If an operand is not contiguous, so many elements are copied to a buffer at a time. All buffers together stay in the
+// first-level cache.
 constexpr int64_t staged = 512;
 
 template <class T>
@@ -78,15 +78,14 @@ void convert(Type type, const void* from, double* to, int64_t n) {
   kernels().to_f64[static_cast<int>(type)](from, to, n);
 }
 
-// Elements [begin, begin + n) of an operand: where they lie or, where that is not one after the other, in `buffer`.
+// Elements [begin, begin + n) of an operand: in place if they are contiguous, else copied to `buffer`.
 void* contiguous(const Work& work, int operand, int64_t begin, int64_t n, char* buffer) {
   if (work.layout->contiguous[operand]) return element(work, operand, begin);
   gather_of(work.size[operand])(*work.layout, operand, work.address[operand], begin, n, buffer);
   return buffer;
 }
 
-// Elements [begin, begin + n) of a gradient that is not as the kernels read it, in `buffer`, in the compute type or its
-// own.
+// Elements [begin, begin + n) of a gradient that the kernels cannot read in place: contiguous and in the compute type.
 template <class T>
 const void* staged_gradient(const Work& work, int64_t begin, int64_t n, char* buffer, T* converted) {
   const void* from = contiguous(work, grad, begin, n, buffer);
@@ -95,7 +94,7 @@ const void* staged_gradient(const Work& work, int64_t begin, int64_t n, char* bu
   return converted;
 }
 
-// A slice of at most `staged` elements, operands that are not contiguous by way of buffers.
+// Updates a slice of at most `staged` elements; operands that are not contiguous are copied to buffers and back.
 template <class T>
 void update_staged(const Work& work, const Scalars<T>& scalars, Slice slice) {
   const Layout& layout = *work.layout;
@@ -113,14 +112,14 @@ void update_staged(const Work& work, const Scalars<T>& scalars, Slice slice) {
   }
 }
 
-// The first element from `index` on where the row may be cut: anywhere, or where a block begins.
+// The first index from `index` on at which the row may be cut: any, or for 8-bit moments the beginning of a block.
 int64_t cut(const Work& work, int64_t index) {
   if (work.moment_format != MomentFormat::eight_bit) return index;
   const int64_t in_row = index % work.row;
   return index - in_row + std::min(work.row, (in_row + block - 1) / block * block);
 }
 
-// Elements [begin, end) of a row and a run, which is cut nowhere but where blocks begin.
+// Updates elements [begin, end) of a row, all in one run of numbers, in slices that are cut only between blocks.
 template <class T>
 void update_slices(const Work& work, const Scalars<T>& scalars, int64_t begin, int64_t end, Observed<T>* observed) {
   Slice slice{{},       begin,    end - begin,
@@ -136,14 +135,14 @@ void update_slices(const Work& work, const Scalars<T>& scalars, int64_t begin, i
     return;
   }
   for (; slice.first < end; slice.first += slice.n, slice.number += slice.n) {
-    const int64_t full = slice.first + staged;  // from a cut on, no more than this to the next cut but one block less
+    const int64_t full = slice.first + staged;  // 8-bit: the first cut after full - block is at most at full
     slice.n =
         std::min(end, work.moment_format == MomentFormat::eight_bit ? cut(work, full - block + 1) : full) - slice.first;
     update_staged(work, scalars, slice);
   }
 }
 
-// Elements [begin, end) of a row, or those of the blocks that begin there.
+// Updates elements [begin, end) of a row; for 8-bit moments, the blocks that begin there.
 template <class T>
 void update_part(const Work& work, const Scalars<T>& scalars, int64_t begin, int64_t end, RowObserved* observed) {
   begin = cut(work, begin);
@@ -161,7 +160,7 @@ void update_part(const Work& work, const Scalars<T>& scalars, int64_t begin, int
   }
 }
 
-// Small rows are over before the hardware has seen a pattern in them: their first lines are asked for beforehand.
+// Small rows end before the hardware prefetcher has found a pattern, so their first cache lines are prefetched here.
 void prefetch(const Work& work) {
   constexpr int64_t line = 64, lines = 4;
   for (int o = 0; o < shaped_operands; ++o) {
@@ -172,7 +171,7 @@ void prefetch(const Work& work) {
   }
 }
 
-// All rows laid end to end; batch b is elements [b * size, (b + 1) * size) of that.
+// All rows are laid end to end; batch b is elements [b * size, (b + 1) * size) of them.
 struct Step {
   const std::vector<const Work*>& works;
   std::vector<int64_t> ends;  // of each row, in elements
@@ -180,7 +179,7 @@ struct Step {
   std::vector<Scalars<double>> f64;
   int64_t size;
   std::vector<RowObserved>
-      observed;  // none, or of the part of row r that batch b does number r + b: no two have the same
+      observed;  // empty, or: the part of row r in batch b is at r + b, which is different for each part
 
   void run(int64_t batch) {
     const int64_t begin = batch * size;
@@ -214,7 +213,7 @@ struct Step {
   }
 };
 
-// The lanes of a chunk by halves: 0 and 16, 1 and 17, ... then 0 and 8, ...
+// Adds the lanes of a chunk by halves: 0 and 16, 1 and 17, ... then 0 and 8, ...
 double folded(double (&lanes)[sum_lanes]) {
   for (int half = sum_lanes / 2; half > 0; half /= 2) {
     for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
@@ -222,7 +221,7 @@ double folded(double (&lanes)[sum_lanes]) {
   return lanes[0];
 }
 
-// The sum of the squares of elements [begin, begin + n) of a row's gradient, a chunk of it.
+// The sum of squares of a chunk of a row's gradient, elements [begin, begin + n).
 double squares_of(const Work& work, int64_t begin, int64_t n) {
   double lanes[sum_lanes] = {};
   if (work.layout == nullptr) {
@@ -242,7 +241,7 @@ double squares_of(const Work& work, int64_t begin, int64_t n) {
   return folded(lanes);
 }
 
-// The chunks of all rows one after the other; batch b is chunks [b * size, (b + 1) * size) of that.
+// The chunks of all rows are laid end to end; batch b is chunks [b * size, (b + 1) * size) of them.
 struct Squares {
   const std::vector<const Work*>& works;
   std::vector<int64_t> ends;  // of each row, in chunks

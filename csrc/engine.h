@@ -1,4 +1,4 @@
-// Runs a step: rows of any size and layout, cut into batches of a fixed number of elements, in place.
+// Updates rows of any size and layout in place, in batches of a fixed number of elements.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct HostScalars {
   double beta1, one_minus_beta1, beta2, one_minus_beta2, d, k, s, e, f;
 };
 
-// What one row's step was like.
+// The observation of one row.
 struct RowObserved {
   double gradient = 0, update = 0, param = 0;  // sums of squares
   double ratio = 0;                            // the largest |m| / sqrt(w)
@@ -23,7 +23,7 @@ struct RowObserved {
     gradient += part.gradient;
     update += part.update;
     param += part.param;
-    if (part.ratio > ratio || part.ratio != part.ratio) ratio = part.ratio;  // a NaN wins, and stays
+    if (part.ratio > ratio || part.ratio != part.ratio) ratio = part.ratio;  // a NaN wins and stays
   }
   template <class T>
   void add(const Observed<T>& slice) {
@@ -37,8 +37,8 @@ struct RowObserved {
   }
 };
 
-// Which numbers the elements that are here have in the whole parameter, of which other processes may hold the rest:
-// runs of consecutive ones, the first from `first` on, each next one `stride` further.
+// The numbers of the local elements in the whole parameter, of which other processes may hold the rest. They form runs
+// of `run` consecutive numbers; the first run begins at `first`, each next one `stride` further.
 struct Numbering {
   int64_t first, run, stride;
 
@@ -48,42 +48,43 @@ struct Numbering {
   int64_t end_of_run(int64_t element) const { return element < run ? run : (element / run + 1) * run; }
 };
 
-// What is updated together: one parameter, its gradient and its state, as addresses.
+// One row, as addresses: a parameter, its gradient and its state.
 struct Work {
   void* address[max_operands];
   int8_t size[shaped_operands];  // bytes of an element
-  const Layout* layout;          // null where every operand is contiguous, the gradient in a type that the kernels read
+  const Layout* layout;          // null if all operands are contiguous and the kernels can read the gradient's type
   int64_t elements;
-  int64_t row;                 // elements of one index of the first dimension
-  const Numbering* numbering;  // null where that is the order in which they lie here
+  int64_t row;                 // elements with the same index of the first dimension
+  const Numbering* numbering;  // null if the numbers are 0, 1, 2, ...
   Type compute, gradient;      // compute is float32 or float64
   ParamFormat param_format;
   MomentFormat moment_format;
-  bool own_gradient;  // the gradient is of the parameter's own 16 bits
+  bool own_gradient;  // the gradient has the parameter's type
   bool amsgrad;
-  int scalars;   // which of the table given to update()
-  uint64_t key;  // of the draws
+  int scalars;   // the set in the table that update() gets
+  uint64_t key;  // of this step's random bits
 };
 
-// What the draws of a step are keyed with.
+// The key of a parameter's random bits at a step.
 uint64_t draw_key(int64_t stream, int64_t step);
 
-// Elements of a batch, which one thread does in one go. Results do not depend on it; tests set it.
+// The elements of a batch, which one thread processes at a time. Results do not depend on it; tests set it.
 int64_t batch_elements();
 void set_batch_elements(int64_t elements);
 
-// Updates all of `works`; throws, where memory runs out, before anything is written. `serial`: one after the other on
-// the calling thread, since some share memory. `observed`: one for each work, or null.
+// Updates all of `works`. If memory runs out, it throws before it writes anything. `serial`: some rows share memory, so
+// update them one after the other on the calling thread. `observed`: one for each work, or null.
 void update(const std::vector<const Work*>& works, const std::vector<HostScalars>& scalars, int threads, bool serial,
             std::vector<RowObserved>* observed);
 
-// The sum of the squares of each work's gradient, in an order that nothing but its shape and strides decides.
+// The sum of squares of each work's gradient. The order of the sum depends only on shape and strides.
 std::vector<double> squares(const std::vector<const Work*>& works, int threads);
 
-// The sum of n numbers in the order in which a chunk's squares are added, and the sums of chunks again; they are lost.
+// The sum of n numbers: chunks are added in the order of their lanes, and the sums of chunks the same way. Overwrites
+// the numbers.
 double ordered_sum(double* numbers, size_t n);
 
-// The traffic of an fp32 update of n elements and no arithmetic to speak of: the memory's limit.
+// The memory traffic of an fp32 update of n elements with hardly any arithmetic, to measure memory bandwidth.
 void move(int64_t n, float* a, const float* b, float* c, float* d, int threads);
 
 }  // namespace lucid

@@ -1,5 +1,5 @@
-// How values are stored in fewer bits, line by line as in src/lucid/engine/codecs.py; docs/formats.md says it for
-// users. Included by csrc/kernels.cpp only, which compiles it for each SIMD level.
+// How values are stored in fewer bits, the same as src/lucid/engine/codecs.py line by line; docs/formats.md describes
+// the formats for users. Only csrc/kernels.cpp includes it, which compiles it for each SIMD level.
 #pragma once
 
 #include "kernels.h"
@@ -13,10 +13,10 @@ constexpr uint32_t quiet_nan = 0x7fc00000u;
 constexpr uint32_t two = 0x40000000u;  // the bits of 2.0
 constexpr uint32_t sign_bit = 0x80000000u;
 
-// Draws
+// Random bits
 
-// 32 bits for each element from number `first` on, of which the upper 16 are the draw: a number times an odd key plus
-// another key. Good up to the next multiple of 2^32.
+// 32 bits for each element from number `first` on: its number times an odd key plus another key. The upper 16 are used
+// as random bits. The keys are valid up to the next multiple of 2^32.
 class Draws {
  public:
   Draws(uint64_t key, int64_t first) {
@@ -33,7 +33,7 @@ class Draws {
     }
   }
 
-  // How many elements from number `first` on have the same keys.
+  // The number of elements from number `first` on that have the same keys.
   static int64_t reach(int64_t first) { return (int64_t{1} << 32) - (first & 0xffffffff); }
 
  private:
@@ -43,8 +43,8 @@ class Draws {
 
 // Sixteen bits
 
-// Everything below works on N vectors at once: two where there are so many elements, which pack best, or one, of
-// which `count` elements are there.
+// All functions below process N vectors at once: two if there are enough elements, because two pack best; or one, of
+// which only `count` elements exist.
 
 // N vectors of 16-bit integers as the upper halves of Bits.
 template <int N>
@@ -68,7 +68,7 @@ template <int N>
 }
 
 template <int N>
-[[gnu::always_inline]] inline void store_lower(uint16_t* to, int64_t count, const Bits (&x)[N]) {
+[[gnu::always_inline]] inline void store_low_bits(uint16_t* to, int64_t count, const Bits (&x)[N]) {
   if constexpr (N == 1) {
     store(to, low_halves(x[0]), count);
   } else {
@@ -86,7 +86,7 @@ template <int N, class V, class T>
   for (int n = 0; n < N; ++n) store(to + n * width<T>, x[n], N == 1 ? count : width<T>);
 }
 
-// N vectors of 16-bit numbers, exactly; and to the nearest, ties to even, where a NaN becomes a quiet one.
+// Loads N vectors of 16-bit numbers exactly. Stores them rounded to nearest, ties to even; a NaN becomes a quiet NaN.
 
 struct Bfloat16 {
   template <int N>
@@ -121,7 +121,7 @@ struct Float16 {
   }
 };
 
-// Stochastically. A finite value stays finite, and with `positive` one above zero stays so.
+// Rounds stochastically. Finite values stay finite; with `positive`, values above zero stay above zero.
 template <bool positive>
 [[gnu::always_inline]] inline Bits drawn_bfloat16(Float x, Bits drawn) {
   const Bits bits = bits_of(x);
@@ -137,7 +137,7 @@ inline const uint16_t* halves(const Slice& s, int operand, int64_t i) {
 }
 inline uint16_t* halves_to(const Slice& s, int operand, int64_t i) { return static_cast<uint16_t*>(s.at[operand]) + i; }
 
-// How a parameter is loaded and stored. Compute: what it is computed in.
+// How a parameter is loaded and stored. Compute: the type in which it is computed.
 
 template <class T>
 struct PlainParam {
@@ -165,8 +165,8 @@ struct HalfParam {
   }
 };
 
-// Both halves of a float32: the upper one rounded to the nearest, ties away from zero. Where they make no number,
-// someone has overwritten the parameter, and it counts alone.
+// A bfloat16 parameter and its residual are the two halves of a float32; the upper half is rounded to nearest, ties
+// away from zero. If they combine to NaN, somebody has overwritten the parameter, and its own value is used.
 struct Bfloat16ResidualParam {
   using Compute = float;
   template <int N>
@@ -174,14 +174,14 @@ struct Bfloat16ResidualParam {
     Bits alone[N], both[N];
     if constexpr (N == 1) {
       load_upper(halves(s, param, i), count, alone);
-      both[0] = alone[0] + widened_signed(LUCID_LEVEL::load<Halves>(halves(s, lower, i), count));
+      both[0] = alone[0] + widened_signed(LUCID_LEVEL::load<Halves>(halves(s, low_bits, i), count));
     } else {
       const Words upper = load_whole<Words>(halves(s, param, i));
-      const Words residual = load_whole<Words>(halves(s, lower, i));
+      const Words residual = load_whole<Words>(halves(s, low_bits, i));
       for (int n = 0; n < N; ++n) {
         const Bits bits = interleaved(upper, residual, n * lanes);
         alone[n] = bits & 0xffff0000u;
-        both[n] = (bits ^ 0x8000u) - 0x8000u;  // the residual's sign carried up
+        both[n] = (bits ^ 0x8000u) - 0x8000u;  // adds the residual as a signed number
       }
     }
     for (int n = 0; n < N; ++n) {
@@ -197,16 +197,16 @@ struct Bfloat16ResidualParam {
       upper[n] = bits[n] + 0x8000u;
     }
     store_upper(halves_to(s, param, i), count, upper);
-    store_lower(halves_to(s, lower, i), count, bits);
+    store_low_bits(halves_to(s, low_bits, i), count, bits);
   }
 };
 
-// Where the master does not round to the parameter, someone has overwritten it, and it counts.
+// If the master does not round to the parameter, somebody has overwritten the parameter, and its own value is used.
 struct Float16MasterParam {
   using Compute = float;
   template <int N>
   [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&theta)[N]) {
-    load_vectors(static_cast<const float*>(s.at[lower]) + i, count, theta);
+    load_vectors(static_cast<const float*>(s.at[low_bits]) + i, count, theta);
     for (int n = 0; n < N; ++n) {
       const Halves half = LUCID_LEVEL::load<Halves>(halves(s, param, i + n * lanes), N == 1 ? count : lanes);
       const Float alone = float_of_half(half);
@@ -217,7 +217,7 @@ struct Float16MasterParam {
   }
   template <int N>
   [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N]) {
-    store_vectors(static_cast<float*>(s.at[lower]) + i, count, theta);
+    store_vectors(static_cast<float*>(s.at[low_bits]) + i, count, theta);
     HalfParam<Float16>::store(s, i, count, theta);
   }
 };
@@ -240,7 +240,7 @@ struct HalfGradient {
   }
 };
 
-// How moments are loaded and stored that are no codes.
+// How moments that are not codes are loaded and stored.
 
 template <class T>
 struct PlainMoments {
@@ -271,17 +271,17 @@ struct Bfloat16Moments {
   }
 };
 
-// Eight bits: of a float32 z the lowest three or four bits of its exponent and the upper four of its mantissa, and for
-// exp_avg the sign. z less an offset is the value, in units of the block's scale.
+// Eight bits. A code is the lowest three (signed) or four (unsigned) exponent bits of a float32 z, the upper four bits
+// of its mantissa, and for exp_avg the sign. The value is z minus an offset, in units of the block's scale.
 
 constexpr int code_shift = 19;
 constexpr float signed_largest = 494.0f;          // z from 2 to 496
-constexpr float unsigned_offset = 1.9375f;        // so that the lowest code is above zero
+constexpr float unsigned_offset = 1.9375f;        // the lowest code decodes to a value above zero
 constexpr float unsigned_largest = 126974.0625f;  // z from 2 to 126976
 constexpr float least_scale = 0x1p-126f;
 
 [[gnu::always_inline]] inline Float decoded_signed(Bytes code, float scale) {
-  const Bits bits = widened_signed(code) << code_shift;  // the sign where it belongs, and in the bits below it
+  const Bits bits = widened_signed(code) << code_shift;  // the sign is at its place, and copied to the bits below
   const Float z = float_of((bits & 0x03f80000u) | two);
   return (z - 2.0f) * float_of(bits_of(Float{} + scale) ^ (bits & sign_bit));
 }
@@ -290,11 +290,11 @@ constexpr float least_scale = 0x1p-126f;
   return (float_of((widened(code) << code_shift) | two) - unsigned_offset) * scale;
 }
 
-// What is added to the bits of z below a code before they are cut off: 16 random ones and a half of what they leave,
-// so that a value that is some code's own is that code whatever is drawn.
+// What is added to the bits of z below a code before they are cut off: 16 random bits and half a unit of the last. So a
+// value that a code represents exactly keeps that code, whatever the random bits are.
 [[gnu::always_inline]] inline Bits below_code(Bits drawn) { return ((drawn >> 13) & 0x7fff8u) | 4u; }
 
-// Bits whose upper halves hold the code: signed_code() and unsigned_code() take it from there, in the low byte.
+// Bits whose upper halves contain the code. signed_code() and unsigned_code() move it to the low byte.
 [[gnu::always_inline]] inline Bits encoded_signed(Float x, float inverse, Bits below) {
   return bits_of(x * inverse + float_of((bits_of(x) & sign_bit) | two)) + below;
 }
@@ -311,7 +311,8 @@ template <class Upper>
   return (upper >> (code_shift - 16)) & 0xff;
 }
 
-// The scale of a block whose largest magnitude has the bits `most`, NaN where it is not finite, and its inverse, or 0.
+// The scale of a block whose largest magnitude has the bits `most` (NaN if that is not finite), and the scale's inverse
+// (0 for a scale of 0 or NaN).
 struct Scale {
   float scale, inverse;
 };

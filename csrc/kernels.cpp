@@ -10,14 +10,14 @@ namespace {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// A number of vectors as a type, for a generic lambda.
+// The number of vectors as a type, for a generic lambda.
 template <int n>
 struct Vectors {
   static constexpr int number = n;
 };
 
-// Calls part(Vectors<n>, i, count) for elements [begin, end), by two vectors and at the end by one, of which `count`
-// elements are there.
+// Calls part(Vectors<n>, i, count) for elements [begin, end): two vectors at a time, and at the end one, of which only
+// `count` elements exist.
 template <class T, class Part>
 [[gnu::always_inline]] inline void for_each_vector(int64_t begin, int64_t end, Part part) {
   int64_t i = begin;
@@ -25,12 +25,12 @@ template <class T, class Part>
   for (; i < end; i += width<T>) part(Vectors<1>{}, i, least(end - i, width<T>));
 }
 
-// Zeros but for the first `count` elements.
+// The first `count` elements; the others are set to zero.
 [[gnu::always_inline]] inline Bits first_of(Bits x, int64_t count) {
   return count < lanes ? (lane_numbers() < static_cast<uint32_t>(count) ? x : Bits{}) : x;
 }
 
-// One step of the elements from number i on, their moments given.
+// One step of the elements from index i on; their moments are given and returned in m and v.
 template <class Param, class Gradient, bool amsgrad, class T, int N>
 [[gnu::always_inline]] inline void step(const Scalars<T>& h, const Slice& s, int64_t i, int64_t count,
                                         Vector<T> (&m)[N], Vector<T> (&v)[N]) {
@@ -73,7 +73,7 @@ void update(const Scalars<typename Param::Compute>& scalars, const Slice& slice)
   }
 }
 
-// Stores the codes of n values of each moment, which draw with the same keys.
+// Encodes and stores n values of each moment; all of them use the same keys for random bits.
 [[gnu::always_inline]] inline void encode(const float* ms, const float* vs, float inverse_m, float inverse_v,
                                           Draws draws, uint8_t* m_codes, uint8_t* v_codes, int64_t n) {
   int64_t i = 0;
@@ -131,7 +131,7 @@ void update_eight_bit(const Scalars<float>& scalars, const Slice& slice) noexcep
         store_whole(ms + i - begin + n * lanes, m[n]);
         store_whole(vs + i - begin + n * lanes, v[n]);
         most_m = larger(most_m, bits_of(m[n]) & ~sign_bit);
-        most_v = larger(most_v, first_of(bits_of(v[n]), N == 1 ? count : lanes));  // below zero counts as no number
+        most_v = larger(most_v, first_of(bits_of(v[n]), N == 1 ? count : lanes));  // a negative v makes the scale NaN
       }
     };
     for_each_vector<float>(begin, end, part);
@@ -146,7 +146,7 @@ void update_eight_bit(const Scalars<float>& scalars, const Slice& slice) noexcep
       encode(ms + i - begin, vs + i - begin, of_m.inverse, of_v.inverse, draws, m_codes + i, v_codes + i, n);
       i += n;
     }
-    // What was not finite makes the whole block NaN: codes of it mean nothing.
+    // A value that is not finite makes the whole block NaN; its codes mean nothing and are set to zero.
     if (of_m.scale != of_m.scale) memset(m_codes + begin, 0, static_cast<size_t>(end - begin));
     if (of_v.scale != of_v.scale) memset(v_codes + begin, 0, static_cast<size_t>(end - begin));
   }

@@ -1,8 +1,8 @@
-// What a SIMD level offers: the update of contiguous arrays in every format, conversion of gradients and the sum of
-// their squares, and the copy that measures the memory's limit. csrc/kernels.cpp is compiled once for each level.
+// What each SIMD level provides: the update of contiguous arrays in every format, conversion of gradients, sums of
+// their squares, and the loop that measures memory bandwidth. csrc/kernels.cpp is compiled once for each level.
 //
-// C headers only: an inline C++ function compiled for AVX-512 here could otherwise be the copy that the
-// linker keeps for everyone.
+// It includes C headers only. Otherwise the linker could keep the AVX-512 copy of an inline C++ function for all
+// levels.
 #pragma once
 
 #include <stdint.h>
@@ -11,33 +11,35 @@ namespace lucid {
 
 enum class Type : int { float32, float64, float16, bfloat16 };
 
-// How a parameter is stored: by itself, or with what its 16 bits lack of the float32 master value.
+// How a parameter is stored: alone, or with a residual or master that completes the float32 master weight.
 enum class ParamFormat : int { plain, bfloat16, bfloat16_residual, float16, float16_master };
-// How the two moments are: in the compute type; stochastically rounded; as codes with a scale for each block.
+// How the two moments are stored: in the compute type; stochastically rounded to bfloat16; as codes with a scale for
+// each block.
 enum class MomentFormat : int { plain, bfloat16, eight_bit };
 
 constexpr int param_formats = 5, moment_formats = 3;
 
-// The tensors of a row. `lower` is a residual or a master; the moments are values or codes.
+// The tensors of a row. `low_bits` is a residual or a float32 master; the moments are values or codes.
 enum Operand : int {
   param,
   grad,
-  lower,
+  low_bits,
   exp_avg,
   exp_avg_sq,
   max_exp_avg_sq,
-  exp_avg_scale,  // from here on not of the parameter's shape
+  exp_avg_scale,  // this and the next do not have the parameter's shape
   exp_avg_sq_scale,
 };
 constexpr int shaped_operands = 6, max_operands = 8;
 
-// A sum of squares is made of chunks, and a chunk's of lanes: element i of it is added to lane i % sum_lanes.
+// A sum of squares consists of chunks, and the sum of a chunk of lanes: element i of a chunk is added to lane
+// i % sum_lanes.
 constexpr int64_t chunk = 4096;
 constexpr int sum_lanes = 32;
 
-constexpr int64_t block = 128;  // elements of a row that share a scale; the last of a row may be shorter
+constexpr int64_t block = 128;  // elements of a row that share a scale; the last block of a row may be shorter
 
-// 64 bits, each of which depends on all of x: the finalizer of splitmix64.
+// 64 bits, each of which depends on all bits of x: the finalizer of splitmix64.
 static inline uint64_t mixed(uint64_t x) {
   x += 0x9e3779b97f4a7c15u;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -48,15 +50,15 @@ static inline uint64_t mixed(uint64_t x) {
 // The scalars of one group and step count, as src/lucid/engine/scalars.py makes them, rounded once to T.
 template <class T>
 struct Scalars {
-  T weight1, weight2;                 // of the two means: 1 - beta where beta >= 1/2, else beta
+  T weight1, weight2;                 // of the two running averages: 1 - beta if beta >= 1/2, else beta
   T d, k, s, e;                       // alpha lambda; alpha / (1 - beta1^t); 1 / sqrt(1 - beta2^t); epsilon
-  T f;                                // what the gradient is multiplied with: clipping, unscaling and direction
+  T f;                                // the factor for the gradient: clipping, unscaling and direction
   bool from_average1, from_average2;  // beta >= 1/2
-  bool scaled;                        // f is not 1: to multiply costs 3 % in cache
+  bool scaled;                        // f is not 1; the multiplication costs 3 % in cache
 };
 
-// What the elements of a slice were like. Sums of squares by lane of a vector (those that a SIMD level lacks stay
-// zero): of the gradient as it came, the update, the parameter after it. `ratio`: the largest |m| / sqrt(w).
+// The observation of a slice. Sums of squares by lane of a vector (lanes that a SIMD level does not have stay zero): of
+// the gradient before unscaling and clipping, the update, the new parameter. `ratio`: the largest |m| / sqrt(w).
 template <class T>
 struct Observed {
   T gradient[16] = {}, update[16] = {}, param[16] = {};
@@ -64,26 +66,26 @@ struct Observed {
 };
 constexpr int64_t observed_at_once = 4096;  // elements whose squares are summed in T: the error stays below 1e-5
 
-// Elements [first, first + n) of what is here of a parameter, in row-major order (in any order where nothing is drawn
-// or encoded).
+// Elements [first, first + n) of a local parameter: in row-major order if moments are stochastically rounded or
+// encoded, else in any order.
 struct Slice {
   void* at[max_operands];  // of element `first`; scales: of the first block
   int64_t first, n;
-  int64_t row;     // elements of a row; 8-bit slices begin and end at ends of blocks
-  uint64_t key;    // of the draws of this parameter and step
-  int64_t number;  // of element `first` in the whole parameter, by which it draws
-  void* observed;  // Observed<T>, or null where nobody observes
+  int64_t row;     // elements of a row; 8-bit slices begin and end between blocks
+  uint64_t key;    // of the random bits of this parameter and step
+  int64_t number;  // of element `first` in the whole parameter; random bits depend on it
+  void* observed;  // Observed<T>, or null if the step is not observed
 };
 
-// With a gradient in the compute type, or in the parameter's own 16 bits.
+// Updates a slice. The gradient is in the compute type, or in the parameter's 16-bit type.
 template <class T>
 using UpdateFn = void (*)(const Scalars<T>&, const Slice&) noexcept;
 
-// n elements of a gradient's type to the compute type, each rounded at most once.
+// Converts n elements from a gradient's type to the compute type, each rounded at most once.
 template <class T>
 using ConvertFn = void (*)(const void* from, T* to, int64_t n) noexcept;
 
-// Adds the squares of n numbers of a gradient's type, in float64, to the lanes of their chunk, the first to lane 0.
+// Adds the squares of n numbers of a gradient's type, in float64, to the lanes of their chunk; the first to lane 0.
 using SquaresFn = void (*)(const void* from, int64_t n, double (&sums)[sum_lanes]) noexcept;
 
 struct Kernels {
@@ -92,7 +94,7 @@ struct Kernels {
   ConvertFn<float> to_f32[4];                                // by Type
   ConvertFn<double> to_f64[4];
   SquaresFn squares[4];  // by Type
-  // The traffic of an fp32 update and nothing else: reads four arrays of n, writes three of them.
+  // The memory traffic of an fp32 update: reads four arrays of n elements, writes three of them.
   void (*move)(int64_t n, float* a, const float* b, float* c, float* d) noexcept;
 };
 

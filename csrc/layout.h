@@ -1,5 +1,5 @@
-// Where the elements of a row lie. A row has several operands (parameter, gradient, moments) of one shape
-// and each with strides of its own; its elements are walked in the parameter's memory order, or in row-major order.
+// The memory layout of a row. A row has several operands (parameter, gradient, moments) of one shape, each with its own
+// strides. The walk visits the elements in the parameter's memory order, or in row-major order.
 #pragma once
 
 #include <cstddef>
@@ -11,13 +11,13 @@
 namespace lucid {
 
 struct Layout {
-  // Dimensions in the order of the walk, outermost first, those that can be walked as one merged.
+  // The dimensions in the order of the walk, outermost first. Dimensions that can be walked as one are merged.
   std::vector<int64_t> sizes;
   std::vector<int64_t> strides[shaped_operands];  // in elements
   bool contiguous[shaped_operands] = {};          // element i of the walk lies at address i
 
-  // `shape` and `strides` as the tensors have them, ndim each; null for an operand that the row does not have, which
-  // counts as contiguous.
+  // `shape` and `strides`: those of the tensors, ndim each; null for an operand that the row does not have. Such an
+  // operand counts as contiguous.
   static Layout of(int ndim, const int64_t* shape, const int64_t* const (&strides)[shaped_operands], bool row_major);
   bool all_contiguous() const;
 };

@@ -1,5 +1,5 @@
-// Sums over elements, in float64: the squares of a gradient, which make its norm, and what a step that is observed
-// tells of itself. Included by csrc/kernels.cpp only, which compiles it for each SIMD level.
+// Sums over elements: the squares of a gradient, in float64, for its norm, and the observations of a step. Only
+// csrc/kernels.cpp includes it, which compiles it for each SIMD level.
 #pragma once
 
 #include "adamw.h"
@@ -58,7 +58,7 @@ void squares(const void* from, int64_t n, double (&lanes_of_chunk)[sum_lanes]) n
   memcpy(lanes_of_chunk, sums, sizeof sums);
 }
 
-// Adds what N vectors' step came across to what was seen of their slice; of one vector, `count` elements are there.
+// Adds the step of N vectors to the observation of their slice. If N is 1, only `count` elements exist.
 template <int N, class T>
 [[gnu::always_inline]] inline void observe(Observed<T>& seen, int64_t count, const Vector<T> (&theta)[N],
                                            const Vector<T> (&g)[N], const Vector<T> (&m)[N],
@@ -67,13 +67,13 @@ template <int N, class T>
   V gradient = {}, update = {}, param = {};
   for (int n = 0; n < N; ++n) {
     V after = theta[n];
-    if (N == 1 && count < width<T>) {  // where there is no element, 0 / 0 may have been computed
+    if (N == 1 && count < width<T>) {  // elements that do not exist may be 0 / 0
       for (int64_t k = count; k < width<T>; ++k) used[n].update[k] = after[k] = 0;
     }
     gradient += g[n] * g[n];
     update += used[n].update * used[n].update;
     param += after * after;
-    // A division only where it makes a larger one. A NaN is looked at too, and wins; infinity / infinity is one.
+    // Divide only if the ratio gets larger, or something is NaN: a NaN wins, and infinity / infinity is one.
     const V bound = seen.ratio * used[n].root;
     if (any_not_within(absolute(m[n]), bound > largest_finite<T> ? V{} + largest_finite<T> : bound)) {
       for (int64_t k = 0; k < width<T>; ++k) {

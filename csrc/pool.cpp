@@ -40,8 +40,8 @@ void pause_briefly() {
 #endif
 }
 
-// Waits for what is about to happen: to put a thread to sleep and wake it again takes longer (50 us and more on a
-// virtual machine). Where cores are scarce it lets others go first; after half a millisecond it gives up.
+// Waits actively for a condition that will hold soon: to put a thread to sleep and wake it takes longer (50 us and more
+// on a virtual machine). It yields the core to other threads, and gives up after half a millisecond.
 template <class Condition>
 void spin_until(const Condition& holds) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(500);
@@ -89,7 +89,7 @@ class Pool {
   }
 
  private:
-  // Starts workers until there are `wanted`; how many there are, should the system refuse more.
+  // Starts workers until there are `wanted`. Returns how many there are, at most `wanted`: the system may refuse more.
   int hire(int wanted) {
     while (workers_ < wanted) {
       try {
@@ -138,27 +138,27 @@ class Pool {
     }
   }
 
-  std::mutex turn_;   // who may use the pool
-  std::mutex mutex_;  // guards all below but next_
+  std::mutex turn_;   // held by the thread that uses the pool
+  std::mutex mutex_;  // guards everything below except next_
   std::condition_variable start_, done_;
   BatchFn run_ = nullptr;
   void* context_ = nullptr;
   int64_t batches_ = 0;
   bool more_ = false;
   std::atomic<int64_t> next_ = 0;
-  std::atomic<uint64_t> job_ = 0;  // this and working_ are changed under mutex_, and also read without it to spin
+  std::atomic<uint64_t> job_ = 0;  // this and working_ change under mutex_, and are also read without it to spin
   uint64_t alert_ = 0;
-  int workers_ = 0;  // touched under turn_ only
+  int workers_ = 0;  // used under turn_ only
   int wanted_ = 0;
   std::atomic<int> working_ = 0;
 };
 
-// Never destroyed: workers may outlive main's statics. A forked child has none of its parent's workers and
-// perhaps a locked mutex, so it takes a new pool and forgets the old.
+// It is never destroyed, because workers may outlive main's statics. A forked child has none of its parent's workers,
+// and perhaps a locked mutex, so it takes a new pool and does not touch the old one.
 std::atomic<Pool*> pool = nullptr;
 
 Pool& the_pool() {
-#if !defined(_WIN32)  // where nothing forks
+#if !defined(_WIN32)  // Windows has no fork
   static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(new Pool); });
   static_cast<void>(registered);
 #endif

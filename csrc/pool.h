@@ -1,4 +1,4 @@
-// A small pool of threads of our own: libgomp's would hang a forked child at its first parallel region.
+// A small thread pool. We do not use libgomp, because a forked child would hang in its first parallel region.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +7,16 @@ namespace lucid {
 
 using BatchFn = void (*)(void* context, int64_t batch) noexcept;
 
-// Calls run(context, batch) for every batch in [0, batches), on at most `threads` threads, the caller's among
-// them; returns when all are done. When another thread is using the pool, the caller does it all. The pool's
-// own threads run in FloatMode; the caller's mode is the caller's business. `more`: another follows at once, so
-// that the threads stay awake for it.
+// Calls run(context, batch) for every batch in [0, batches), on at most `threads` threads including the caller's, and
+// returns when all are done. If another thread is using the pool, the caller runs all batches. The threads of the pool
+// run in FloatMode; the caller sets its own mode. `more`: another call follows at once, so the threads stay awake.
 void parallel_for(int threads, int64_t batches, BatchFn run, void* context, bool more = false);
 
-// Wakes the threads that a parallel_for within the next half millisecond will want.
+// Wakes the threads for a parallel_for that comes within half a millisecond.
 void expect_work(int threads);
 
-// The floating-point mode of the numerics contract (round to nearest, subnormals kept) while it lives.
+// While an object exists, its thread has the floating-point mode of the numerics contract: round to nearest, subnormals
+// kept.
 class FloatMode {
  public:
   FloatMode() noexcept;

@@ -1,7 +1,7 @@
-// Vectors of the SIMD level that a file is compiled for. They are GNU vector extensions, whose operators are those of
-// numbers; here is what these lack, or what GCC 12 makes of them one element at a time.
+// Vectors of the SIMD level that a file is compiled for. They are GNU vector extensions with the operators of numbers.
+// This file adds what the extensions lack, and what GCC 12 compiles to code for one element at a time.
 //
-// C headers only: see kernels.h.
+// It includes C headers only: see kernels.h.
 #pragma once
 
 #include <math.h>
@@ -25,13 +25,13 @@ constexpr int lanes = vector_bytes / 4;
 
 using Float = float __attribute__((vector_size(vector_bytes)));
 using Double = double __attribute__((vector_size(vector_bytes)));
-using HalfFloat = float __attribute__((vector_size(vector_bytes / 2)));  // as many as Double has lanes
+using HalfFloat = float __attribute__((vector_size(vector_bytes / 2)));  // as many elements as Double has
 using Bits = uint32_t __attribute__((vector_size(vector_bytes)));
-// As many 16- and 8-bit integers as Bits has lanes: how they lie in memory.
+// As many 16-bit and 8-bit integers as Bits has lanes, as they are in memory.
 using Halves = uint16_t __attribute__((vector_size(2 * lanes)));
 using Bytes = uint8_t __attribute__((vector_size(lanes)));
 
-// Two vectors' worth of 16-bit and four of 8-bit integers: packed by twos and fours, they cost least.
+// The 16-bit integers of two vectors and the 8-bit integers of four: packing two or four at once is cheapest.
 using Words = uint16_t __attribute__((vector_size(vector_bytes)));
 using PackedBytes = uint8_t __attribute__((vector_size(vector_bytes)));
 
@@ -45,7 +45,7 @@ template <>
 struct VectorOf<double> {
   using Type = Double;
 };
-// What computes in T, `width<T>` elements at a time.
+// The vector that computes in T, with `width<T>` elements.
 template <class T>
 using Vector = typename VectorOf<T>::Type;
 template <class T>
@@ -109,7 +109,7 @@ template <class V>
   memcpy(to, &x, sizeof x);
 }
 
-// The first `count` elements from an address; the others are zero.
+// Loads the first `count` elements from an address; the others are zero.
 template <class V, class T>
 [[gnu::always_inline]] inline V load(const T* from, int64_t count) {
   if (count < elements_of<V>()) return load_first(from, count, V{});
@@ -125,7 +125,8 @@ template <class V, class T>
   }
 }
 
-// Bits from shorter integers, zeros or the sign before them; shorter integers from the low ones of Bits.
+// widened(): Bits from shorter integers, zero-extended; widened_signed(): sign-extended. low_bytes(), low_halves():
+// shorter integers from the low bits of Bits.
 
 #if defined(__AVX512F__)
 inline Float square_root(Float x) { return _mm512_sqrt_ps(x); }
@@ -138,7 +139,7 @@ inline Bytes low_bytes(Bits x) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
 inline Halves low_halves(Bits x) { return (Halves)_mm512_cvtepi32_epi16((__m512i)x); }
 inline uint32_t largest(Bits x) { return _mm512_reduce_max_epu32((__m512i)x); }
 
-// The upper (or lower) halves of two vectors in order; the inverse of the first with zeros below; bytes of words < 256.
+// high_halves(), low_halves(): the upper or lower halves of two vectors in order. packed(): bytes from words below 256.
 inline Words every_second(Bits a, Bits b, uint16_t first) {
   Words numbers;
   for (int k = 0; k < 2 * lanes; ++k) numbers[k] = static_cast<uint16_t>(2 * k + first);
@@ -146,7 +147,7 @@ inline Words every_second(Bits a, Bits b, uint16_t first) {
 }
 inline Words high_halves(Bits a, Bits b) { return every_second(a, b, 1); }
 inline Words low_halves(Bits a, Bits b) { return every_second(a, b, 0); }
-// Bits whose upper halves are words of `upper` from `first` on, and whose lower ones are those of `lower`.
+// Bits whose upper halves are words of `upper` from `first` on, and whose lower halves are those of `lower`.
 inline Bits interleaved(Words upper, Words lower, int first) {
   Words numbers;
   for (int k = 0; k < lanes; ++k) {
@@ -220,7 +221,7 @@ inline Bits widened(Bytes x) {
 inline Bits widened_signed(Halves x) { return (Bits)_mm_srai_epi32((__m128i)(widened(x) << 16), 16); }
 inline Bits widened_signed(Bytes x) { return (Bits)_mm_srai_epi32((__m128i)(widened(x) << 24), 24); }
 inline Halves low_halves(Bits x) {
-  const __m128i extended = _mm_srai_epi32((__m128i)(x << 16), 16);  // there is only a pack of signed ones
+  const __m128i extended = _mm_srai_epi32((__m128i)(x << 16), 16);  // SSE2 can only pack signed integers
   const long long raw = _mm_cvtsi128_si64(_mm_packs_epi32(extended, extended));
   Halves halves;
   memcpy(&halves, &raw, sizeof halves);

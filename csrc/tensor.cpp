@@ -5,7 +5,7 @@ namespace {
 
 DLExchangeApi* exchange = nullptr;
 PyTypeObject* tensor_type = nullptr;
-PyObject* grad_descriptor = nullptr;  // of torch.Tensor: its getter without the look-up
+PyObject* grad_descriptor = nullptr;  // of torch.Tensor: calls its getter without a look-up
 descrgetfunc get_grad = nullptr;
 PyObject* is_neg_name = nullptr;
 PyObject* is_conj_name = nullptr;
@@ -54,7 +54,7 @@ void connect_sharded(nb::handle type) {
   sharded_type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
 }
 
-PyObject* part_of(PyObject* sharded) {
+PyObject* local_shard_of(PyObject* sharded) {
   PyObject* local = PyObject_GetAttr(sharded, local_name);
   if (local == nullptr) {
     PyErr_Clear();

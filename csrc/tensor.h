@@ -1,4 +1,4 @@
-// What is read of a torch tensor, by way of its Python object: memory, shape, gradient, and who else holds it.
+// Reads a torch tensor through its Python object: memory, shape, gradient, and the references to it.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -10,46 +10,46 @@ namespace lucid {
 
 namespace nb = nanobind;
 
-// Given torch.Tensor once, before anything else here is called. False where torch has no DLPack exchange API.
+// Call it once with torch.Tensor, before anything else here. Returns false if torch has no DLPack exchange API.
 bool connect(nb::handle tensor_type);
 
-// Given the class of tensors that are spread over processes, once any may be met.
+// Call it with the class of sharded tensors (DTensor) before the first of them.
 void connect_sharded(nb::handle sharded_type);
 
 extern PyTypeObject* sharded_type;
 inline bool is_sharded(PyObject* object) { return Py_TYPE(object) == sharded_type; }
-// What this process holds of a sharded tensor: a borrowed reference.
-PyObject* part_of(PyObject* sharded);
-// The same, of any other object itself.
-inline PyObject* local_of(PyObject* object) { return is_sharded(object) ? part_of(object) : object; }
-// How a sharded tensor is spread: a new reference, or null.
+// The local shard of a sharded tensor: a borrowed reference.
+PyObject* local_shard_of(PyObject* sharded);
+// The local shard of a sharded tensor; any other object itself.
+inline PyObject* local_of(PyObject* object) { return is_sharded(object) ? local_shard_of(object) : object; }
+// The spec of a sharded tensor, which says how it is sharded: a new reference, or null.
 PyObject* spec_of(PyObject* sharded);
-// Whether two such specs spread a tensor of one shape alike.
+// Whether two specs shard a tensor of the same shape in the same way.
 bool spread_alike(PyObject* spec, PyObject* other);
 
-// False where the object is no tensor with memory of its own.
+// Returns false if the object is not a tensor with its own memory.
 bool read(PyObject* object, DLTensor* out);
-// torch.Tensor itself, no subclass.
+// Whether its class is torch.Tensor itself, not a subclass.
 bool is_plain_tensor(PyObject* object);
 // The `grad` of a parameter: a new reference, or null with an exception set.
 PyObject* gradient_of(PyObject* param);
-// Whether its numbers are to be read as conjugated or negated.
+// Whether its values are lazily conjugated or negated.
 bool is_lazy_view(PyObject* tensor);
 
 bool on_cpu(const DLTensor& tensor);
-// A kind of device whose memory has addresses that a kernel there can be given: CUDA or ROCm, or the CPU.
+// Whether its device has memory addresses that kernels can use: CUDA, ROCm, or the CPU.
 bool has_addresses(const DLTensor& tensor);
 bool aligned(const DLTensor& tensor);
 int64_t elements(const DLTensor& tensor);
-// From the first element to behind the last.
+// From the first element to the end of the last.
 int64_t span_in_bytes(const DLTensor& tensor);
 inline bool is_complex(DLDataType type) { return type.code == 5; }
-// The type of a real number in it; false where the engine has none for it.
+// Gives the type of its real numbers; returns false if the engine does not support it.
 bool real_type(DLDataType type, Type* out);
 
 bool has_weak_references(PyObject* object);
-// Counts the references to a tensor's storage, from C++ and from Python; -1 if that cannot be told. A storage that
-// nobody else holds has the count that a fresh tensor's has.
+// The number of references to a tensor's storage, from C++ and from Python; -1 if unknown. A storage without other
+// references has the same count as that of a new tensor.
 long storage_references(PyObject* tensor);
 
 }  // namespace lucid

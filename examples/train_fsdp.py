@@ -1,15 +1,16 @@
-"""Train the GPT of train_gpt.py on several processes: FSDP2, 8-bit state, clipping, checkpoints of any number of them.
+"""Train the GPT of train_gpt.py on several processes: FSDP2, 8-bit state, clipping, checkpoints for any number.
 
     torchrun --standalone --nproc-per-node 2 examples/train_fsdp.py                   # two to three minutes on 2 cores
     torchrun --standalone --nproc-per-node 2 examples/train_fsdp.py --stop-after 300  # stops early
-    torchrun --standalone --nproc-per-node 3 examples/train_fsdp.py --resume          # goes on, on another number
+    torchrun --standalone --nproc-per-node 3 examples/train_fsdp.py --resume          # resumes on another number
 
-Each process keeps its share of every parameter, gradient and moment, and learns from its share of a step's windows: the
-global batch, and so the training, is the same for any number of them but for the rounding of sums. On GPUs where there
-are any (untested here), else on CPUs.
+Each process holds its shard of every parameter, gradient and moment, and trains on its share of the batch. The global
+batch is the same for any number of processes, so training is the same except for the rounding of sums. The example uses
+GPUs if there are any (not tested), otherwise CPUs.
 
-A checkpoint is a folder, `--out`/step-000100. torch writes its `.metadata` last: what is killed while saving leaves a
-folder without, and `--resume` takes the last one that is whole. A new run does not start in a folder that has some.
+A checkpoint is a folder, `--out`/step-000100. torch writes its `.metadata` last. If a process is killed while saving,
+the folder has no `.metadata`, and `--resume` uses the last complete checkpoint. A new run raises an error if `--out`
+already has checkpoints.
 """
 
 import argparse
@@ -43,23 +44,23 @@ def held_here(tensors: Iterable[Tensor]) -> int:
 
 
 class Run(Stateful):
-    """A model in training, of which every process has a share; what a checkpoint holds."""
+    """A sharded model in training, and what a checkpoint holds."""
 
     def __init__(self, config: Config, corpus: Corpus, device: torch.device) -> None:
         self.config, self.corpus, self.device = config, corpus, device
         self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
         self.identity = asdict(config) | {"text": corpus.digest}
-        torch.manual_seed(config.seed)  # all start from the same weights, each keeps its share
+        torch.manual_seed(config.seed)  # all processes start from the same weights, each keeps its shard
         self.model = GPT(config).to(device)
-        for module in (*self.model.blocks, self.model):  # each block, then what is left
+        for module in (*self.model.blocks, self.model):  # each block, then the rest
             fully_shard(module)
         self.optimizer = make_optimizer(self.model, config)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
-        self.losses: list[float] = []  # of every step, in nats a character, the mean over all processes
+        self.losses: list[float] = []  # of every step, in nats per character, the mean over all processes
 
     @property
     def step(self) -> int:
-        """The number of steps done, those before a resume included; the data's position follows from it."""
+        """The number of steps done, including those before a resume; it gives the position in the data."""
         return len(self.losses)
 
     def advance(self) -> None:
@@ -79,7 +80,7 @@ class Run(Stateful):
         return statistics.fmean(self.losses[-50:])
 
     def memory(self) -> str:
-        """Lay out what each process holds, beside what torch's own AdamW would take."""
+        """Return a table of the bytes that each process holds, and that torch's AdamW would take."""
         weights = list(self.model.parameters())
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         state = [value for entry in self.optimizer.state.values() for value in entry.values()]
@@ -106,11 +107,11 @@ class Run(Stateful):
         self.losses = state_dict["losses"]
 
     def save(self, out: Path) -> None:
-        """Write a checkpoint, each process its share; it is whole once `.metadata` is there."""
+        """Write a checkpoint, each process its shard; it is complete once `.metadata` exists."""
         save({"run": self}, checkpoint_id=out / f"step-{self.step:06}")
 
     def load(self, folder: Path) -> None:
-        """Take up a checkpoint of any number of processes, or raise ValueError if it is another run's."""
+        """Load a checkpoint of any number of processes, or raise ValueError if it belongs to another run."""
         saved: dict[str, Any] = {"run": {"identity": dict(self.identity)}}
         load(saved, checkpoint_id=folder)
         for name, value in self.identity.items():
@@ -120,12 +121,12 @@ class Run(Stateful):
 
 
 def last_whole(out: Path) -> Path | None:
-    """Return the folder of the last checkpoint that was written to its end."""
+    """Return the folder of the last complete checkpoint."""
     return max((path.parent for path in out.glob("step-*/.metadata")), default=None)
 
 
 def train(run: Run, last: int, every: int, out: Path) -> None:
-    """Advance to step `last`, saving at each `every` steps and at the end."""
+    """Advance to step `last`, saving every `every` steps and at the end."""
     bar = tqdm(total=run.config.steps, initial=run.step, disable=None if run.rank == 0 else True, unit="step")
     while run.step < last:
         run.advance()
@@ -137,11 +138,11 @@ def train(run: Run, last: int, every: int, out: Path) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong once, not on every process."""
+    """Prints an error once, not on every process."""
 
     def error(self, message: str) -> NoReturn:
         if int(os.environ.get("RANK", 0)):
-            time.sleep(30)  # torchrun ends this one once rank 0 has spoken
+            time.sleep(30)  # torchrun ends this process once rank 0 has printed the error
             raise SystemExit(2)
         super().error(message)
 
@@ -149,26 +150,28 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line on this process; return the exit status."""
     parser = Parser(description="Train a small GPT on several processes, by torchrun.", usage=f"{COMMAND} [options]")
-    parser.add_argument("--state", choices=("fp32", "bf16", "8bit"), default="8bit", help="how moments are kept")
+    parser.add_argument("--state", choices=("fp32", "bf16", "8bit"), default="8bit", help="format of the moments")
     parser.add_argument("--steps", type=int, default=Config().steps)
-    parser.add_argument("--every", type=int, default=EVERY, metavar="STEPS", help="between two checkpoints")
-    parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop early, to go on with --resume")
-    parser.add_argument("--resume", action="store_true", help="continue from --out's last whole checkpoint")
+    parser.add_argument("--every", type=int, default=EVERY, metavar="STEPS", help="steps between two checkpoints")
+    parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop after this step; --resume continues")
+    parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in --out")
     parser.add_argument("--out", type=Path, default=Path("runs/fsdp"), help="folder for checkpoints")
     options = parser.parse_args(arguments)
     last = options.steps if options.stop_after is None else min(options.steps, options.stop_after)
     if min(last, options.every) < 1:
         parser.error("--steps, --every and --stop-after must be at least 1")
     if "RANK" not in os.environ:
-        parser.error(f"torchrun starts this: {COMMAND}")
+        parser.error(f"start this with torchrun: {COMMAND}")
     config = Config(steps=options.steps, state=options.state)
     if int(os.environ["WORLD_SIZE"]) > config.batch:
-        parser.error(f"a step has {config.batch} windows: at most as many processes, got {os.environ['WORLD_SIZE']}")
+        parser.error(
+            f"expected at most {config.batch} processes, one per window of a batch, got {os.environ['WORLD_SIZE']}"
+        )
     found = last_whole(options.out)
     if options.resume and found is None:
-        parser.error(f"--resume: {options.out} has no whole checkpoint; start once without --resume")
+        parser.error(f"--resume: {options.out} has no complete checkpoint; run without --resume first")
     if found is not None and not options.resume:
-        parser.error(f"{found} is there: add --resume to go on from it, or give another --out")
+        parser.error(f"{found} exists: add --resume to continue from it, or give another --out")
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -188,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train(run, last, options.every, options.out)
         say(f"{run.memory()}\nafter step {run.step}: loss {run.smoothed_loss():.4f}, the mean of 50 steps")
         if run.step < config.steps:
-            say(f"stopped at step {run.step} of {config.steps}: add --resume to go on, on any number of processes")
+            say(f"stopped at step {run.step} of {config.steps}: add --resume to continue, on any number of processes")
     finally:
         distributed.destroy_process_group()
     return 0

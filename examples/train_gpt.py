@@ -3,17 +3,17 @@
     python examples/train_gpt.py                    # about a minute and a half on 2 cores
     python examples/train_gpt.py --optimizer torch  # the same run with torch.optim.AdamW
     python examples/train_gpt.py --compare          # lucid, torch and torch fused side by side
-    python examples/train_gpt.py --state 8bit --dtype bf16  # 8 bytes a parameter in place of 16
-    python examples/train_gpt.py --plot-statistics          # how much each layer moves, as a picture
+    python examples/train_gpt.py --state 8bit --dtype bf16  # 8 bytes per parameter instead of 16
+    python examples/train_gpt.py --plot-statistics          # plots how much each layer moves
 
-The text is `pydoc_data.topics`, which every Python carries; the model reads and writes single
-characters. Every tenth topic is kept out of training, whole, and gives the held-out loss.
+The text is `pydoc_data.topics`, which comes with every Python. The model reads and writes single
+characters. Every tenth topic is held out of training and gives the held-out loss.
 
-A run writes `checkpoint.pt`, `loss.png` and `sample.txt` into `--out` (and `statistics.png` where that is
-asked for), a comparison `compare.png`.
-Ctrl-C saves a checkpoint at the last whole step. `--resume` continues from it to the very bits that
-an uninterrupted run ends with: all that a step depends on is in the checkpoint, or follows from the
-seed and the number of the step.
+A run writes `checkpoint.pt`, `loss.png` and `sample.txt` into `--out`, and `statistics.png` with
+`--plot-statistics`. A comparison writes `compare.png`.
+Ctrl-C saves a checkpoint after the current step. `--resume` continues from it and ends with the same
+bits as an uninterrupted run: everything that a step depends on is in the checkpoint, or follows from
+the seed and the number of the step.
 """
 
 import argparse
@@ -44,33 +44,33 @@ EVERY = 100  # steps between two held-out losses, and between two checkpoints
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """All that the result depends on, but for the text."""
+    """Everything that the result depends on, except the text."""
 
     optimizer: str = "lucid"
     steps: int = 900
     seed: int = 0
-    lr: float = 2e-3  # at its peak
+    lr: float = 2e-3  # peak of the schedule
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.1
-    warmup: float = 0.05  # of the steps
+    warmup: float = 0.05  # part of the steps
     max_grad_norm: float = 1.0
-    batch: int = 8  # windows a step
-    context: int = 128  # characters a window
+    batch: int = 8  # windows per step
+    context: int = 128  # characters per window
     width: int = 160
     heads: int = 5
     layers: int = 4
-    state: Literal["fp32", "bf16", "8bit"] = "fp32"  # how lucid keeps its moments
+    state: Literal["fp32", "bf16", "8bit"] = "fp32"  # format of lucid's moments
     dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and gradients
 
 
 def encode(text: str) -> Tensor:
-    """Return ASCII codes; a character that has no likeness in ASCII becomes "?"."""
+    """Return ASCII codes; a character without an ASCII equivalent becomes "?"."""
     likenesses = str.maketrans("‘’“”–—", "''\"\"--")
     return torch.tensor(list(text.translate(likenesses).encode("ascii", "replace")))
 
 
 class Corpus:
-    """The text in codes, 1-d int64 tensors `train` and `held_out`; the `digest` names it."""
+    """The text as codes: 1-d int64 tensors `train` and `held_out`. The `digest` identifies the text."""
 
     def __init__(self) -> None:
         texts = [topics[name] for name in sorted(topics)]
@@ -79,7 +79,7 @@ class Corpus:
         self.digest = hashlib.sha256("".join(texts).encode()).hexdigest()[:12]
 
     def batch(self, config: Config, step: int) -> Tensor:
-        """Draw a step's (batch, context + 1) codes; they follow from the seed and its number."""
+        """Return the (batch, context + 1) codes of a step; they depend on the seed and the step only."""
         generator = torch.Generator().manual_seed((config.seed << 32) + step)
         last = len(self.train) - config.context
         starts = torch.randint(last, (config.batch, 1), generator=generator)
@@ -109,7 +109,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Codes in, scores of the next character out; the token embedding is the head as well."""
+    """From codes to logits of the next character; the token embedding is also the output layer."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -130,14 +130,14 @@ class GPT(nn.Module):
 
 
 def cross_entropy(model: GPT, codes: Tensor) -> Tensor:
-    """Return the mean loss, in nats a character, of predicting each code from those before it."""
+    """Return the mean loss, in nats per character, of predicting each code from those before it."""
     scores: Tensor = model(codes[:, :-1])
     return F.cross_entropy(scores.float().flatten(0, 1), codes[:, 1:].flatten())
 
 
 @torch.no_grad()
 def sample(model: GPT, config: Config, length: int = 600) -> str:
-    """Continue a prompt by `length` characters, each drawn from the model's own prediction."""
+    """Continue a prompt by `length` characters, each sampled from the model's prediction."""
     generator = torch.Generator().manual_seed(config.seed)
     codes = encode("When a ")[None]
     for _ in range(length):
@@ -148,7 +148,7 @@ def sample(model: GPT, config: Config, length: int = 600) -> str:
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Let matrices decay, and biases and the gains of norms not; lucid's step bounds the gradients' norm as well."""
+    """Decay matrices, but not biases and gains of norms. lucid's step also clips the gradient norm."""
     groups = optim.decay_groups(model, config.weight_decay)
     if config.optimizer == "lucid":
         return optim.AdamW(
@@ -159,12 +159,12 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
         )
-    fused = True if config.optimizer == "torch-fused" else None  # None: as torch chooses
+    fused = True if config.optimizer == "torch-fused" else None  # None: torch chooses
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 
 
 def lr_factor(step: int, config: Config) -> float:
-    """Rise linearly over the warm-up, then fall along a cosine to a tenth at the last step."""
+    """Rise linearly during the warm-up, then fall along a cosine to a tenth at the last step."""
     warmup = max(1, round(config.warmup * config.steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -172,7 +172,7 @@ def lr_factor(step: int, config: Config) -> float:
 
 
 class Run:
-    """A model in training: what a checkpoint holds, and how long the steps done here took."""
+    """A model in training: what a checkpoint holds, and the times of the steps of this process."""
 
     def __init__(self, config: Config, corpus: Corpus, observed: bool = False) -> None:
         self.config, self.corpus, self.observed = config, corpus, observed
@@ -183,14 +183,14 @@ class Run:
         if isinstance(self.optimizer, optim.AdamW):
             self.optimizer.observe(observed)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
-        self.losses: list[float] = []  # of every step, in nats a character
+        self.losses: list[float] = []  # of every step, in nats per character
         self.held_out: list[tuple[int, float]] = []  # (steps done, loss)
         self.seconds: list[tuple[float, float]] = []  # (whole step, clipping and optimizer's step)
         self.ratios: dict[int, dict[str, float]] = {}  # after a step: update over weight, by parameter
 
     @property
     def step(self) -> int:
-        """The number of steps done, those before a resume included."""
+        """The number of steps done, including those before a resume."""
         return len(self.losses)
 
     def advance(self) -> None:
@@ -216,7 +216,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Take the loss over all of the held-out text, cut into windows side by side."""
+        """Compute the loss over the whole held-out text, in consecutive windows."""
         context = self.config.context
         windows = self.corpus.held_out.unfold(0, context + 1, context)
         batches = torch.split(windows, self.config.batch)
@@ -228,13 +228,13 @@ class Run:
         return statistics.fmean(self.losses[max(0, step - 50) : step])
 
     def milliseconds(self) -> tuple[float, float]:
-        """Return the medians of a whole step and of the optimizer's; NaN if none was done here."""
+        """Return the medians of a whole step and of the optimizer step; NaN if this process did none."""
         seconds = self.seconds or [(math.nan, math.nan)]
         step, update = (1e3 * statistics.median(each) for each in zip(*seconds, strict=True))
         return step, update
 
     def bytes_a_parameter(self) -> dict[str, float]:
-        """Return what weights, gradients and the optimizer's state take, by the tensors that are there."""
+        """Return the bytes per parameter of weights, gradients and optimizer state, from their tensors."""
         weights: list[Tensor] = list(self.model.parameters())
         tensors = {
             "weights": weights,
@@ -245,7 +245,7 @@ class Run:
         return {name: sum(tensor.nbytes for tensor in found) / count for name, found in tensors.items()}
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint whole or not at all: a crash leaves the previous one in place."""
+        """Write a complete checkpoint or none: a crash leaves the previous one in place."""
         unfinished = path.with_suffix(".tmp")
         checkpoint = {
             "identity": self.identity,
@@ -259,7 +259,7 @@ class Run:
         os.replace(unfinished, path)
 
     def load(self, path: Path) -> None:
-        """Take up a checkpoint, or raise ValueError if it is another run's."""
+        """Load a checkpoint, or raise ValueError if it belongs to another run."""
         checkpoint = torch.load(path, weights_only=True)
         for name, value in self.identity.items():
             if (saved := checkpoint["identity"].get(name)) != value:
@@ -273,8 +273,8 @@ class Run:
 def train(runs: Sequence[Run], last: int, checkpoint: Path | None) -> None:
     """Advance the runs to step `last`, or until Ctrl-C; the first one writes the checkpoints.
 
-    Runs that are compared take turns, so that whatever else the machine does slows them alike.
-    Ctrl-C is only noted while this goes on, so that it cuts no step in half.
+    In a comparison the runs take turns, so that other work on the machine slows them equally.
+    Ctrl-C takes effect after the current step, so that no step is cut in half.
     """
     first, config = runs[0], runs[0].config
     interrupts: list[int] = []
@@ -307,7 +307,7 @@ def train(runs: Sequence[Run], last: int, checkpoint: Path | None) -> None:
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """Lay out one column for each run."""
+    """Return a table with one column per run."""
     step, update = zip(*(run.milliseconds() for run in runs), strict=True)
     rows = {
         "": [run.config.optimizer for run in runs],
@@ -319,7 +319,7 @@ def summary(runs: Sequence[Run]) -> str:
         "optimizer's share": [f"{u / s:.1%}" for s, u in zip(step, update, strict=True)],
     }
     memory = [run.bytes_a_parameter() for run in runs]
-    rows["bytes a parameter"] = [f"{sum(each.values()):.2f}" for each in memory]
+    rows["bytes per parameter"] = [f"{sum(each.values()):.2f}" for each in memory]
     rows |= {f"  {name}": [f"{each[name]:.2f}" for each in memory] for name in memory[0]}
     if len(runs) > 1:
         rows["optimizer, against lucid"] = [f"{ms / update[0]:.2f} x" for ms in update]
@@ -327,7 +327,7 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def save_curves(runs: Sequence[Run], path: Path) -> None:
-    """Draw lines for training and rings for held-out, the wider the more runs cover them."""
+    """Plot training losses as lines and held-out losses as rings; earlier runs are drawn wider."""
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     for i, run in enumerate(runs):
@@ -337,13 +337,13 @@ def save_curves(runs: Sequence[Run], path: Path) -> None:
         at, held_out = zip(*run.held_out, strict=True)
         axes.plot(at, held_out, f"C{i}o", fillstyle="none", ms=4 + 3 * cover, label=f"{name}, held-out")
     title = "A small GPT on Python's language reference (train: mean of 50 steps)"
-    axes.set(xlabel="step", ylabel="loss (nats a character)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats per character)", title=title)
     axes.legend()
     figure.savefig(path)
 
 
 def save_ratios(run: Run, path: Path) -> None:
-    """Draw the RMS of each matrix's updates over that of its weights, in steps done here; the deeper, the darker."""
+    """Plot RMS of the update / RMS of the weights for each matrix and step; deeper layers are darker."""
     figure = Figure(figsize=(10, 5.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     matrices = [name for name, parameter in run.model.named_parameters() if parameter.ndim == 2]
@@ -370,15 +370,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train a small GPT on Python's own reference.")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--optimizer", choices=optimizers, default=default.optimizer)
-    which.add_argument("--compare", action="store_true", help="train with each, side by side")
-    parser.add_argument("--state", choices=("fp32", "bf16", "8bit"), default=default.state, help="of lucid's moments")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default=default.dtype, help="of weights and gradients")
+    which.add_argument("--compare", action="store_true", help="train with all three, side by side")
+    parser.add_argument(
+        "--state", choices=("fp32", "bf16", "8bit"), default=default.state, help="format of lucid's moments"
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default=default.dtype, help="dtype of weights and gradients")
     parser.add_argument("--plot-statistics", action="store_true", help="draw each layer's update/weight ratio")
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop early, as by Ctrl-C")
+    parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop after this step, as with Ctrl-C")
     parser.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
-    parser.add_argument("--out", type=Path, default=Path("runs/train_gpt"), help="folder to fill")
+    parser.add_argument("--out", type=Path, default=Path("runs/train_gpt"), help="output folder")
     options = parser.parse_args(arguments)
     out, checkpoint = options.out, options.out / "checkpoint.pt"
     last = options.steps if options.stop_after is None else min(options.steps, options.stop_after)
@@ -387,13 +389,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not 0 <= options.seed < 2**31:
         parser.error(f"--seed must lie in 0 ... 2**31 - 1, got {options.seed}")
     if options.compare and (options.resume or options.stop_after):
-        parser.error("--compare runs from start to end: drop --resume and --stop-after")
+        parser.error("--compare runs from start to end: remove --resume and --stop-after")
     if options.plot_statistics and (options.compare or options.optimizer != "lucid"):
-        parser.error("--plot-statistics is of lucid's run alone: drop --compare and --optimizer")
+        parser.error("--plot-statistics works with lucid only: remove --compare and --optimizer")
     if options.state != "fp32" and options.optimizer != "lucid":
-        parser.error(f"--state {options.state} is lucid's, {options.optimizer} has none: drop one of them")
+        parser.error(f"--state {options.state} works with lucid only, not with {options.optimizer}: remove one of them")
     if options.resume and not checkpoint.exists():
-        parser.error(f"--resume: there is no {checkpoint}; start once without --resume")
+        parser.error(f"--resume: there is no {checkpoint}; run without --resume first")
 
     corpus = Corpus()
     config = Config(options.optimizer, options.steps, options.seed, state=options.state, dtype=options.dtype)
@@ -410,7 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{size:,} parameters, {len(corpus.train):,} characters to learn from", flush=True)
     train(runs, last, None if options.compare else checkpoint)
     if run.step < config.steps:
-        way_on = "a comparison starts anew" if options.compare else "add --resume to continue"
+        way_on = "a comparison cannot resume" if options.compare else "add --resume to continue"
         print(f"stopped after step {run.step} of {config.steps}: {way_on}")
         return 0 if run.step == last else 130
     if not options.compare:

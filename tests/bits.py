@@ -68,13 +68,13 @@ def same(left, right):
 
 def peek(optimizer):
     """The state, without the optimizer's noticing that someone has looked."""
-    return optimizer._state_box[0]
+    return optimizer._box.peek()
 
 
 def is_sealed(optimizer):
     """Whether the next step would trust that nobody has touched the state."""
-    plan = optimizer._whole.plan
-    return bool(plan and plan._native and plan._native.sealed and not optimizer._state_box[1])
+    plan = optimizer._stepper.whole.plan
+    return bool(plan and plan._rows.sealed and not optimizer._box.cells[1])
 
 
 def results(optimizer):

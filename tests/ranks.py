@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from interpreter import quicken
+
 MOST = 4
 LIMIT = 90  # seconds that one function may take
 
@@ -26,6 +28,7 @@ def _serve(rank, connection, log):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    quicken()
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of views, which nobody here writes to
     while True:

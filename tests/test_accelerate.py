@@ -6,95 +6,31 @@ GPU anywhere else: told that the processes are on some, it shards, saves and loa
 
 import contextlib
 import functools
-import os
-import warnings
-from typing import NamedTuple
-from unittest import mock
 
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
-from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
 
 import lucid.optim as optim
-from bits import canonical
-
-EPOCHS, MICRO = 3, 2
-STEPS = 9  # of 18 batches
-
-
-@contextlib.contextmanager
-def as_torchrun():
-    """The environment of a process that torchrun has started; libraries take the process group that is there."""
-    rank, world = (str(number) for number in (torch.distributed.get_rank(), torch.distributed.get_world_size()))
-    values = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": world,
-        "LOCAL_WORLD_SIZE": world,
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "29500",
-        "TORCHELASTIC_RUN_ID": "tests",
-        "OMP_NUM_THREADS": "1",
-    }
-    with mock.patch.dict(os.environ, values), warnings.catch_warnings():
-        yield
-
-
-def local(tensor):
-    """What this process holds of a tensor."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def outcome(model, optimizer):
-    """The bits of all parameters and their state on this process."""
-    found = []
-    for param in model.parameters():
-        found.append(canonical(local(param)))
-        for key, value in optimizer.state[param].items():
-            found.append(local(value).view(torch.int16).clone() if key == "residual" else canonical(local(value)))
-    return found
-
-
-def assert_same_bits(left, right):
-    assert len(left) == len(right)
-    assert all(map(torch.equal, left, right))
-
-
-def make_net(dtype=torch.float32):
-    torch.manual_seed(0)
-    layers = torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Dropout(0.1), torch.nn.Linear(64, 96), torch.nn.Tanh()
-    return torch.nn.Sequential(*layers, torch.nn.Linear(96, 1)).to(dtype)
-
-
-def make_loader(dtype, parts=1):
-    """Six batches of 8, of which each of `parts` processes is to get its part."""
-    x = torch.randn(48, 16, generator=torch.Generator().manual_seed(1))
-    data = torch.utils.data.TensorDataset(x.to(dtype), x.sum(1, keepdim=True).to(dtype))
-    return torch.utils.data.DataLoader(data, batch_size=8 // parts)
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    """One thread: two would wait for each other where the machine is busy; and no state of Accelerate's afterwards."""
-    torch.set_num_threads(1)
-    yield
-    forget()
-
-
-def forget():
-    """Accelerate's states are global."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-class Trained(NamedTuple):
-    losses: list
-    norms: list
-    bits: list
-    wrapped: str
+from frameworks import (  # noqa: F401
+    EPOCHS,
+    MICRO,
+    STEPS,
+    Trained,
+    alone,
+    as_torchrun,
+    assert_resumes,
+    assert_same_bits,
+    forget,
+    make_loader,
+    make_net,
+    of_8_bits,
+    outcome,
+    that_clips,
+    with_ours,
+    with_torchs,
+)
 
 
 def train(make, *, clip=None, dtype=torch.float32, saves=None, resumes=None, fsdp=None):
@@ -132,29 +68,13 @@ def train(make, *, clip=None, dtype=torch.float32, saves=None, resumes=None, fsd
     inner = accelerator.unwrap_model(model)
     assert [int(optimizer.state[param]["step"]) for param in inner.parameters()] == [STEPS] * 6
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)  # the schedule has come to its end
-    return Trained(losses, norms, outcome(inner, optimizer), type(model).__name__)
+    return Trained(losses, outcome(inner, optimizer), norms=norms, wrapped=type(model).__name__)
 
 
 def plugin(state_dict_type):
     return FullyShardedDataParallelPlugin(
         fsdp_version=2, state_dict_type=state_dict_type, auto_wrap_policy="size_based_wrap", min_num_params=1000
     )
-
-
-def with_torchs(params):
-    return torch.optim.AdamW(params, lr=1e-2)
-
-
-def with_ours(params):
-    return optim.AdamW(params, lr=1e-2)
-
-
-def that_clips(params):
-    return optim.AdamW(params, lr=1e-2, max_grad_norm=1.0)
-
-
-def of_8_bits(params):
-    return optim.AdamW(params, lr=1e-2, state_format="8bit", max_grad_norm=1.0)
 
 
 def assert_trains_as_with_torchs(run):
@@ -165,15 +85,6 @@ def assert_trains_as_with_torchs(run):
         torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-4, atol=1e-5)
     assert min(theirs.norms) > 1
     assert theirs.losses[-1] != pytest.approx(plain.losses[-1], rel=1e-2)
-
-
-def assert_resumes(run, folder):
-    for name, make, dtype in (("fp32", that_clips, torch.float32), ("8bit", of_8_bits, torch.bfloat16)):
-        whole = run(make, dtype=dtype, saves=f"{folder}/{name}")
-        resumed = run(make, dtype=dtype, resumes=f"{folder}/{name}")
-        assert resumed.losses == whole.losses[len(whole.losses) // EPOCHS :]
-        assert_same_bits(resumed.bits, whole.bits)
-        assert any(bits.dtype == torch.uint8 for bits in whole.bits) == (make is of_8_bits)
 
 
 # One process
@@ -224,6 +135,7 @@ def replicas(folder):
     return run.bits
 
 
+@pytest.mark.slow
 def test_ddp(ranks, tmp_path):
     one, two = ranks.run(2, replicas, str(tmp_path))
     assert_same_bits(one, two)
@@ -261,6 +173,7 @@ def shards(folder, state_dict_type):
             forget()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state_dict_type", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
 def test_fsdp2(ranks, tmp_path, state_dict_type):
     ranks.run(2, shards, str(tmp_path), state_dict_type)

@@ -15,20 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lucid.optim as optim
 from bits import SEALED, draw, on, peek, same
-from test_fsdp import SHAPES, assert_whole, give_gradients, spread_over, whole
+from sharded import SHAPES, assert_whole, everyone_has, give_gradients, spread_over, whole
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, in torch's own import
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
 NAN, INF = math.nan, math.inf
-
-
-def everyone_has(value):
-    """Whether all ranks hold the same value, to the bit."""
-    every = [None] * distributed.get_world_size()
-    distributed.all_gather_object(every, value)
-    return all(each == every[0] for each in every)
 
 
 def pairs(mesh, placements, shapes=SHAPES, **options):
@@ -218,7 +211,7 @@ def others_are_told_before_anything_is_written():
     def scale(ours, spread):
         ours.grad_scale = NAN
 
-    for spoil, said in ((share, "same memory"), (count, "step count"), (scale, "grad_scale")):
+    for spoil, said in ((share, "share memory"), (count, "step count"), (scale, "grad_scale")):
         ours, _, spread, plain = pairs(mesh, [Shard(0)], [(6, 5), (6, 5), (6, 5)], max_grad_norm=1.0)
         give_gradients(spread, plain, 0)
         ours.step()
@@ -315,7 +308,7 @@ def group_over_meshes():
     for device_mesh, placements in [(mesh, [Shard(0)]), (square, [Replicate(), Shard(0)])]:
         ours, _, spread, plain = pairs(device_mesh, placements, max_grad_norm=1.0, shard_group=distributed.group.WORLD)
         give_gradients(spread, plain, 0)
-        with pytest.raises(ValueError, match="leave shard_group away"):
+        with pytest.raises(ValueError, match="remove shard_group"):
             ours.step()
     # Stages of a pipeline, each sharded by itself.
     stage = distributed.get_rank() // 2
@@ -327,7 +320,7 @@ def group_over_meshes():
     ours.step()
     theirs.step()
     torch.testing.assert_close(ours.grad_norm, theirs.grad_norm, rtol=1e-13, atol=0)
-    assert copy.deepcopy(ours)._shard_group is ours._shard_group
+    assert copy.deepcopy(ours)._settings.shard_group is ours._settings.shard_group
 
 
 def test_a_group_over_stages_and_not_over_meshes(ranks):

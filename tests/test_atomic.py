@@ -1,73 +1,24 @@
-"""Guards that a step happens whole or not at all.
+"""Guards that a step happens whole or not at all: what is wrong is found before the first write.
 
-One thing is wrong with the last parameter of the last group, or an exception comes from the middle of the step.
-Afterwards parameters, state, step counts, groups and gradients are what they were, identities and addresses
-included, and training goes on as though the step had never been tried. With no state yet, with a warm plan, and
-with a plan that no longer reads the state; on both engines.
+One thing is wrong with the last parameter of the last group, or its state. Afterwards parameters, state, step counts,
+groups and gradients are what they were, identities and addresses included, and training goes on as though the step had
+never been tried. With no state yet, with a warm plan, and with a plan that no longer reads the state; on both engines.
+Exceptions and signals in the middle of a step are in test_atomic_interrupted.py.
 """
 
 import contextlib
 import functools
-import itertools
 import math
-import random
-import signal
-import sys
 
 import pytest
 import torch
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import SEALED, World, assert_same, in_child, is_sealed, on, peek, results, snapshot
+from bits import World, assert_same, in_child, on, peek, results, snapshot
 from lucid import engine
-from lucid.engine import reference
-from lucid.engine.cuda.device import DevicePlan
-from lucid.engine.cuda.launch import Interpreter
-from lucid.optim import formats, part
-
-STAGES = {0: "first", 2: "warm", SEALED: "sealed"}
-
-
-def at(**stages_of):
-    """Each engine at its stages."""
-    cases = [(name, stage) for name, stages in stages_of.items() for stage in stages]
-    return pytest.mark.parametrize(
-        ("engine_name", "stage"), cases, ids=[f"{name}-{STAGES[stage]}" for name, stage in cases]
-    )
-
-
-# The plan, which reads the state or trusts it, is that of the CPU engine on the CUDA engine too; and what is checked
-# before any engine is asked is alike for all. So these see to it that a refusal leaves no trace in what is the CUDA
-# engine's own, of which a step takes long when it is interpreted.
-EVERY_STAGE = at(cpu=STAGES, cuda=[2], reference=STAGES)
-WITH_STATE = at(cpu=[2, SEALED], cuda=[2], reference=[2, SEALED])
-NOT_ON_CUDA = at(cpu=STAGES, reference=STAGES)
-
-
-def world_at(stage, engine_name, **options):
-    world = World(**options).run(stage)
-    assert is_sealed(world.optimizer) == (stage == SEALED and engine_name != "reference")
-    return world
-
-
-def check_refusal(stage, engine_name, spoil, error, match="", **options):
-    """`spoil` changes a world and returns how to mend it."""
-    with on(engine_name):
-        wanted = results(World(**options).run(stage + 4).optimizer)
-        world = world_at(stage, engine_name, **options)
-        world.set_gradients()
-        mend = spoil(world)
-        for _ in range(2):
-            before = snapshot(world.optimizer)
-            versions = [param._version for param in world.params]
-            with pytest.raises(error, match=match):
-                world.optimizer.step()
-            assert snapshot(world.optimizer) == before
-            assert versions == [param._version for param in world.params]
-        mend()
-        assert_same(results(world.run(4).optimizer), wanted)
-
+from lucid.engine import formats
+from stages import EVERY_STAGE, NOT_ON_CUDA, WITH_STATE, check_refusal, world_at
 
 # Gradients and parameters that do not fit
 
@@ -135,11 +86,11 @@ BAD = {
     ),
     "float8 parameter": (with_data(lambda d: d.to(torch.float8_e4m3fn)), TypeError, "dtype torch.float8_e4m3fn"),
     "meta": (on_meta, ValueError, "meta"),
-    "expanded": (with_data(lambda d: d[:, :1].expand(4, 2, 3)), ValueError, "several elements at one place"),
+    "expanded": (with_data(lambda d: d[:, :1].expand(4, 2, 3)), ValueError, "several elements at the same address"),
     "windows": (
         with_data(lambda d: d.as_strided((4, 2, 3), (3, 2, 1))),
         ValueError,
-        "several elements at one place",
+        "several elements at the same address",
     ),
 }
 
@@ -336,11 +287,15 @@ BAD_STATE = {
     "sparse": (with_slot("exp_avg", lambda t: t.to_sparse()), ValueError, "sparse"),
     "meta": (with_slot("exp_avg", lambda t: t.to("meta")), ValueError, "meta"),
     "a list": (with_slot("exp_avg", lambda t: t.tolist()), ValueError, "expected a tensor"),
-    "expanded": (with_slot("exp_avg", lambda t: torch.zeros(1).expand(t.shape)), ValueError, "memory"),
+    "expanded": (
+        with_slot("exp_avg", lambda t: torch.zeros(1).expand(t.shape)),
+        ValueError,
+        "several elements at the same address",
+    ),
     "overlapping": (
         with_slot("exp_avg_sq", lambda t: torch.ones(14).as_strided(t.shape, (3, 2, 1))),
         ValueError,
-        "memory",
+        "several elements at the same address",
     ),
     "not a dict": (without_entry([1, 2]), TypeError, "expected a dict"),
     "a number": (without_entry(3), TypeError, "expected a dict"),
@@ -432,212 +387,6 @@ def test_a_parameter_left_out_after_a_failed_first_step(broken):
         assert_same(run(), wanted)
 
     in_child(act)
-
-
-# Exceptions from around and inside the step
-
-
-@NOT_ON_CUDA
-@pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("where", ["closure", "pre-hook"])
-def test_what_runs_before_the_step_raises(where, raised, stage, engine_name):
-    def interrupt(*_):
-        raise raised("stop")
-
-    with on(engine_name):
-        wanted = results(World().run(stage + 2).optimizer)
-        world = world_at(stage, engine_name)
-        world.set_gradients()
-        before = snapshot(world.optimizer)
-        handle = world.optimizer.register_step_pre_hook(interrupt) if where == "pre-hook" else None
-        with pytest.raises(raised):
-            world.optimizer.step(None if handle else interrupt)
-        if handle:
-            handle.remove()
-        assert snapshot(world.optimizer) == before
-        assert_same(results(world.run(2).optimizer), wanted)
-
-
-@EVERY_STAGE
-def test_a_post_hook_that_raises_comes_after_the_whole_step(stage, engine_name):
-    def interrupt(*_):
-        raise RuntimeError("stop")
-
-    with on(engine_name):
-        wanted = results(World().run(stage + 1).optimizer)
-        world = world_at(stage, engine_name)
-        world.optimizer.register_step_post_hook(interrupt)
-        with pytest.raises(RuntimeError, match="stop"):
-            world.step()
-        assert_same(results(world.optimizer), wanted)
-
-
-PLACES = {
-    "compute": (reference, "compute"),
-    "increment_version": (torch.autograd.graph, "increment_version"),
-    "steps": (engine.Plan, "steps"),
-    "bind": (engine.Plan, "bind"),
-    "gather": (engine.Plan, "gather"),
-    "run": (engine.Plan, "run"),
-    "write": (engine.Plan, "_write"),
-    "scalars": (engine.Scalars, "of"),
-    "adopt": (part, "_adopt"),
-    "initialising": (part.Part, "_is_initialising"),
-    "judged": (part.Part, "_judged"),
-    "complete": (formats.StateFormat, "complete"),
-    "new slot": (formats.Slot, "new"),
-    "new step": (formats, "new_step"),
-    "check": (optim.Optimizer, "_format"),
-    "hyperparameters": (optim.AdamW, "_hyperparameters"),
-    "groups": (optim.Optimizer, "_checked_groups"),
-}
-
-
-ON_DEVICE = {
-    **{place: PLACES[place] for place in ("gather", "bind", "steps", "scalars", "increment_version", "run", "write")},
-    "prepare": (DevicePlan, "prepare"),
-    "upload": (Interpreter, "upload"),
-}
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("raised", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize(
-    ("engine_name", "stage", "place"),
-    [*itertools.product(["cpu", "reference"], STAGES, PLACES), *itertools.product(["cuda"], [2], ON_DEVICE)],
-)
-def test_an_exception_at_each_place_inside_the_step(place, raised, when, stage, engine_name, monkeypatch):
-    """At the first call and at the last: the last parameter's state, the last group's scalars."""
-    owner, name = (PLACES | ON_DEVICE)[place]
-    with on(engine_name):
-        wanted = results(World().run(stage + 2).optimizer)
-        finished = results(World().run(stage + 1).optimizer)
-        for stop_at in (1, 4):
-            world = world_at(stage, engine_name)
-            world.set_gradients()
-            before = snapshot(world.optimizer)
-            calls = []
-            original = getattr(owner, name)
-
-            def stopping(*args, original=original, calls=calls, stop_at=stop_at, **kwargs):
-                calls.append(1)
-                if len(calls) == stop_at and when == "before":
-                    raise raised
-                found = original(*args, **kwargs)
-                if len(calls) == stop_at:
-                    raise raised
-                return found
-
-            with monkeypatch.context() as patch:
-                patch.setattr(owner, name, staticmethod(stopping) if name == "of" else stopping)
-                try:
-                    world.optimizer.step()
-                except raised:
-                    if place in ("run", "write") and when == "after":
-                        assert_same(results(world.optimizer), finished)
-                        world.done += 1
-                    else:
-                        assert snapshot(world.optimizer) == before
-                else:
-                    assert len(calls) < stop_at
-                    assert_same(results(world.optimizer), finished)
-                    world.done += 1
-            assert_same(results(world.run(stage + 2 - world.done).optimizer), wanted)
-
-
-class Interrupts:
-    """Ctrl-C at one of the points at which Python handles signals: calls, and returns from C, of these files.
-
-    But within a kernel, which is Python only where it is interpreted.
-    """
-
-    KERNELS = ("cuda/kernels.py", "cuda/formats.py", "cuda/adamw.py")
-
-    def __init__(self, at, files):
-        self.left = at
-        self.files = files
-        self.where = None
-
-    def __call__(self, frame, event, _):
-        file = frame.f_code.co_filename
-        if event not in ("call", "c_return") or self.files not in file or file.endswith(self.KERNELS):
-            return
-        self.left -= 1
-        if self.left == 0:
-            self.where = f"{file.rpartition('/')[2]}:{frame.f_lineno} ({event})"
-            sys.setprofile(None)
-            signal.getsignal(signal.SIGINT)(signal.SIGINT, frame)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that strikes a dying generator
-@at(cpu=STAGES, cuda=[0, 2], reference=STAGES)
-def test_an_interrupt_at_every_point_of_the_step(stage, engine_name):
-    """Whole or not at all, and the optimizer goes on working, wherever Ctrl-C strikes."""
-    shapes = [(3,), (2, 2)]
-    with on(engine_name):
-        wanted = results(World(shapes=shapes, amsgrad=True).run(stage + 3).optimizer)
-        finished = results(World(shapes=shapes, amsgrad=True).run(stage + 1).optimizer)
-        wrong = []
-        for at in range(1, 2000, 3 if engine_name == "cuda" and stage == 0 else 1):
-            world = world_at(stage, engine_name, shapes=shapes, amsgrad=True)
-            world.set_gradients()
-            before = snapshot(world.optimizer)
-            interrupts = Interrupts(at, "lucid/engine" if engine_name == "cuda" else "lucid")
-            sys.setprofile(interrupts)
-            try:
-                world.optimizer.step()
-            except KeyboardInterrupt:
-                pass
-            finally:
-                sys.setprofile(None)
-            if interrupts.where is None:
-                break
-            try:
-                if snapshot(world.optimizer) != before:
-                    assert_same(results(world.optimizer), finished)
-                    world.done += 1
-                assert_same(results(world.run(stage + 3 - world.done).optimizer), wanted)
-            except (AssertionError, RuntimeError) as error:
-                wrong.append(f"{interrupts.where}: {str(error)[:100]}")
-        assert at > 20
-        assert not wrong, "\n".join(dict.fromkeys(wrong))
-
-
-def test_a_signal_at_any_moment():
-    """As Ctrl-C: every parameter has then taken as many steps as every other, and all of each."""
-    shapes = [(300_000,), (1000,), (300_000,)]
-    delays = random.Random(0)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    def steps(world, count):
-        for _ in range(count):
-            world.optimizer.step()
-
-    world, twin = World(shapes=shapes), World(shapes=shapes)
-    world.set_gradients()
-    twin.set_gradients()
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        for strike in range(40):
-            if strike == 5:  # until now most had no time for the first step, which makes the state
-                steps(world, 1)
-            try:
-                signal.setitimer(signal.ITIMER_REAL, delays.uniform(2e-4, 4e-3))
-                steps(world, 1000)
-            except KeyboardInterrupt:
-                pass
-            if not peek(world.optimizer):
-                continue
-            (done,) = {int(entry["step"]) for entry in peek(world.optimizer).values()}
-            steps(twin, done - twin.done)
-            twin.done = done
-            assert_same(results(world.optimizer), results(twin.optimizer))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-    assert twin.done > 0
 
 
 # Creating state early

@@ -1,13 +1,11 @@
-"""Guards that the step in backward does nothing, and says so, while a process group is initialised.
+"""Guards that the step in backward does nothing, and says so, while a process group is initialized.
 
 Which process averages what, and when, cannot be seen from a parameter's hook. So DDP in all its ways, and averages by
 hand, are plainly the ordinary step: the same gradients are there when `step()` is called, the same bits come of it, and
 all processes have the same. The two processes are started once, for all cases together.
 """
 
-import faulthandler
 import math
-import os
 import traceback
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,12 +19,7 @@ import lucid.optim as optim
 from bits import assert_same, draw, results
 from twins import Chain, Raise, grads, hooked, reentrant, train, twins
 
-WARNED = "step_in_backward() does nothing while a process group is initialised: "
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+WARNED = "step_in_backward() does nothing while a process group is initialized, because "
 
 
 @contextmanager
@@ -121,27 +114,21 @@ REPLICAS = {
 }
 
 
-def replicas(rank, folder):
+def replicas(folder):
     """What a process of its own does: all cases, each with ordinary steps and in backward."""
-    faulthandler.dump_traceback_later(60, exit=True)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    found = {}
+    rank, found = distributed.get_rank(), {}
     for name, options in REPLICAS.items():
         try:
             found[name] = [train_replica(rank, in_backward, **options) for in_backward in (False, True)]
         except BaseException:  # pytest's own among them
             found[name] = traceback.format_exc()
-    distributed.destroy_process_group()
     torch.save(found, f"{folder}/{rank}.pt")
-    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="module")
-def replicated(tmp_path_factory):
+def replicated(ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("replicas")
-    torch.multiprocessing.spawn(replicas, (folder,), nprocs=2)
+    ranks.run(2, replicas, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -6,12 +6,8 @@ writing of torch's rule, and clipped steps against steps with gradients that wer
 `torch.nn.utils.clip_grad_norm_`. What the gradients' memory looks like must not matter to any of it.
 """
 
-import contextlib
-import copy
-import fractions
 import itertools
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -19,130 +15,25 @@ import torch
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import assert_same, canonical, draw, on, results, same, through_a_file
+from bits import assert_same, canonical, draw, on, results, same
+from gradients import (
+    CHUNK,
+    COMPLEX,
+    KINDS,
+    LANES,
+    LEVELS,
+    LIES,
+    REALS,
+    ROWS,
+    SMALL,
+    Mixed,
+    expected_factor,
+    numbers,
+    two_engines,
+    uneven,
+    used,
+)
 from lucid import engine
-from lucid.optim.values import shown
-
-LEVELS = engine.cpu.simd_levels()
-REALS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-COMPLEX = [torch.complex64, torch.complex128]
-# float64 and complex parameters keep their moments in full, whatever the format.
-KINDS = [
-    *itertools.product(REALS[:3], ["fp32", "bf16", "8bit"]),
-    *((dtype, "fp32") for dtype in [*REALS[3:], *COMPLEX]),
-]
-CHUNK, LANES = 4096, 32  # of the sum
-
-
-@pytest.fixture(autouse=True)
-def one_thread(torch_settings):
-    """But where threads are what is tested: torch's wait for each other where the machine is busy."""
-    torch.set_num_threads(1)
-
-
-# A world of every size and layout
-
-
-def channels_last(values):
-    return values.contiguous(memory_format=torch.channels_last)
-
-
-def lazy(values):
-    """A view whose numbers are not what its memory says: a conjugate, or the imaginary part of one."""
-    if values.is_complex():
-        return values.conj().resolve_conj().conj()
-    if values.dtype in (torch.float32, torch.float64):
-        return torch.complex(torch.zeros_like(values), -values).conj().imag
-    return torch._neg_view(-values)  # there is no complex number of two bfloat16
-
-
-LIES = {
-    "dense": lambda values: values.contiguous(),
-    "transposed": lambda values: values.t().contiguous().t(),
-    "channels-last": channels_last,
-    "strided": lambda values: torch.stack([values, torch.full_like(values, math.nan)], -1)[..., 0],
-    "lazy": lazy,
-    "expanded": lambda values: values.reshape(-1)[:1].reshape(()).expand(values.shape),
-}
-# Shape, how the parameter lies in memory, how its gradient does; None where it has no gradient.
-ROWS = [
-    *(((size,), "dense", "dense") for size in (0, 1, 31, 32, 33, 4095, 4096, 4097, 8193, 3 * CHUNK + 5)),
-    ((6,), "dense", None),
-    ((), "dense", "dense"),
-    ((64, 66), "dense", "dense"),
-    ((67, 65), "transposed", "transposed"),
-    ((67, 65), "transposed", "dense"),
-    ((67, 65), "dense", "transposed"),
-    ((4, 6, 5, 3), "channels-last", "channels-last"),
-    ((4, 6, 5, 3), "channels-last", "dense"),
-    ((41, 101), "strided", "dense"),
-    ((41, 101), "dense", "strided"),
-    ((130,), "strided", "strided"),
-    ((33,), "dense", "lazy"),
-    ((64, 67), "transposed", "lazy"),
-    ((1,), "dense", "lazy"),
-    ((9, 8), "dense", "expanded"),
-]
-SMALL = [row for row in ROWS if math.prod(row[0]) < 500]
-
-
-def numbers(seed, shape, dtype):
-    """Of several orders of magnitude, all of which every dtype can hold."""
-    spread = torch.randint(-3, 2, shape, generator=torch.Generator().manual_seed(seed + 100_000))
-    return (draw(seed, shape, dtype if dtype.is_complex else torch.float32) * 10.0**spread).to(dtype)
-
-
-class Mixed:
-    """Parameters of all rows in three groups; gradients of every dtype that they may have in turn."""
-
-    OPTIONS = (
-        {"lr": 0.01},
-        {"lr": 0.03, "amsgrad": True},
-        {"maximize": True, "betas": (0.4, 0.95), "master_weights": False},
-    )
-
-    def __init__(self, dtype=torch.float32, state_format="fp32", rows=ROWS, gradients=None, names=None, **options):
-        self.lies = [row for start in range(3) for row in rows[start::3]]
-        self.params = [
-            Parameter(LIES[lies](numbers(index, shape, dtype))) for index, (shape, lies, _) in enumerate(self.lies)
-        ]
-        left = iter(self.params if names is None else zip(names, self.params, strict=False))
-        groups = [
-            {"params": list(itertools.islice(left, len(rows[start::3])))} | own
-            for start, own in enumerate(self.OPTIONS)
-        ]
-        self.optimizer = optim.AdamW(groups, state_format=state_format, **options)
-        self.gradients = gradients or (COMPLEX if dtype.is_complex else REALS)
-        self.done = 0
-
-    def set_gradients(self, change=lambda param, gradient: gradient):
-        for index, (param, (shape, _, lies)) in enumerate(zip(self.params, self.lies, strict=True)):
-            param.grad_dtype = None  # so that it takes any
-            if lies is not None:
-                dtype = self.gradients[(index + self.done) % len(self.gradients)]
-                param.grad = change(param, LIES[lies](numbers(1000 * (self.done + 1) + index, shape, dtype)))
-        self.done += 1
-
-    def step(self, max_grad_norm=None):
-        self.set_gradients()
-        self.optimizer.max_grad_norm = max_grad_norm
-        self.optimizer.step()
-        return self.optimizer.grad_norm
-
-
-def compute_type(param):
-    return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
-
-
-def used(param):
-    """The gradient as real numbers in the compute type, in logical order; each rounded once by numpy."""
-    gradient = param.grad.detach().resolve_conj().resolve_neg()
-    gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-    gradient = gradient.float() if gradient.dtype in (torch.bfloat16, torch.float16) else gradient
-    narrow = np.float64 if compute_type(param) == torch.float64 else np.float32
-    with np.errstate(over="ignore", invalid="ignore"):
-        return gradient.contiguous().numpy().astype(narrow)
-
 
 # The norm
 
@@ -183,20 +74,6 @@ def in_walked_order(param, entry, values):
     return values if "stream" in entry else in_memory_order(param, values)
 
 
-def uneven(seed, shape, dtype):
-    """Two large numbers in each chunk, beside which the others are lost one by one, but not together.
-
-    So the sum depends on its order by far more than a norm would hide.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size = math.prod(shape) * (2 if dtype.is_complex else 1)
-    values = torch.full((size,), 2.0**-17, dtype=torch.float64)
-    for begin in range(0, size, CHUNK):
-        where = begin + torch.randint(min(CHUNK, size - begin), (2,), generator=generator)
-        values[where] = 1024.0 + torch.randint(8, (2,), generator=generator).double() * 64
-    return (torch.view_as_complex(values.view(-1, 2)) if dtype.is_complex else values).to(dtype).view(shape)
-
-
 @pytest.mark.parametrize(("dtype", "state_format"), KINDS, ids=str)
 def test_each_gradients_norm_is_the_documented_sum(dtype, state_format):
     told = 0
@@ -235,7 +112,7 @@ def test_the_norm_of_all_gradients(dtype, state_format, engine_name):
     assert (found.dtype, found.shape, found.device.type) == (torch.float64, (), "cpu")
 
 
-@pytest.mark.parametrize("engine_name", ["cpu", "reference"])  # test_cuda_bits has as many sums, without their rows
+@pytest.mark.parametrize("engine_name", ["cpu", "reference"])  # test_cuda_sums has as many sums, without their rows
 def test_the_order_of_parameters_counts(engine_name):
     """Of 640 with one entry, each lane has 20. One is large: where it comes first in its lane, the others are lost."""
     gradients = [9e-6] * 640
@@ -276,6 +153,7 @@ def test_the_norm_of_subnormal_gradients(flush):
 
 
 # One result everywhere
+
 
 BOUNDS = [0.5, math.inf, 1e30, 0.01]
 
@@ -334,25 +212,6 @@ def test_large_gradients_are_read_by_several_threads():
         assert_same(found, wanted, f"{level}, {threads} threads")
 
 
-@contextlib.contextmanager
-def two_engines():
-    """Every other row on the reference engine, as where parameters are on several devices."""
-    native = engine.Plan.bind
-    numbers_taken = set()
-
-    def bind(plan, row):
-        if row.index % 2 == 0:
-            native(plan, row)
-        else:
-            plan._rows.append(row)
-            numbers_taken.add(row.index)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.Plan, "bind", bind)
-        yield
-    assert numbers_taken
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 def test_rows_of_several_engines_have_one_norm(dtype):
     with on("reference"):
@@ -364,19 +223,6 @@ def test_rows_of_several_engines_have_one_norm(dtype):
 
 
 # The factor
-
-
-def expected_factor(norm, bound, scale):
-    """The factor of ``torch.nn.utils.clip_grad_norm_``, unscaled, each operation exact and rounded once to float64."""
-
-    def rounded(number):
-        return fractions.Fraction(float(number))  # Fraction to float rounds correctly
-
-    clip = fractions.Fraction(1)
-    if bound is not None and bound != math.inf:
-        room = rounded(fractions.Fraction(norm) + fractions.Fraction(1e-6))
-        clip = min(clip, rounded(fractions.Fraction(bound) / room))
-    return float(rounded(clip / fractions.Fraction(scale)))
 
 
 @pytest.mark.parametrize("maximize", [False, True])
@@ -609,167 +455,3 @@ def test_scaled_gradients_are_unscaled_in_the_same_pass(bound, engine_name):
     assert_same(found[2], found[0])
     assert norms[0] == norms[1] == norms[2]
     assert (norms[0] is None) == (bound is None)
-
-
-# The option
-
-
-def one_step(optimizer, value=3.0):
-    (param,) = optimizer.param_groups[0]["params"]
-    param.grad = torch.full_like(param, value)
-    optimizer.step()
-
-
-def single(**options):
-    return optim.AdamW([Parameter(torch.ones(1))], **options)
-
-
-def test_grad_norm_is_that_of_the_last_step_or_none(engine_name):
-    optimizer = single()
-    assert optimizer.max_grad_norm is None
-    assert optimizer.grad_norm is None
-    with on(engine_name):
-        one_step(optimizer)
-        assert optimizer.grad_norm is None
-        optimizer.max_grad_norm = 1
-        assert (optimizer.max_grad_norm, type(optimizer.max_grad_norm)) == (1.0, float)
-        assert optimizer.grad_norm is None
-        one_step(optimizer, 3.0)
-        optimizer.grad_norm.fill_(99.0)  # it is nobody's but the caller's
-        assert optimizer.grad_norm == 3.0
-        one_step(optimizer, -5.0)
-        assert optimizer.grad_norm == 5.0
-        optimizer.zero_grad()
-        optimizer.step()
-        assert optimizer.grad_norm == 0.0
-        optimizer.max_grad_norm = None
-        one_step(optimizer)
-        assert optimizer.grad_norm is None
-
-
-@pytest.mark.parametrize("nonfinite", ["skip", "error"])
-def test_grad_norm_is_known_where_gradients_are_read_for_another_reason(nonfinite, engine_name):
-    optimizer = single(nonfinite=nonfinite)
-    with on(engine_name):
-        one_step(optimizer, -3.0)
-        assert optimizer.grad_norm == 3.0
-        optimizer.nonfinite = "propagate"
-        one_step(optimizer)
-    assert optimizer.grad_norm is None
-
-
-def test_a_step_that_fails_keeps_the_last_norm():
-    optimizer = single(max_grad_norm=1.0)
-    one_step(optimizer, 3.0)
-    optimizer.param_groups[0]["lr"] = -1.0
-    with pytest.raises(ValueError, match="lr"):
-        one_step(optimizer, 4.0)
-    assert optimizer.grad_norm == 3.0
-
-
-def test_the_bound_may_change_between_steps(engine_name):
-    """And is the optimizer's, not a group's: one norm of all groups together."""
-    bounds = [None, 0.5, math.inf, 0.5, 1e-3, None]
-    world, twin = Mixed(rows=SMALL), Mixed(rows=SMALL)
-    with on(engine_name):
-        for bound in bounds:
-            norm = world.step(bound)
-            twin.set_gradients()
-            gradients = [torch.from_numpy(used(param)).double() for param in twin.params if param.grad is not None]
-            whole = torch.cat([g.reshape(-1) for g in gradients]).norm().item()
-            assert norm is None if bound is None else norm.item() == pytest.approx(whole, rel=1e-13)
-            twin.optimizer.max_grad_norm = bound
-            twin.optimizer.step()
-            twin.optimizer = copy.deepcopy(twin.optimizer)
-            twin.params = [param for group in twin.optimizer.param_groups for param in group["params"]]
-    assert_same(results(world.optimizer), results(twin.optimizer))
-
-
-BAD = {
-    "0": (0, ValueError),
-    "0.0": (0.0, ValueError),
-    "negative": (-1.0, ValueError),
-    "below all floats": (-(10**400), ValueError),
-    "negative infinity": (-math.inf, ValueError),
-    "NaN": (math.nan, ValueError),
-    "bool": (True, TypeError),
-    "str": ("1.0", TypeError),
-    "tensor": (torch.tensor(1.0), TypeError),
-    "list": ([1.0], TypeError),
-    "complex": (1j, TypeError),
-}
-
-
-@pytest.mark.parametrize(("value", "error"), BAD.values(), ids=BAD.keys())
-def test_bad_bounds_are_refused(value, error):
-    with pytest.raises(error, match=r"max_grad_norm: expected None(, | or )a number.*got ") as caught:
-        single(max_grad_norm=value)
-    assert shown(value) in str(caught.value)
-    optimizer = single(max_grad_norm=2.0)
-    with pytest.raises(error, match="max_grad_norm"):
-        optimizer.max_grad_norm = value
-    assert optimizer.max_grad_norm == 2.0
-
-
-@pytest.mark.parametrize("value", [1, 0.25, np.float32(0.25), np.int64(3), fractions.Fraction(1, 4), 5e-324, math.inf])
-def test_any_number_above_0_is_a_bound(value):
-    optimizer = single(max_grad_norm=value)
-    assert optimizer.max_grad_norm == float(value)
-    one_step(optimizer)
-    assert optimizer.grad_norm == 3.0
-
-
-def test_the_norm_cannot_be_set():
-    with pytest.raises(AttributeError):
-        single().grad_norm = torch.tensor(1.0)
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))],
-    ids=["deepcopy", "copy", "pickle"],
-)
-def test_copies_keep_the_bound(copied):
-    optimizer = single(max_grad_norm=0.5)
-    one_step(optimizer)
-    twin = copied(optimizer)
-    assert twin.max_grad_norm == 0.5
-    one_step(optimizer)
-    one_step(twin)
-    assert twin.grad_norm == optimizer.grad_norm == 3.0
-    if copied is not copy.copy:  # that shares what it copies
-        assert_same(results(twin), results(optimizer))
-        twin.max_grad_norm = None
-        assert optimizer.max_grad_norm == 0.5
-
-
-def keys_of(state_dict):
-    groups = state_dict["param_groups"]
-    return [*state_dict, *(key for group in groups for key in group), *map(sorted, state_dict["state"].values())]
-
-
-def test_checkpoints_know_nothing_of_it():
-    plain, clipping = single(), single(max_grad_norm=0.5, nonfinite="skip")
-    for optimizer in (plain, clipping):
-        one_step(optimizer)
-    assert keys_of(clipping.state_dict()) == keys_of(plain.state_dict())
-    assert clipping.state_dict().keys() == {"state", "param_groups"}
-    for word in ("norm", "nonfinite", "skip"):
-        assert word not in str(clipping.state_dict())
-    assert keys_of(clipping.torch_state_dict()) == keys_of(plain.torch_state_dict())
-    assert clipping.param_groups[0].keys() == plain.param_groups[0].keys()
-    assert clipping.defaults.keys() == plain.defaults.keys()
-    plain.load_state_dict(through_a_file(clipping.state_dict()))
-    assert (plain.max_grad_norm, plain.nonfinite) == (None, "propagate")
-    clipping.load_state_dict(through_a_file(plain.state_dict()))
-    assert (clipping.max_grad_norm, clipping.nonfinite) == (0.5, "skip")
-    clipping.load_state_dict(torch.optim.AdamW([Parameter(torch.ones(1))]).state_dict())
-    assert (clipping.max_grad_norm, clipping.nonfinite) == (0.5, "skip")
-
-
-def test_a_group_has_no_bound_of_its_own():
-    """Unknown keys are kept and do nothing, as torch's optimizers have it."""
-    optimizer = optim.AdamW([{"params": [Parameter(torch.ones(1))], "max_grad_norm": 1e-9}], betas=(0.0, 0.0))
-    one_step(optimizer)
-    (entry,) = optimizer.state.values()
-    assert entry["exp_avg"].item() == 3.0

@@ -1,8 +1,9 @@
-"""Guards how values are stored in fewer bits: what each codec may lose, and that every engine stores the same bits.
+"""Guards moments in eight bits: what the code may lose, and that every engine stores the same bits in every format.
 
-The codecs in torch operations are held against their definition written once more in closed form, exhaustively where
-the domain is small; the CPU engine, at every SIMD level, against the codecs. Engine steps are chosen so that what is
-stored is known: see `delivered` and `read_moments`.
+The codec in torch operations is held against its definition written once more in closed form, exhaustively where the
+domain is small; the CPU engine, at every SIMD level, against the codec. Engine steps are chosen so that what is stored
+is known: see stored.py and `read_moments`. Parameters and moments of 16 bits are in test_codecs_16_bits.py, the draws
+for stochastic rounding in test_draws.py.
 """
 
 import contextlib
@@ -10,7 +11,6 @@ import itertools
 import math
 import types
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,346 +18,28 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import canonical, on, same
+from bits import on
 from lucid import engine
 from lucid.engine import codecs
-from lucid.engine.shards import WHOLE
-
-LEVELS = engine.cpu.simd_levels()
-ENGINES = [*LEVELS, "reference"]
-LOWER = [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]
-LEAST_SCALE = 2.0**-126
-SIGNED_LARGEST, UNSIGNED_LARGEST = 494.0, 126974.0625
-DRAWS = torch.arange(2**16, dtype=torch.int32)
-
-# A zero gradient leaves moments as they are, to the bit, where 1 - β is less than half a float32 unit; the learning
-# rate that makes k = α / (1 - β1) one at the first step.
-STILL = 1 - 2.0**-53
-RATE = -math.expm1(math.log(STILL))
-
-
-@pytest.fixture(autouse=True)
-def one_thread(torch_settings):
-    torch.set_num_threads(1)
-
-
-def at(name):
-    """The context in which steps run on the reference engine, or on the CPU engine at SIMD level `name`."""
-    return on("reference") if name == "reference" else engine.cpu.forced_simd_level(name)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def int16(x):
-    return x.detach().view(torch.int16)
-
-
-def float32(bits):
-    """The float32 numbers with these bits (int64, 0 to 2^32 - 1)."""
-    return torch.as_tensor(bits).to(torch.int32).view(torch.float32)
-
-
-def bits_of(x):
-    return x.contiguous().view(torch.int32).long() & 0xFFFFFFFF
-
-
-def random_bits(n, seed=0):
-    """`n` float32 numbers of any bits at all."""
-    return torch.randint(-(2**31), 2**31, (n,), generator=generator(seed)).to(torch.int32).view(torch.float32)
-
-
-def patterns(key, tensor):
-    """The bits of what is stored, every NaN the same but in a residual, which is no number."""
-    if key == "residual":
-        return int16(tensor).flatten()
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        return torch.where(tensor.isnan(), -1, int16(tensor)).flatten()
-    return canonical(tensor)
-
-
-def assert_stored(found, wanted, what=""):
-    """Compare two parameters with their states, to the bit."""
-    assert found.keys() == wanted.keys(), what
-    for key in found:
-        assert found[key].dtype == wanted[key].dtype, f"{what}: {key}"
-        ours, theirs = patterns(key, found[key]), patterns(key, wanted[key])
-        if not torch.equal(ours, theirs):
-            where = (ours != theirs).nonzero().flatten()
-            raise AssertionError(
-                f"{what}: {len(where)} of {len(ours)} other bits in {key} {tuple(found[key].shape)}, at "
-                f"{where[:5].tolist()}: {ours[where[:5]].tolist()}, expected {theirs[where[:5]].tolist()}"
-            )
-
-
-def stepped(name, param, gradient, state=None, **options):
-    """A parameter with its state after one step on engine `name`, from `state` set by hand."""
-    theta = Parameter(param.clone())
-    theta.grad_dtype = None
-    theta.grad = gradient
-    optimizer = optim.AdamW([theta], **options)
-    optimizer.init_state()
-    own = optimizer.state[theta]
-    for key, value in (state or {}).items():
-        if key == "residual":
-            int16(own[key]).copy_(int16(value))
-        else:
-            own[key].copy_(value)
-    with at(name):
-        optimizer.step()
-    return {"param": theta.detach()} | own
-
-
-def delivered(name, values, dtype, **options):
-    """What engine `name` stores for a parameter whose new value is 0 - (-value), by way of a first moment."""
-    state = {"exp_avg": -values}
-    options |= {"betas": (STILL, STILL), "lr": RATE, "eps": 1.0, "weight_decay": 0.0}
-    return stepped(name, torch.zeros(values.shape, dtype=dtype), torch.zeros(values.shape), state, **options)
-
-
-def unmoved(name, param, state, **options):
-    """What engine `name` stores for a parameter that is finite and does not move."""
-    return stepped(name, param, torch.zeros(param.shape), state, lr=0.0, weight_decay=0.0, **options)
-
-
-# Two halves of a float32
-
-
-@pytest.fixture(scope="module")
-def masters():
-    """All upper halves with lower halves at and around the edges of rounding."""
-    uppers = torch.arange(2**16).repeat_interleave(len(LOWER)) << 16
-    return float32(uppers | torch.tensor(LOWER).repeat(2**16))
-
-
-def test_a_master_is_its_two_halves(masters):
-    param, residual = codecs.split(masters)
-    assert same(codecs.joined(param, residual), masters)
-
-
-def test_the_parameter_is_its_master_to_half_a_unit(masters):
-    param, residual = codecs.split(masters)
-    finite = masters.isfinite() & param.isfinite()
-    _, exponent = torch.frexp(masters[finite].double())
-    half_unit = torch.exp2(torch.clamp_min(exponent - 1, -126) - 8.0)
-    assert ((param[finite].double() - masters[finite].double()).abs() <= half_unit).all()
-    over = masters.isfinite() & ~param.isfinite()  # what torch rounds to infinity, and no more
-    assert torch.equal(over, masters.isfinite() & (masters.abs() >= float32(0x7F7F8000)))
-    assert (int16(residual)[over] < 0).all()
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_every_master_is_loaded_and_stored(masters, name):
-    """A bf16 parameter with its residual moves as the float32 that they are; one that need not move stays."""
-    param, residual = codecs.split(masters)
-    gradient = torch.randn(masters.shape, generator=generator())
-    options = {"lr": 0.1, "weight_decay": 0.1}
-    wide = stepped(name, masters, gradient, **options)
-    found = stepped(name, param, gradient, {"residual": residual}, **options)
-    wide["param"], wide["residual"] = codecs.split(wide["param"])
-    assert_stored(found, {key: wide[key] for key in found}, name)
-    finite = masters.isfinite()
-    still = unmoved(name, param, {"residual": residual})
-    wanted = {"param": torch.where(finite, param, math.nan), "residual": torch.where(finite, int16(residual), 0)}
-    assert_stored({"param": still["param"], "residual": int16(still["residual"])}, wanted, name)
-
-
-@pytest.mark.parametrize("name", ["codec", *ENGINES])
-def test_a_nan_is_stored_as_the_quiet_one_without_a_residual(name):
-    nan = float32([0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF, 0x7FC00000, 0xFF808000]).repeat(17)
-    if name == "codec":
-        param, residual = codecs.split(nan)
-    else:
-        param = torch.full(nan.shape, math.nan, dtype=torch.bfloat16)
-        found = unmoved(name, param, {"residual": param})
-        param, residual = found["param"], found["residual"]
-    assert codecs.joined(param, residual).isnan().all()
-    assert not int16(residual).any()
-    assert set(int16(param).tolist()) == {0x7FC0}
-
-
-OVERWRITTEN = [0, 1, -1, 2, 0x7FFF, -0x8000, -0x7FFF, 0x1234, -0x4321]
-
-
-@pytest.fixture(scope="module")
-def overwritten():
-    """All parameters, each with residuals that some other value left behind."""
-    param = torch.arange(2**16).repeat_interleave(len(OVERWRITTEN))
-    residual = torch.tensor(OVERWRITTEN, dtype=torch.int16).repeat(2**16)
-    return param.to(torch.int16).view(torch.bfloat16), residual.view(torch.bfloat16)
-
-
-def check_overwritten(param, residual, value):
-    """That `value` is the parameter's to half a unit in its last place, and a number wherever it is one."""
-    assert torch.equal(value.isnan(), param.isnan())
-    lower = int16(residual).long()
-    zero = param == 0
-    assert torch.equal(value[zero & (lower < 0)], param[zero & (lower < 0)].float())
-    infinite = param.isinf() & (lower >= 0)
-    assert torch.equal(value[infinite], param[infinite].float())
-    within = param.isinf() & (lower < 0)
-    assert (value[within].abs() >= float32(0x7F7F8000)).all()
-    assert torch.equal(value[within].sign(), param[within].float().sign())
-    finite = param.isfinite()
-    _, exponent = torch.frexp(param[finite].double())
-    half_unit = torch.exp2(torch.clamp_min(exponent - 1, -126) - 8.0)
-    assert ((value[finite].double() - param[finite].double()).abs() <= half_unit).all()
-    nonzero = finite & ~zero
-    assert torch.equal(value[nonzero].sign(), param[nonzero].float().sign())
-
-
-def test_an_overwritten_parameter_counts(overwritten):
-    param, residual = overwritten
-    check_overwritten(param, residual, codecs.joined(param, residual))
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_an_overwritten_parameter_counts_in_a_step(overwritten, name):
-    param, residual = overwritten
-    value = codecs.joined(param, residual)
-    finite = value.isfinite()
-    found = unmoved(name, param[finite], {"residual": residual[finite]})
-    assert same(codecs.joined(found["param"], found["residual"]), value[finite])
-    special = unmoved(name, param[~finite], {"residual": residual[~finite]})  # 0 times infinity
-    assert special["param"].isnan().all()
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_a_zeroed_or_masked_parameter_trains_on_as_a_number(name):
-    param = torch.zeros(1000, dtype=torch.bfloat16)
-    residual = torch.linspace(-0x8000, 0x7FFF, 1000).round().to(torch.int16).view(torch.bfloat16)
-    gradient = torch.randn(1000, generator=generator())
-    for sign in (1.0, -1.0):
-        found = stepped(name, param * sign, gradient, {"residual": residual}, lr=1e-3)
-        moved = codecs.joined(found["param"], found["residual"])
-        assert (moved - -1e-3 * gradient.sign()).abs().max() < 1e-7
-
-
-# Rounding to the nearest
-
-
-@pytest.fixture(scope="module")
-def around_halves():
-    """Every float16, what lies halfway between two, the float32 beside each, and any bits."""
-    halves = torch.arange(2**15).to(torch.int16).view(torch.float16).float()
-    exact = torch.cat([halves[halves.isfinite()], torch.tensor([2.0**16])])
-    middles = (exact[:-1].double() + exact[1:].double()).div(2).float()
-    bits = bits_of(torch.cat([exact, middles]))
-    near = float32(torch.cat([bits - 1, bits, bits + 1])[1:])
-    values = torch.cat([near, -near, random_bits(100_000)])
-    return values[~values.isinf() & (values != 0)]
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_float16_is_the_nearest(around_halves, name):
-    with np.errstate(over="ignore", invalid="ignore"):  # arm64 says so of a signalling NaN
-        wanted = torch.from_numpy(around_halves.numpy().astype(np.float16))
-    assert torch.equal(patterns("", wanted), patterns("", around_halves.half()))
-    kept = delivered(name, around_halves, torch.float16)
-    assert same(kept["master"], around_halves)
-    for found in (kept, delivered(name, around_halves, torch.float16, master_weights=False)):
-        assert_stored({"param": found["param"]}, {"param": wanted}, name)
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_bfloat16_is_the_nearest(masters, name):
-    values = torch.cat([masters, random_bits(100_000)])
-    values = values[~values.isinf() & (values != 0)]
-    bits = bits_of(values)
-    wanted = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    wanted = torch.where(values.isnan(), 0x7FC0, wanted).to(torch.int16).view(torch.bfloat16)
-    assert torch.equal(patterns("", wanted), patterns("", values.bfloat16()))
-    found = delivered(name, values, torch.bfloat16, master_weights=False)
-    assert_stored({"param": found["param"]}, {"param": wanted}, name)
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_every_float16_parameter_is_decoded_exactly(name):
-    """Seen in the master, which an overwritten parameter replaces, and in an fp16 parameter that does not move."""
-    every = DRAWS.to(torch.int16).view(torch.float16)
-    with np.errstate(invalid="ignore"):
-        exact = torch.from_numpy(int16(every).numpy().view(np.float16).astype(np.float32))
-    assert same(codecs.master_of_float16(every, torch.where(every == 1, 2.0, torch.ones(2**16))), exact)
-    finite = every.isfinite()
-    found = unmoved(name, every[finite], {"master": torch.where(every == 1, 2.0, torch.ones(2**16))[finite]})
-    assert same(found["master"], exact[finite])
-    assert torch.equal(int16(found["param"]), int16(every)[finite])
-    alone = unmoved(name, every[finite], {}, master_weights=False)
-    assert torch.equal(int16(alone["param"]), int16(every)[finite])
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_a_float16_parameter_counts_only_where_it_is_not_its_masters(around_halves, name):
-    finite = around_halves[around_halves.isfinite()]
-    param = finite.half()
-    kept = unmoved(name, param, {"master": finite})
-    assert same(kept["master"], finite)
-    assert torch.equal(int16(kept["param"]), int16(param))
-    other = (int16(param) ^ 1).view(torch.float16)
-    numbers = other.isfinite()
-    changed = unmoved(name, other[numbers], {"master": finite[numbers]})
-    assert same(changed["master"], other[numbers].float())
-
-
-# Stochastic rounding to bfloat16
-
-
-def test_bfloat16_draws_are_unbiased_exactly():
-    """The mean over all 2^16 draws is the value itself, normal or not, but for those that would overflow."""
-    values = random_bits(64)
-    edges = float32([1, 0x8000, 0x10001, 0x80_0001, 0x3F80_0001, 0x3F80_FFFF, 0x3FFF_FFFF, 0x7F7E_FFFF, 0xBF80_8000])
-    values = torch.cat([values[values.abs() < float32(0x7F7F0000)], edges])
-    for positive, some in ((False, values), (True, values[values >= 2.0**-126])):
-        assert len(some) > 20
-        for value in some:
-            rounded = codecs.rounded_to_bfloat16(value.expand(2**16), DRAWS, positive=positive)
-            assert len(rounded.unique()) <= 2
-            assert rounded.double().sum() == value.double() * 2**16
-
-
-def test_bfloat16_draws_round_up_where_what_is_cut_off_and_the_draw_make_a_whole():
-    upper = torch.arange(2**16)
-    for lower in (*LOWER, 0x1234, 0xC000):
-        magnitudes = upper & 0x7FFF
-        for drawn in (0, 1, 0x10000 - lower - 1, min(0x10000 - lower, 0xFFFF), 0x8000, 0xFFFF):
-            rounded = magnitudes + (lower + drawn >= 0x10000)
-            rounded = torch.where(magnitudes < 0x7F80, torch.clamp_max(rounded, 0x7F7F), rounded)
-            values = float32(upper << 16 | lower)
-            special = ~values.isfinite()
-            rounded = torch.where(special, torch.where(values.isnan(), 0x7FC0, 0x7F80), rounded) | (upper & 0x8000)
-            found = codecs.rounded_to_bfloat16(values, torch.full((2**16,), drawn, dtype=torch.int32))
-            wanted = rounded.to(torch.int16).view(torch.bfloat16)
-            assert torch.equal(patterns("", found), patterns("", wanted)), (lower, drawn)
-
-
-def test_bfloat16_draws_keep_order_and_exact_values():
-    values, _ = torch.sort(random_bits(200_000))
-    values = values[~values.isnan()]
-    exact = DRAWS.to(torch.int16).view(torch.bfloat16)
-    before = None
-    for drawn in (0, 1, 0x7FFF, 0x8000, 0xC001, 0xFFFF):
-        all_drawn = torch.tensor(drawn, dtype=torch.int32)
-        rounded = codecs.rounded_to_bfloat16(values, all_drawn)
-        assert (rounded[1:] >= rounded[:-1]).all()
-        assert before is None or (rounded.abs() >= before.abs()).all()
-        before = rounded
-        found = codecs.rounded_to_bfloat16(exact.float(), all_drawn)
-        assert torch.equal(patterns("", found), patterns("", exact))
-
-
-def test_bfloat16_draws_keep_the_finite_finite_and_the_positive_positive():
-    greatest = torch.tensor([torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max])
-    smallest = float32([1, 2, 0x7FFF, 0xFFFF])
-    special = torch.tensor([math.inf, -math.inf, math.nan, 0.0])
-    for positive in (False, True):
-        rounded = codecs.rounded_to_bfloat16(greatest.expand(2**16, 2), DRAWS[:, None], positive=positive)
-        assert torch.equal(rounded.float(), float32([0x7F7F0000, 0xFF7F0000]).expand(2**16, 2))
-        kept = codecs.rounded_to_bfloat16(special.expand(2**16, 4), DRAWS[:, None], positive=positive)
-        assert same(kept.float(), special.expand(2**16, 4))
-    raised = codecs.rounded_to_bfloat16(smallest.expand(2**16, 4), DRAWS[:, None], positive=True)
-    assert (raised.float() == float32(0x10000)).all()
-
+from quick import examples
+from stored import (
+    DRAWS,
+    ENGINES,
+    LEAST_SCALE,
+    LEVELS,
+    RATE,
+    SIGNED_LARGEST,
+    STILL,
+    UNSIGNED_LARGEST,
+    assert_encodes,
+    assert_stored,
+    bits_of,
+    float32,
+    generator,
+    int16,
+    random_bits,
+    stepped,
+)
 
 # Codes of eight bits
 
@@ -605,7 +287,7 @@ def test_what_is_not_finite_marks_its_block_and_no_other(kind, bad):
 
 
 @both
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(st.data())
 def test_a_block_of_any_numbers(kind, data):
     """A scale is the block's largest value over what the top code means; codes are those of the definition."""
@@ -665,40 +347,6 @@ def test_every_code_is_loaded_and_stored(name):
     assert_stored({key: after[key] for key in codes}, codes, name)
 
 
-def encoded(state_format, wide, stream, step):
-    """What the codecs make of float32 moments."""
-    m, v = wide["exp_avg"], wide["exp_avg_sq"]
-    drawn = codecs.draws(stream, step, WHOLE.numbers(m.shape, m.device))
-    if state_format == "bf16":
-        rounded = codecs.rounded_to_bfloat16
-        return {"exp_avg": rounded(m, drawn), "exp_avg_sq": rounded(v, drawn, positive=True)}
-    m_codes, m_scales = codecs.encode_signed(m, drawn)
-    v_codes, v_scales = codecs.encode_unsigned(v, drawn)
-    return {
-        "exp_avg_code": m_codes,
-        "exp_avg_scale": m_scales,
-        "exp_avg_sq_code": v_codes,
-        "exp_avg_sq_scale": v_scales,
-    }
-
-
-def assert_encodes(name, gradient, state_format, **options):
-    """That a first step stores what the codecs make of a float32 step's moments; return what it stores."""
-    param = torch.zeros(gradient.shape)
-    wide = stepped(name, param, gradient, **options)
-    found = stepped(name, param, gradient, state_format=state_format, seed=11, **options)
-    wanted = encoded(state_format, wide, int(found["stream"]), 1)
-    wanted = {key: wide.get(key, found[key]) for key in found} | wanted
-    assert_stored(found, wanted, f"{name}: {tuple(gradient.shape)}")
-    return found
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_every_upper_half_is_drawn_by_the_engine(masters, name):
-    for betas in ((0.0, 0.0), (0.9, 0.999)):
-        assert_encodes(name, masters, "bf16", betas=betas, eps=1e-8)
-
-
 @pytest.mark.parametrize("width", [64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 511, 640, 1000])
 def test_rows_shorter_than_a_block_and_tails(width):
     """No block reaches into another row: each scale is the largest value of its own elements over the top code's."""
@@ -751,149 +399,6 @@ def test_a_gradient_that_is_not_finite_marks_its_block_and_no_other(name, bad):
     others = torch.ones(20, 300, dtype=torch.bool)
     others[[0, 7, 19], [0, 128, 299]] = False
     assert torch.equal(found["param"][others], clean["param"][others])
-
-
-# Draws
-
-
-def mixed(x):
-    """The finalizer of splitmix64 after its increment, from its publication."""
-    mask = 2**64 - 1
-    z = (x + 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
-
-
-def draw(stream, step, number):
-    """The definition of one draw, in whole numbers: the upper half of a number times an odd key plus another key."""
-    key = mixed((mixed(stream & (2**64 - 1)) + step) & (2**64 - 1))
-    keys = mixed((key + (number >> 32)) & (2**64 - 1))
-    factor, offset = (keys & 0xFFFFFFFF) | 1, keys >> 32
-    return (number * factor + offset & 0xFFFFFFFF) >> 16
-
-
-# Of elements 0, 1, 2, 1000 and 2^20, for (stream, step).
-GOLDEN = {
-    (0, 1): [38034, 5295, 38091, 1213, 1058],
-    (0, 2): [8145, 57413, 41144, 58073, 35393],
-    (1, 1): [54549, 6207, 23401, 12736, 20069],
-    (-1, 1): [30024, 1613, 38738, 61406, 37528],
-    (2**63 - 1, 2**24 - 1): [64594, 29716, 60373, 51120, 63074],
-    (0x0123456789ABCDEF, 1000): [28215, 3022, 43364, 640, 2759],
-}
-
-
-def some_draws(stream, step, *shape):
-    return codecs.draws(stream, step, WHOLE.numbers(torch.Size(shape), torch.device("cpu")))
-
-
-@pytest.mark.parametrize(("stream", "step"), GOLDEN)
-def test_golden_draws(stream, step):
-    """A checkpoint's training must go on with the same draws for ever."""
-    assert [draw(stream, step, number) for number in (0, 1, 2, 1000, 2**20)] == GOLDEN[stream, step]
-    found = some_draws(stream, step, 2**20 + 1)
-    assert found[[0, 1, 2, 1000, 2**20]].tolist() == GOLDEN[stream, step]
-    assert mixed(0) == 0xE220A8397B1DCDAF  # the first output of splitmix64 from seed 0
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    stream=st.integers(-(2**63), 2**63 - 1),
-    step=st.integers(1, 2**24),
-    shape=st.lists(st.integers(1, 9), max_size=4),
-)
-def test_draws_are_those_of_the_definition(stream, step, shape):
-    found = some_draws(stream, step, *shape)
-    assert found.shape == torch.Size(shape)
-    assert found.flatten().tolist() == [draw(stream, step, number) for number in range(math.prod(shape))]
-
-
-def drawn_by_engine(name, stream, step, shape):
-    """The draws that engine `name` makes, by halving: x rounds up where the bits cut off and the draw make 2^16."""
-    param = torch.zeros(shape)
-    drawn = torch.zeros(shape, dtype=torch.int64)
-    state = {"stream": torch.tensor(stream), "step": torch.tensor(step - 1.0)}
-    for bit in range(15, -1, -1):
-        least = drawn + (1 << bit)
-        gradient = float32(0x3F800000 + 0x10000 - least)
-        after = stepped(name, param, gradient, state, betas=(0.0, 0.0), state_format="bf16")
-        drawn = torch.where(after["exp_avg"].float() > 1.0, least, drawn)
-    return drawn
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_the_engines_draws(name):
-    for stream, step in ((0, 1), (-(2**63), 2), (123456789, 2**24 - 1)):
-        found = drawn_by_engine(name, stream, step, (3, 345))
-        assert found.flatten().tolist() == [draw(stream, step, number) for number in range(3 * 345)]
-
-
-def test_draws_depend_on_the_elements_number_and_not_on_the_shape():
-    for shape in ((6000,), (6, 1000), (60, 10, 10), (1, 6000), (6000, 1)):
-        assert torch.equal(some_draws(5, 6, *shape).flatten(), some_draws(5, 6, 6000))
-    assert torch.equal(some_draws(5, 6, 10_000)[:6000], some_draws(5, 6, 6000))
-    assert some_draws(5, 6, 0).shape == (0,)
-    assert some_draws(5, 6).shape == ()
-
-
-def chi_square(counts):
-    expected = counts.sum() / counts.numel()
-    return ((counts - expected).square() / expected).sum().item()
-
-
-PLACES = [0, 1, 2, 3, 7, 8, 15, 16, 64, 127, 128, 129, 256, 1000, 1023]
-
-
-@pytest.fixture(scope="module")
-def draws_of_steps():
-    """The draws of 1,024 elements of two parameters at 8,192 steps."""
-    return [torch.stack([some_draws(stream, step, 1024) for step in range(1, 8193)]) for stream in (7, 8)]
-
-
-def pairs_of(draws_of_steps):
-    """Two draws that should not know of each other: of two elements, of two steps, of two parameters."""
-    ours, theirs = draws_of_steps
-    for one, other in itertools.combinations(PLACES, 2):
-        yield f"elements {one} and {other}", ours[:, one], ours[:, other]
-    for place, lag in itertools.product(PLACES, (1, 2, 10)):
-        yield f"element {place}, {lag} steps later", ours[:-lag, place], ours[lag:, place]
-    for place in PLACES:
-        yield f"element {place} of two parameters", ours[:, place], theirs[:, place]
-        yield f"element {place} of two parameters, a step later", ours[:-1, place], theirs[1:, place]
-
-
-def test_draws_are_equally_distributed_and_do_not_know_of_each_other(draws_of_steps):
-    """χ² of 256 classes has mean 255 and deviation 22.6: at most six of those more, of singles and of pairs."""
-    bound = 255 + 6 * math.sqrt(2 * 255)
-    for place in PLACES:
-        drawn = draws_of_steps[0][:, place].long()
-        for part in (drawn >> 8, drawn >> 4 & 0xFF, drawn & 0xFF):
-            assert chi_square(torch.bincount(part, minlength=256).double()) < bound
-    for what, one, other in pairs_of(draws_of_steps):
-        classes = (one.long() >> 12) << 4 | other.long() >> 12
-        assert chi_square(torch.bincount(classes, minlength=256).double()) < bound, what
-
-
-def test_draws_are_not_correlated(draws_of_steps):
-    for what, one, other in pairs_of(draws_of_steps):
-        one, other = one.double() - one.double().mean(), other.double() - other.double().mean()
-        assert abs(one @ other / (one.norm() * other.norm())) < 6 / math.sqrt(len(one)), what
-
-
-def test_a_sum_of_draws_varies_as_if_all_were_independent(draws_of_steps):
-    """What stochastic rounding adds to the mean of many elements, and of many steps.
-
-    Over the elements of a step the draws are no more than pairwise independent: a few steps' keys make most of it.
-    """
-    variance = 2.0**32 / 12
-    for drawn in draws_of_steps:
-        centred = drawn.double() - (2**16 - 1) / 2
-        for n in (2, 16, 128, 1024):
-            over_elements = centred[:, :n].sum(1).square().mean() / (n * variance)
-            assert 0.5 < over_elements < 2.0, n
-            over_steps = centred[: len(centred) // n * n].view(-1, n, 1024).sum(1).square().mean() / (n * variance)
-            assert 0.8 < over_steps < 1.25, n
 
 
 # Every engine, level, thread count and batch size

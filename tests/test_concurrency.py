@@ -15,8 +15,10 @@ import torch
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import SEALED, World, assert_same, in_child, is_sealed, on, results
+from bits import SEALED, World, assert_same, in_child, is_sealed, on, peek, results
 from lucid import engine
+
+pytestmark = pytest.mark.serial  # threads want cores of their own, and torch's own number of them
 
 LARGE = [(700_001,), (3,), (200_000, 2)]  # above the size at which the interpreter's lock is let go
 
@@ -140,6 +142,76 @@ def test_state_that_is_read_in_the_middle_of_a_step(monkeypatch):
     assert_same(results(world.optimizer), wanted)
 
 
+@pytest.mark.parametrize("warm", [0, SEALED])
+def test_state_that_is_replaced_in_the_middle_of_a_step(warm, monkeypatch):
+    """The step ends on the state that it began with; the next one is of the other, at its own addresses."""
+
+    def copied(params):
+        return {
+            param: copy.deepcopy(peek(world.optimizer)[own]) for param, own in zip(params, world.params, strict=True)
+        }
+
+    world, twin = World().run(2), World().run(3 + warm)
+    world.optimizer.state = copied(world.params)
+    world.run(warm)
+    assert is_sealed(world.optimizer) == (warm == SEALED)
+    replacing, twin.optimizer.state = copied(world.params), copied(twin.params)
+    twin.run(3)
+    original = engine.Scalars.of
+
+    def of(**numbers):
+        if replacing:
+            given = dict(replacing)
+            replacing.clear()
+            thread = threading.Thread(target=lambda: setattr(world.optimizer, "state", given))
+            thread.start()
+            thread.join()
+        return original(**numbers)
+
+    def act():
+        monkeypatch.setattr(engine.Scalars, "of", staticmethod(of))
+        assert_same(results(world.run(4).optimizer), results(twin.optimizer))
+
+    in_child(act)
+
+
+@pytest.mark.parametrize("change", ["entries", "tensors"])
+def test_a_first_step_of_a_state_that_another_thread_changes_in_its_middle(change, monkeypatch):
+    """The tensors that it was checked with are gone after it: the next one must not take their addresses."""
+    world = World().run(2)
+
+    def copied():
+        return {param: copy.deepcopy(peek(world.optimizer)[param]) for param in world.params}
+
+    world.optimizer.state = copied()
+    given, twin = copied(), World().run(3)
+    twin.optimizer.state = {p: copy.deepcopy(given[own]) for p, own in zip(twin.params, world.params, strict=True)}
+    twin.run(3)
+    original = engine.Scalars.of
+
+    def give():
+        for param, entry in given.items():
+            if change == "entries":
+                world.optimizer.state[param] = entry
+            else:
+                world.optimizer.state[param].update(entry)
+        given.clear()
+
+    def of(**numbers):
+        thread = threading.Thread(target=give)
+        thread.start()
+        thread.join()
+        return original(**numbers)
+
+    def act():
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.Scalars, "of", staticmethod(of))
+            world.run(1)
+        assert_same(results(world.run(3).optimizer), results(twin.optimizer))
+
+    in_child(act)
+
+
 def test_other_python_threads_go_on_during_a_large_step(monkeypatch):
     """Another thread counts while the engine runs, which it can only where the interpreter's lock is let go.
 
@@ -163,7 +235,11 @@ def test_other_python_threads_go_on_during_a_large_step(monkeypatch):
 
     inside = []
     write = engine.Plan._write
-    monkeypatch.setattr(engine.Plan, "_write", lambda self, *args: inside.append(counted(lambda: write(self, *args))))
+
+    def counting(plan, **options):
+        inside.append(counted(lambda: write(plan, **options)))
+
+    monkeypatch.setattr(engine.Plan, "_write", counting)
     torch.set_num_threads(1)
     interval = sys.getswitchinterval()
     counter = threading.Thread(target=count, daemon=True)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from lucid.engine.cuda.table import CHUNK, DeviceRow
+from lucid.engine.cuda.row_table import DeviceRow
+from lucid.engine.numbers import CHUNK, KEPT, Column
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 NVIDIA = ("sm_80", "sm_90")
@@ -163,9 +164,10 @@ def launches(names):
     import torch
 
     from lucid.engine.cuda import launch
-    from lucid.engine.cuda.resident import Resident
-    from lucid.engine.cuda.table import Rows
-    from lucid.engine.scalars import Decision, Recipe
+    from lucid.engine.cuda.device_tables import DeviceTables
+    from lucid.engine.cuda.row_table import RowTable
+    from lucid.engine.scalars import Recipe
+    from lucid.engine.verdict import DeviceVerdict
 
     class Ahead(launch.GPU):
         """The launcher for GPUs, on the host's memory."""
@@ -179,28 +181,28 @@ def launches(names):
         def staging(self, words):
             return self.empty(words)
 
-    def resident(names):
-        rows = Rows(Native(names))
-        rows.table[:, 9] = 200  # elements of a row, so that odd ones have programs
-        return Resident(Ahead(torch.device("cpu")), (1, 0), rows)
+    def tables(names):
+        rows = RowTable(Native(names))
+        rows.table[:, Column.ROW] = 200  # elements of a row, so that odd ones have programs
+        return DeviceTables(Ahead(torch.device("cpu")), (1, 0), rows)
 
     updates = [name for name in UPDATES if name in names]
-    yield from zip(updates, resident(updates).updates(observe=False), strict=True)
+    yield from zip(updates, tables(updates).updates(observe=False), strict=True)
     observed = [name for name in OBSERVED if f"observed {name}" in names]
-    for name, each in zip(observed, resident(observed).updates(observe=True), strict=True):
+    for name, each in zip(observed, tables(observed).updates(observe=True), strict=True):
         yield f"observed {name}", each
     measured = [name for name in MEASURED if f"squares {name}" in names]
-    measuring = resident(measured)
+    measuring = tables(measured)
     *squares, sum_up = measuring.measuring().launches
     for name, each in zip(measured, squares, strict=True):
         yield f"squares {name}", each
     yield "sum_up", sum_up
     recipes = [Recipe(0, 1e-3, 0.9, 0.999, 1e-8, 1e-2, False, 1)]
-    kept = measuring.launcher.empty(4)
-    ordered, decide = measuring.decide(Decision(1.0, None, 1.0, True, False), recipes, kept)[0]
+    kept = measuring.launcher.empty(KEPT)
+    ordered, decide = measuring.decide(DeviceVerdict(1.0, None, 1.0, True, False), recipes, kept)[0]
     yield "sum_up ordered", ordered
     yield "decide measured", decide
-    yield "decide", measuring.decide(Decision(1.0, None, None, False, False), recipes, kept)[0][0]
+    yield "decide", measuring.decide(DeviceVerdict(1.0, None, None, False, False), recipes, kept)[0][0]
 
 
 def opcodes(ptx, target, folder):

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lucid.optim as optim
 from bits import draw, peek
-from test_distributed_checkpoints import FORMATS
+from sharded import KINDS
 
 
 def digest(optimizer):
@@ -23,7 +23,7 @@ def digest(optimizer):
 
 
 def train_replicas(name, steps):
-    dtype, options = FORMATS[name]
+    dtype, options = KINDS[name]
     torch.manual_seed(distributed.get_rank())  # DDP gives all the weights of rank 0
     net = torch.nn.Sequential(torch.nn.Linear(70, 64), torch.nn.Tanh(), torch.nn.Linear(64, 5)).to(dtype)
     replica = DistributedDataParallel(net)
@@ -41,7 +41,8 @@ def train_replicas(name, steps):
     return digest(optimizer)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_replicas_are_the_same_after_a_thousand_steps(ranks, name):
     one, two = ranks.run(2, train_replicas, name, 1000)
     assert one == two

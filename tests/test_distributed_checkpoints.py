@@ -17,65 +17,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 
 import lucid.optim as optim
-from bits import assert_same, draw, results
+from bits import assert_same, results
 from lucid.optim.checkpoint import load_optimizer, torch_optimizer_state_dict
-from test_fsdp import assert_whole
-
-FORMATS = {
-    "fp32": (torch.float32, {"amsgrad": True}),
-    "bf16": (torch.float32, {"state_format": "bf16"}),
-    "8bit": (torch.float32, {"state_format": "8bit"}),
-    "8bit of bfloat16": (torch.bfloat16, {"state_format": "8bit"}),
-    "fp32 of float16": (torch.float16, {}),
-}
-
-
-class Net(torch.nn.Module):
-    def __init__(self, dtype=torch.float32):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = torch.nn.Linear(130, 67)
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(67, 67) for _ in range(2))
-        self.last = torch.nn.Linear(67, 3)
-        self.to(dtype)
-
-
-def sharded(dtype=torch.float32):
-    net, mesh = Net(dtype), init_device_mesh("cpu", (distributed.get_world_size(),))
-    for layer in net.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(net, mesh=mesh)
-
-
-def make(net, options, kind=optim.AdamW):
-    """Two groups, the second with a learning rate of its own."""
-    groups = [{"params": list(net.layers.parameters())}]
-    groups += [{"params": [*net.first.parameters(), *net.last.parameters()], "lr": 3e-3, "weight_decay": 0.0}]
-    return kind(groups, lr=1e-2, **options)
-
-
-def train(net, optimizer, steps):
-    """With gradients that only the step and the parameter's place decide."""
-    for step in steps:
-        for number, param in enumerate(net.parameters()):
-            gradient = draw(100 * step + number, param.shape).to(param.dtype)
-            if hasattr(param, "device_mesh"):
-                gradient = distribute_tensor(gradient, param.device_mesh, param.placements, src_data_rank=None)
-            param.grad = gradient
-        optimizer.step()
-    optimizer.zero_grad()
-
-
-def uninterrupted(name, steps):
-    dtype, options = FORMATS[name]
-    net = Net(dtype)
-    optimizer = make(net, options)
-    train(net, optimizer, range(steps))
-    return optimizer
-
+from resumed import Net, make, sharded, train, uninterrupted
+from sharded import KINDS, assert_whole
 
 WAYS = {
     "sharded": (False, False),
@@ -89,7 +37,7 @@ WHOLE = ("fp32", "8bit of bfloat16")  # saved whole as well: every kind of tenso
 
 def save(folder):
     world = distributed.get_world_size()
-    for name, (dtype, options) in FORMATS.items():
+    for name, (dtype, options) in KINDS.items():
         net = sharded(dtype)
         optimizer = make(net, options)
         train(net, optimizer, range(3))
@@ -108,7 +56,7 @@ def save(folder):
 
 
 def load_and_go_on(folder, saved_by):
-    for name, (dtype, options) in FORMATS.items():
+    for name, (dtype, options) in KINDS.items():
         whole = uninterrupted(name, 5)
         for way, (full, flat) in WAYS.items():
             if full and name not in WHOLE:
@@ -161,7 +109,7 @@ def whole_state(net, optimizer, folder, name):
 
 def save_others(folder):
     kinds = {"torch": (torch.float32, {}, torch.optim.AdamW)}
-    kinds |= {name: (dtype, options, optim.AdamW) for name, (dtype, options) in FORMATS.items()}
+    kinds |= {name: (dtype, options, optim.AdamW) for name, (dtype, options) in KINDS.items()}
     for name, (dtype, options, kind) in kinds.items():
         net = sharded(dtype)
         optimizer = make(net, options, kind)
@@ -190,7 +138,7 @@ def in_order(net, optimizer_state):
 def load_others(folder):
     for source in ("torch", "fp32", "bf16", "8bit"):
         for target in ("fp32", "bf16", "8bit"):
-            _, options = FORMATS[target]
+            _, options = KINDS[target]
             options = options | {"amsgrad": False}
             saved = torch.load(folder / f"{source} whole", weights_only=True)
             plain = Net()
@@ -211,11 +159,11 @@ def load_others(folder):
 
 
 def torch_loads_ours(folder):
-    for source, (dtype, _) in FORMATS.items():
+    for source, (dtype, _) in KINDS.items():
         saved = torch.load(folder / f"{source} whole", weights_only=True)
         plain = Net(dtype)
         plain.load_state_dict(saved["model"])
-        whole = make(plain, FORMATS[source][1])
+        whole = make(plain, KINDS[source][1])
         whole.load_state_dict(in_order(plain, saved["optimizer"]))
         expected = whole.torch_state_dict()
         for flat in (False, True):
@@ -244,6 +192,7 @@ def others(ranks, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_format_loads_every_format_and_torchs(ranks, others, world):
     ranks.run(world, load_others, others)
@@ -263,7 +212,7 @@ def sharded_by_columns(dtype=torch.float32):
 def cut_blocks(folder):
     saved = torch.load(folder / "8bit whole", weights_only=True)
     for target in ("fp32", "bf16"):
-        options = FORMATS[target][1] | {"amsgrad": False}
+        options = KINDS[target][1] | {"amsgrad": False}
         plain = Net()
         plain.load_state_dict(saved["model"])
         theirs = make(plain, options)
@@ -317,6 +266,61 @@ def test_one_process_of_a_group_loads(ranks, others):
     ranks.run(2, one_of_two_loads, others)
 
 
+# A parameter that never gets a gradient
+
+
+def with_one_unused(init, folder):
+    """Torch makes state for it where it loads, and asks the checkpoint for that."""
+
+    def made():
+        net = Net()
+        for layer in (*net.layers, net.first, net.last):
+            fully_shard(layer)
+        optimizer = make(fully_shard(net), {})
+        if init:
+            optimizer.init_state()
+        return net, optimizer
+
+    def train_but_one(net, optimizer, steps):
+        for _ in range(steps):
+            net.last(net.layers[0](net.first(torch.ones(2, 130)))).square().sum().backward()  # layers[1] is not used
+            optimizer.step()
+            optimizer.zero_grad()
+
+    net, optimizer = made()
+    train_but_one(net, optimizer, 3)
+    unused = list(net.layers[1].parameters())
+    assert [param in optimizer.state for param in unused] == [init, init]
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    train_but_one(net, optimizer, 2)
+    for load in ("dcp.load", "load_optimizer"):
+        twin, resumed = made()
+        model_state, optimizer_state = get_state_dict(twin, resumed)
+        saved = {"model": model_state} | ({"optimizer": optimizer_state} if load == "dcp.load" else {})
+        if load == "dcp.load" and not init:
+            with pytest.raises(dcp.api.CheckpointException, match=r"Missing key .*optimizer\.state\.layers\.1"):
+                dcp.load(saved, checkpoint_id=folder)
+            continue
+        dcp.load(saved, checkpoint_id=folder)
+        set_model_state_dict(twin, model_state)
+        if load == "dcp.load":
+            set_optimizer_state_dict(twin, resumed, optimizer_state)
+        else:
+            load_optimizer(twin, resumed, folder)
+        train_but_one(twin, resumed, 2)
+        counts = [float(resumed.state.get(param, {"step": 0.0})["step"]) for param in twin.parameters()]
+        assert counts == [0.0 if name.startswith("layers.1") else 5.0 for name, _ in twin.named_parameters()]
+        for left, right in zip(net.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(left.full_tensor(), right.full_tensor())
+    distributed.barrier()
+
+
+@pytest.mark.parametrize("init", [True, False], ids=["init_state()", "without"])
+def test_a_parameter_without_a_gradient_wants_init_state(ranks, tmp_path, init):
+    ranks.run(2, with_one_unused, init, tmp_path / "saved")
+
+
 # What does not fit
 
 
@@ -342,7 +346,7 @@ def refused(folder):
     case(r"prefix: expected one of the checkpoint's keys \(app, model\), got 'optimizer'", prefix="optimizer")
     case("saved with different beta1, beta2, betas, lr, weight_decay", groups=lambda net: net.parameters())
     (folder / "nothing").mkdir(exist_ok=True)
-    case("no whole checkpoint there", kind=FileNotFoundError, checkpoint_id=folder / "nothing")
+    case("no complete checkpoint there", kind=FileNotFoundError, checkpoint_id=folder / "nothing")
     case("no parameter of shape", groups=lambda net: [torch.nn.Parameter(torch.ones(3))])
 
     def with_another(net):

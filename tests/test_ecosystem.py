@@ -18,61 +18,10 @@ from torch.optim import optimizer as base
 from torch.optim.swa_utils import SWALR, AveragedModel
 
 import lucid.optim as optim
-
-OURS_AND_TORCHS = [optim.AdamW, torch.optim.AdamW]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two threads of torch's wait for each other, 30 ms a step where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def make_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
-
-
-def batch(step=0):
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(32, 4, generator=generator)
-    return x, torch.sin(x.sum(1, keepdim=True))
-
-
-def backward(model, step=0):
-    x, y = batch(step)
-    loss = nn.functional.mse_loss(model(x), y)
-    loss.backward()
-    return loss
-
-
-def train(model, optimizer, start, stop, after=lambda: None):
-    losses = []
-    for step in range(start, stop):
-        optimizer.zero_grad()
-        losses.append(backward(model, step).item())
-        optimizer.step()
-        after()
-    return losses
-
-
-def weights(model):
-    return [param.detach().clone() for param in model.parameters()]
-
-
-def same(left, right):
-    return len(left) == len(right) and all(map(torch.equal, left, right))
-
-
-def assert_close(one, two):
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
+from beside_torch import OURS_AND_TORCHS, assert_close, backward, batch, make_model, same, train, weights, with_groups
 
 # Schedulers
+
 
 SCHEDULERS = {
     "LambdaLR": lambda o: schedules.LambdaLR(o, lambda epoch: 0.9**epoch),
@@ -100,12 +49,6 @@ SCHEDULERS = {
     "SWALR": lambda o: SWALR(o, swa_lr=0.05, anneal_epochs=5),
 }
 CYCLING = ("CyclicLR", "OneCycleLR")  # those that drive beta1
-
-
-def with_groups(make, model, **options):
-    groups = [{"params": module.parameters()} for module in (model[0], model[2])]
-    groups[1]["betas"] = (0.7, 0.99)
-    return make(groups, **{"lr": 0.02, **options})
 
 
 def test_every_scheduler_of_torch_is_in_the_table():
@@ -279,6 +222,7 @@ def test_zero_grad(set_to_none):
 
 
 # torch's checkpoint tools
+
 
 DCP_OPTIONS = {  # full and flattened at once fails with torch's AdamW too
     "plain": {},

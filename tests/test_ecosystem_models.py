@@ -14,29 +14,16 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 import lucid.optim as optim
-from test_ecosystem import OURS_AND_TORCHS, assert_close, batch, make_model, same, train, weights
-
-FORMATS = ["fp32", "bf16", "8bit"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads wait for each other where the machine is busy."""
-    torch.set_num_threads(1)
-
-
-def as_with_torch(run):
-    """Compare what `run(make)` gives with both classes, a model and its losses; return our model."""
-    (ours, losses), (theirs, their_losses) = map(run, OURS_AND_TORCHS)
-    torch.testing.assert_close(losses, their_losses, rtol=1e-4, atol=1e-5)
-    assert_close(ours, theirs)
-    assert sum(losses[-3:]) < sum(losses[:3])
-    return ours
-
-
-def steps_of(optimizer, *params):
-    return [int(optimizer.state[param]["step"]) if param in optimizer.state else 0 for param in params]
-
+from beside_torch import (
+    FORMATS,
+    as_with_torch,
+    batch,
+    make_model,
+    same,
+    steps_of,
+    train,
+    weights,
+)
 
 # Parameters that are frozen, tied, or come later
 

@@ -14,15 +14,18 @@ from torch.nn import Parameter
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import lucid.optim as optim
-from test_ecosystem import assert_close, backward, batch, make_model, same, train, weights
-from test_ecosystem_models import FORMATS, as_with_torch, steps_of
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads wait for each other where the machine is busy."""
-    torch.set_num_threads(1)
-
+from beside_torch import (
+    FORMATS,
+    as_with_torch,
+    assert_close,
+    backward,
+    batch,
+    make_model,
+    same,
+    steps_of,
+    train,
+    weights,
+)
 
 # torch.compile
 
@@ -366,6 +369,7 @@ def trained_further(model, optimizer, start, stop):
     return model, optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state_format", FORMATS)
 def test_pickled_to_a_worker_and_back(state_format, workers):
     """The multiprocessing shares memory: what the worker does is done to the tensors here, to the bit."""

@@ -9,9 +9,9 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 from transformers.utils.logging import disable_progress_bar
 
 import lucid.optim as optim
-from test_accelerate import forget
-from test_ecosystem import OURS_AND_TORCHS, assert_close, make_model, train, with_groups
-from test_transformers import make_data, make_llama
+from beside_torch import OURS_AND_TORCHS, assert_close, make_model, train, with_groups
+from frameworks import alone, forget  # noqa: F401
+from llama import make_data, make_llama
 
 OPTIONS = {  # what a schedule does not do without, or would not move in these few steps
     SchedulerType.REDUCE_ON_PLATEAU: {"patience": 1},
@@ -21,13 +21,6 @@ OPTIONS = {  # what a schedule does not do without, or would not move in these f
     SchedulerType.GREEDY: {"patience": 1},
 }
 BY_LOSS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    torch.set_num_threads(1)
-    yield
-    forget()
 
 
 @pytest.mark.parametrize("name", SchedulerType, ids=lambda name: name.value)

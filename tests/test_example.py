@@ -1,5 +1,9 @@
 """The example trains, stops, and goes on to the same bits: it is what `make train` runs and what people copy."""
 
+import contextlib
+import functools
+import io
+
 import pytest
 import torch
 
@@ -8,13 +12,35 @@ import train_gpt
 STEPS = 9
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(train_gpt, "EVERY", 4)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+class Corpus(train_gpt.Corpus):
+    """Held-out text of a few windows: reading all of it takes longer than the steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.held_out = self.held_out[:2000]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "EVERY", 4)
+        patch.setattr(train_gpt, "Corpus", Corpus)
+        patch.setattr(train_gpt, "sample", functools.partial(train_gpt.sample, length=150))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(small, tmp_path_factory):
+    """Where a run with these arguments went, its checkpoint, and what it said: each run is made once."""
+
+    @functools.cache
+    def run(*arguments):
+        out, said = tmp_path_factory.mktemp("trained"), io.StringIO()
+        with contextlib.redirect_stdout(said):
+            checkpoint = train(out, *arguments)
+        return out, checkpoint, said.getvalue()
+
+    return run
 
 
 def train(out, *arguments):
@@ -33,34 +59,39 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("formats", [(), ("--state", "8bit", "--dtype", "bf16")], ids=["fp32", "8bit-bf16"])
-def test_a_stopped_run_goes_on_to_the_same_bits(formats, tmp_path):
-    whole = train(tmp_path / "whole", *formats)
-    train(tmp_path / "parts", "--stop-after", "3", *formats)
-    train(tmp_path / "parts", "--resume", "--stop-after", "6", *formats)
-    parts = train(tmp_path / "parts", "--resume", *formats)
+SMALL_FORMATS = ("--state", "8bit", "--dtype", "bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", [(), SMALL_FORMATS], ids=["fp32", "8bit-bf16"])
+def test_a_stopped_run_goes_on_to_the_same_bits(formats, trained, tmp_path):
+    out, whole, _ = trained(*formats)
+    train(tmp_path, "--stop-after", "3", *formats)
+    train(tmp_path, "--resume", "--stop-after", "6", *formats)
+    parts = train(tmp_path, "--resume", *formats)
     assert same(whole, parts)
     assert len(whole["losses"]) == STEPS
     assert whole["losses"][-1] < whole["losses"][0] - 0.3
-    for run in ("whole", "parts"):
-        assert (tmp_path / run / "loss.png").read_bytes().startswith(b"\x89PNG")
-        assert len((tmp_path / run / "sample.txt").read_text()) > 100
-    assert (tmp_path / "whole" / "sample.txt").read_text() == (tmp_path / "parts" / "sample.txt").read_text()
+    for run in (out, tmp_path):
+        assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert len((run / "sample.txt").read_text()) > 100
+    assert (out / "sample.txt").read_text() == (tmp_path / "sample.txt").read_text()
 
 
-def test_lucid_and_torch_train_alike(tmp_path):
-    ours, theirs = train(tmp_path / "lucid"), train(tmp_path / "torch", "--optimizer", "torch")
+def test_lucid_and_torch_train_alike(trained):
+    (_, ours, _), (_, theirs, _) = trained(), trained("--optimizer", "torch")
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
 
 
-def test_observing_draws_every_matrix_and_changes_no_bit(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_observing_draws_every_matrix_and_changes_no_bit(trained, tmp_path, monkeypatch):
     runs = []
     original = train_gpt.save_ratios
     monkeypatch.setattr(train_gpt, "save_ratios", lambda run, path: (runs.append(run), original(run, path)))
-    plain = train(tmp_path / "plain")
-    assert same(plain, train(tmp_path / "observed", "--plot-statistics"))
-    assert not (tmp_path / "plain" / "statistics.png").exists()
-    assert (tmp_path / "observed" / "statistics.png").read_bytes().startswith(b"\x89PNG")
+    out, plain, _ = trained()
+    assert same(plain, train(tmp_path, "--plot-statistics"))
+    assert not (out / "statistics.png").exists()
+    assert (tmp_path / "statistics.png").read_bytes().startswith(b"\x89PNG")
     ratios = runs[0].ratios
     assert list(ratios) == list(range(1, STEPS + 1))
     matrices = {name for name, parameter in runs[0].model.named_parameters() if parameter.ndim == 2}
@@ -69,13 +100,16 @@ def test_observing_draws_every_matrix_and_changes_no_bit(tmp_path, monkeypatch):
         assert all(0 < found[name] < 1 for name in matrices)
 
 
-def test_small_formats_train_alike(tmp_path, capsys):
-    full = train(tmp_path / "full")
-    small = train(tmp_path / "small", "--state", "8bit", "--dtype", "bf16")
+def test_small_formats_train_alike(trained):
+    (_, full, said_of_full), (_, small, said_of_small) = trained(), trained(*SMALL_FORMATS)
     assert full["losses"] == pytest.approx(small["losses"], rel=0.01)
-    sizes = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("bytes a parameter")]
-    assert float(sizes[0]) == pytest.approx(16, abs=0.01)
-    assert float(sizes[1]) < 8.2
+    sizes = [
+        float(line.split()[-1])
+        for line in (said_of_full + said_of_small).splitlines()
+        if line.startswith("bytes per parameter")
+    ]
+    assert sizes[0] == pytest.approx(16, abs=0.01)
+    assert sizes[1] < 8.2
 
 
 @pytest.mark.parametrize(

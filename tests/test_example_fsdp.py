@@ -105,14 +105,15 @@ def killed(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_processes_train_as_one_does(expected):
     alone = train_gpt.Run(CONFIG, train_gpt.Corpus())
-    torch.set_num_threads(1)
     for _ in range(STEPS):
         alone.advance()
     assert expected == pytest.approx(alone.losses, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_the_checkpoint_before(killed, expected):
     assert folders(killed) == ["step-000003", "step-000006"]
     assert not (killed / "step-000006" / ".metadata").exists()
@@ -120,6 +121,7 @@ def test_a_killed_save_leaves_the_checkpoint_before(killed, expected):
     assert saved_losses(killed / "step-000003") == expected[:3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_killed_run_goes_on_with_any_number_of_processes(ranks, killed, expected, world, tmp_path):
     out = tmp_path / "run"
@@ -154,6 +156,7 @@ def refused(folder):
         run_here(None, folder, train_gpt.Config(steps=STEPS, state="8bit", seed=1))
 
 
+@pytest.mark.slow
 def test_another_runs_checkpoint_is_refused(ranks, killed):
     ranks.run(2, refused, killed / "step-000003")
 
@@ -164,8 +167,8 @@ def test_another_runs_checkpoint_is_refused(ranks, killed):
         ([], {}, "torchrun --standalone"),
         (["--steps", "0"], {"RANK": "0", "WORLD_SIZE": "2"}, "--steps"),
         (["--every", "0"], {"RANK": "0", "WORLD_SIZE": "2"}, "--every"),
-        (["--resume"], {"RANK": "0", "WORLD_SIZE": "2"}, "no whole checkpoint"),
-        ([], {"RANK": "0", "WORLD_SIZE": "9"}, "at most as many processes"),
+        (["--resume"], {"RANK": "0", "WORLD_SIZE": "2"}, "no complete checkpoint"),
+        ([], {"RANK": "0", "WORLD_SIZE": "9"}, "expected at most 8 processes, one per window of a batch, got 9"),
     ],
 )
 def test_bad_arguments_get_one_sentence(arguments, environment, said, tmp_path, monkeypatch, capsys):

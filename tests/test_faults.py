@@ -1,514 +1,39 @@
 """Guards that an optimizer refuses what is wrong, whole and in words, or does it right: ten thousand bad calls.
 
 They are generated: arguments, groups, parameters and gradients here, state, state dicts and checkpoint files in
-test_faults_checkpoints.py. Each ends in an exception that says what is wrong, with everything bit for bit what it
-was, or in the step that the reference engine takes on a twin. After a refusal the input is mended, and the next step
-is that of an optimizer that never saw the bad call. Several go to one optimizer in turn; a call is written as the
-expression that makes it, so that a failure can be read.
+test_faults_checkpoints.py. How each is judged is in judged.py, what is wrong in bad_values.py. Several calls go to one
+optimizer in turn.
 """
 
-import copy
-import ctypes
-import decimal
-import enum
-import fractions
 import functools
-import inspect
-import math
-import numbers
-import re
-import types
-import warnings
 
-import numpy as np
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import SEALED, World, assert_same, draw, on, peek, results
-
-CALLS = {  # at least; a whole number of batches
-    "arguments": 1600,
-    "params": 400,
-    "groups": 1900,
-    "parameters": 900,
-    "gradients": 1500,
-    "state": 1700,
-    "state dicts": 1500,
-    "checkpoints": 700,
-}
-BATCH = 5  # calls to one optimizer
-# Warnings of torch about what is made here, and of ours about names that do not match.
-EXPECTED = [
-    "attribute of a Tensor that is not a leaf",
-    "quantize",
-    "ComplexHalf",
-    "Sparse",
-    "nested tensors",
-    "TypedStorage",
-    "Detected pickle",
-    "by position",
-]
+from bad_values import (
+    ARGUMENTS,
+    CRASHES,
+    KEYS,
+    REFUSED,
+    SCALES,
+    SETTINGS,
+    expressions,
+    made,
+    meant,
+    statement,
+    tables,
+    two_of,
+    values,
+)
+from bits import assert_same, draw, on, results
+from judged import CALLS, SHAPES, generated, outcome, refusal, trials, trials_of
 
 
 def test_the_calls_are_ten_thousand():
     """That each part makes its share, it sees itself."""
     assert sum(CALLS.values()) >= 10_000
-
-
-def generated(what, begun, calls):
-    """Make of a check of one call the test of as many as `what` asks for. `begun` draws what a batch starts from."""
-
-    def decorate(check):
-        def test():
-            made = 0
-
-            @settings(
-                max_examples=-(-CALLS[what] // BATCH),
-                derandomize=True,
-                database=None,
-                deadline=None,
-                phases=[Phase.generate, Phase.shrink],
-                suppress_health_check=list(HealthCheck),
-            )
-            @given(begun, st.lists(calls, min_size=BATCH, max_size=BATCH))
-            def run(begun, calls):
-                nonlocal made
-                start = begun()
-                for call in calls:
-                    check(start, call)
-                    made += 1
-
-            torch.set_num_threads(1)
-            with warnings.catch_warnings():
-                for text in EXPECTED:
-                    warnings.filterwarnings("ignore", f".*{text}")
-                run()
-            assert made >= CALLS[what]
-
-        test.__doc__ = check.__doc__
-        return test
-
-    return decorate
-
-
-# What a refusal is
-
-SIGNATURE = inspect.signature(optim.AdamW).parameters
-CLEAR = (TypeError, ValueError, RuntimeError, FloatingPointError)
-ABOUT = re.compile(
-    "|".join(["param", "grad", "state", "step", "group", "argument", "beta", "found_inf", *SIGNATURE])
-    + "|__float__|pickle|deepcopy"  # Python's words for an object that does not do what its class should
-)
-
-
-class OwnError(Exception):
-    """What an object that was given to us raises by itself: it may come through."""
-
-
-def check_clear(error):
-    """Raise unless `error` is of a class that a caller expects and says what is wrong."""
-    said = str(error)
-    if not isinstance(error, OwnError) and (type(error) not in CLEAR or len(said) < 20 or not ABOUT.search(said)):
-        raise AssertionError(f"no clear refusal: {type(error).__name__}: {said[:300]}") from error
-
-
-def is_plain(tensor):
-    dispatched = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return not dispatched and tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
-
-
-def has_memory(tensor):
-    """Of its own, and enough for its shape."""
-    if not is_plain(tensor) or tensor._is_zerotensor():
-        return False
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
-    return not tensor.numel() or tensor.untyped_storage().nbytes() >= needed
-
-
-def seen(optimizer, params):
-    """All that a refused call must leave alone: identities, addresses, versions, and the bits of whole storages."""
-
-    def of(value):
-        if isinstance(value, Tensor):
-            facts = [id(value), type(value), value.dtype, value.layout, value.requires_grad]
-            if not value.is_inference():
-                facts.append(value._version)
-            if is_plain(value):
-                storage = value.untyped_storage()
-                facts += [value.shape, value.stride(), value.storage_offset(), value.is_neg(), value.is_conj()]
-                at = 0 if value._is_zerotensor() else storage.data_ptr()
-                facts += [at, ctypes.string_at(at, storage.nbytes()) if at else None]
-            return facts
-        if isinstance(value, dict):
-            return id(value), [(id(k) if isinstance(k, Tensor) else k, of(v)) for k, v in value.items()]
-        if isinstance(value, list | tuple):
-            return id(value), [of(item) for item in value]
-        if type(value) in (int, str, bool):
-            return value
-        return repr(value) if type(value) is float else id(value)
-
-    with torch._C.DisableTorchFunctionSubclass():
-        held = [] if optimizer is None else [peek(optimizer), optimizer.param_groups, optimizer.defaults]
-        told = [] if optimizer is None else [optimizer.skipped_steps, optimizer.max_grad_norm, optimizer.nonfinite]
-        return (
-            [of(item) for item in held],
-            [repr(item) for item in told],
-            [(of(param), of(param.grad)) for param in params],
-        )
-
-
-def refusal(call, optimizer, params):
-    """Make a call; return the exception that it ended in, clear and with nothing changed, or None."""
-    before = seen(optimizer, params)
-    refused = None
-    try:
-        call()
-    except Exception as error:
-        refused = error
-    if refused is not None:
-        check_clear(refused)
-        assert seen(optimizer, params) == before, f"changed by a call that was refused: {refused}"
-        refused.__cause__ = refused.__context__ = refused.__traceback__ = None  # they hold what a step has held
-    return refused
-
-
-# Worlds
-
-SHAPES = ((2, 3), (4,), ())
-LARGE = ((64, 64), (4,), ())  # so that the first may be kept in 8 bits
-KINDS = {
-    "float32": {},
-    "amsgrad": {"amsgrad": True},
-    "bf16": {"state_format": "bf16"},
-    "8bit": {"state_format": "8bit", "shapes": LARGE},
-    "bfloat16": {"dtype": torch.bfloat16},
-    "bfloat16 8bit": {"dtype": torch.bfloat16, "state_format": "8bit", "shapes": LARGE},
-    "float16": {"dtype": torch.float16},
-    "float64": {"dtype": torch.float64},
-    "complex64": {"dtype": torch.complex64},
-    "named": {},
-    "clipped": {"max_grad_norm": 0.5},
-    "skipping": {"nonfinite": "skip"},
-    "no NaN": {"nonfinite": "error", "max_grad_norm": 1e3},
-}
-
-
-def new_world(kind):
-    world = World(**{"shapes": SHAPES, **KINDS[kind]})
-    if kind == "named":
-        for names, group in zip((["a"], ["b", "c"]), world.optimizer.param_groups, strict=True):
-            group["param_names"] = names
-    return world
-
-
-@functools.cache
-def trained(kind, steps):
-    """A world after good steps on the reference engine, to be copied."""
-    with on("reference"):
-        return copy.deepcopy(trained(kind, steps - 1)).run(1) if steps else new_world(kind)
-
-
-@functools.cache
-def wanted(kind, steps):
-    return results(trained(kind, steps).optimizer)
-
-
-def outcome(optimizer):
-    """The results of all parameters that have memory."""
-
-    def kept(entry):
-        tensors = {key: value for key, value in entry.items() if isinstance(key, str) and isinstance(value, Tensor)}
-        return {key: value for key, value in tensors.items() if has_memory(value)}
-
-    params = [param for group in optimizer.param_groups for param in group["params"] if has_memory(param)]
-    state = {param: kept(peek(optimizer)[param]) for param in params if param in peek(optimizer)}
-    with torch._C.DisableTorchFunctionSubclass():
-        return results(types.SimpleNamespace(param_groups=[{"params": params}], _state_box=[state]))
-
-
-def measured(optimizer):
-    norm = optimizer.grad_norm
-    return optimizer.skipped_steps, None if norm is None else float(norm).hex()
-
-
-class Trial:
-    """A world that gets bad calls, and its mirror on the reference engine that gets what they mean."""
-
-    def __init__(self, kind, stage):
-        self.kind, self.stage = kind, stage
-        self.renew()
-
-    def renew(self):
-        self.world = new_world(self.kind).run(self.stage)
-        self.mirror = copy.deepcopy(trained(self.kind, self.stage))
-
-    def step(self, spoil, mirrored=None, must=None):
-        """Step a world that `spoil` has made wrong; it returns what mends it, or the exception that refused it.
-
-        ``mirrored`` does the same to the mirror where it can be said more plainly; ``must`` is "refuse" or "step" where
-        there is no doubt.
-        """
-        refusals, mends = [], []
-        for world, act, engine_name in ((self.world, spoil, "cpu"), (self.mirror, mirrored or spoil, "reference")):
-            with on(engine_name):
-                world.set_gradients()
-                mend = act(world)
-                if isinstance(mend, Exception):
-                    refusals.append(mend)
-                    continue
-                mends.append(mend)
-                refusals.append(refusal(world.optimizer.step, world.optimizer, world.params))
-        self.judge(*refusals, must)
-        if refusals[0] is None:
-            self.go_on()
-        else:
-            self.mended(mends)
-
-    def judge(self, ours, theirs, must):
-        assert (ours is None) == (theirs is None), f"here: {ours!r}; the reference engine: {theirs!r}"
-        if ours is None:
-            assert must != "refuse", "taken, though it is wrong"
-            assert_same(outcome(self.world.optimizer), outcome(self.mirror.optimizer))
-            assert measured(self.world.optimizer) == measured(self.mirror.optimizer)
-        elif must == "step":
-            raise AssertionError(f"refused, though it is right: {ours}") from ours
-
-    def mended(self, mends):
-        """After a refusal and a good step, all is as though there had been no call."""
-        for mend in mends:
-            mend()
-        self.world.step()
-        with on("reference"):
-            self.mirror.step()
-        assert_same(results(self.world.optimizer), wanted(self.kind, self.world.done), "after a refusal")
-
-    def go_on(self):
-        """After a strange step that was right, so is the next with the same; then start anew."""
-        refused = refusal(self.world.optimizer.step, self.world.optimizer, self.world.params)
-        with on("reference"):
-            refused_too = refusal(self.mirror.optimizer.step, self.mirror.optimizer, self.mirror.params)
-        self.judge(refused, refused_too, must="either")
-        self.renew()
-
-
-def trials_of(kinds):
-    return st.builds(functools.partial, st.just(Trial), st.sampled_from(kinds), st.sampled_from([0, 2, SEALED]))
-
-
-trials = trials_of(["float32", "float32", "float32", *KINDS])
-
-# Values
-
-
-class Raising(Tensor):
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        raise OwnError("no function of torch may have me")
-
-
-class Wrapped(Tensor):
-    @staticmethod
-    def __new__(cls, value):
-        return Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype)
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.detach.default:
-            return cls(*args)
-        raise OwnError("no operation may have me")
-
-
-class Subclass(Tensor):
-    pass
-
-
-class Subfloat(float):
-    pass
-
-
-class Liar(float):
-    def __float__(self):
-        return "0.1"
-
-
-class Sulking(float):
-    def __float__(self):
-        raise OwnError("no number")
-
-
-@numbers.Real.register
-class NoNumber:
-    pass
-
-
-class Nameless:
-    def __repr__(self):
-        raise OwnError("no name")
-
-
-class Text(enum.StrEnum):
-    EIGHT = "8bit"
-
-
-class Whole(enum.IntEnum):
-    THREE = 3
-
-
-def freed(tensor):
-    tensor.untyped_storage().resize_(0)
-    return tensor
-
-
-def cut(tensor):
-    """With less memory than its shape needs."""
-    tensor.untyped_storage().resize_(tensor.untyped_storage().nbytes() // 2)
-    return tensor
-
-
-def frozen(tensor):
-    with torch.inference_mode():
-        return tensor.detach().clone()
-
-
-def fake(tensor):
-    with FakeTensorMode():
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
-
-
-def quantized(tensor):
-    return torch.quantize_per_tensor(tensor.detach().float(), 0.1, 0, torch.qint8)
-
-
-def spread(tensor):
-    """The same numbers with gaps."""
-    return torch.stack([tensor, tensor], -1)[..., 0]
-
-
-def turned(tensor):
-    """The same numbers, in another order in memory."""
-    backwards = tuple(reversed(range(tensor.dim())))
-    return tensor.permute(backwards).clone(memory_format=torch.contiguous_format).permute(backwards)
-
-
-WORDS = {each.__name__: each for each in (Raising, Wrapped, Subclass, Subfloat, Liar, Sulking, NoNumber, Nameless)}
-WORDS |= {each.__name__: each for each in (Text, Whole, Tensor, Parameter)}
-WORDS |= {each.__name__: each for each in (freed, cut, frozen, fake, quantized, spread, turned)}
-WORDS |= {"np": np, "torch": torch, "nan": math.nan, "inf": math.inf, "math": math}
-WORDS |= {"Fraction": fractions.Fraction, "Decimal": decimal.Decimal}
-
-
-def expressions(text):
-    return [" ".join(part.split()) for part in text.split(";") if part.strip()]
-
-
-@functools.cache
-def compiled(text, mode="eval"):
-    return compile(text, text, mode)
-
-
-def made(text, **more):
-    """A fresh object of what `text` says, or a number as it is."""
-    return eval(compiled(text), WORDS | more) if isinstance(text, str) else text
-
-
-SCALARS = expressions("""
-    None; ...; True; False; "0.1"; ""; "fp32"; "bf16"; "8bit"; "FP32"; "skip"; "error"; "propagate"; b"8bit"; "ab";
-    Text.EIGHT; Whole.THREE; np.str_("fp32"); 1j; Fraction(1, 3); Fraction(-1, 3); Fraction(10**400);
-    Decimal("0.1"); 10**400; -10**400; 10**5000; 2**63; 2**63 - 1; np.float16(0.1); np.float32(0.1);
-    np.float64(0.1); np.longdouble("0.1"); np.longdouble("1e4000"); np.float32("nan"); np.float64("inf");
-    np.int64(1); np.int8(-1); np.uint8(0); np.bool_(True); np.complex64(0.1); np.array(0.1); np.array([0.1, 0.2]);
-    np.array([None, "x"]); Subfloat(0.25); Liar(0.1); Sulking(0.1); NoNumber(); Nameless(); object(); float; math;
-    math.sin; (x for x in (0.9, 0.99)); []; [0.1]; (0.9, 0.99); [0.5, 0.5]; (0.9, 1.0); (0.9, None); (nan, 0.9);
-    (True, 0.9); (0.9, 0.9, 0.9); {}; {"lr": 1}; {0.1, 0.2}; {0.9: 1, 0.99: 2}; ((0.9, 0.99),); [Nameless(), 0.9]
-""")
-SCALAR_TENSORS = expressions("""
-    torch.tensor(0.1); torch.tensor(0.0); torch.tensor(-1.0); torch.tensor(nan); torch.tensor(inf);
-    torch.tensor(0.1, dtype=torch.float64); torch.tensor(0.1, dtype=torch.bfloat16); torch.tensor(1);
-    torch.tensor(True); torch.tensor(1j); torch.tensor([0.1]); torch.tensor([[0.1]]); torch.tensor([0.1, 0.1]);
-    torch.tensor([]); torch.tensor(0.1, device="meta"); torch.tensor(0.1).to_sparse(); quantized(torch.tensor(0.1));
-    freed(torch.tensor(0.1)); fake(torch.tensor(0.1)); Wrapped(torch.tensor(0.1));
-    torch.tensor(0.1).as_subclass(Raising); torch.tensor(0.1).as_subclass(Subclass); Parameter(torch.tensor(0.1));
-    Parameter(torch.tensor(0.1)) * 1; torch._neg_view(torch.tensor(-0.1)); torch._efficientzerotensor(());
-    frozen(torch.tensor(0.1)); torch.tensor(0.1).to(torch.float8_e5m2)
-""")
-# What ends the process or reads memory that is not the tensor's: a tensor in a state dict whose storage was freed or
-# made smaller, and a gradient whose storage was made smaller. To be emptied when they are refused.
-CRASHES = ["freed(torch.tensor(0.1))", "freed(t.clone())", "cut(t.clone())", "cut(g)"]
-values = st.one_of(
-    st.sampled_from(SCALARS),
-    st.sampled_from(SCALAR_TENSORS),
-    st.floats(),
-    st.floats(0, 1),
-    st.integers(-3, 3),
-    st.integers(),
-)
-
-
-def tables(table, without=()):
-    """Draw (kind, expression)."""
-    kept = {kind: [text for text in table[kind] if text not in without] for kind in table}
-    return st.sampled_from(list(kept)).flatmap(lambda kind: st.tuples(st.just(kind), st.sampled_from(kept[kind])))
-
-
-REFUSED = object()
-ARGUMENTS = [name for name in SIGNATURE if name != "params"]
-KEYS = [*optim.AdamW([Parameter(torch.ones(1))]).defaults, "betas"]
-SETTINGS = [name for name in ARGUMENTS if name not in KEYS]  # of the whole optimizer
-SCALES = ["grad_scale", "found_inf"]  # what GradScaler sets
-CHOICES = {"state_format": ("fp32", "bf16", "8bit"), "nonfinite": ("propagate", "skip", "error")}
-
-
-def number_meant(value, below=math.inf):
-    """Of a number from 0 to what it is `below`; None: above 0, and as large as you like."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        return REFUSED
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf if value > 0 else -math.inf
-    except (TypeError, OwnError):
-        return REFUSED
-    return (number,) if (number > 0 if below is None else 0 <= number < below) else REFUSED
-
-
-def lr_meant(value):
-    if not isinstance(value, Tensor):
-        return number_meant(value)
-    with torch._C.DisableTorchFunctionSubclass():
-        if value.numel() != 1 or type(value) is Wrapped:
-            return REFUSED
-        if type(value) not in (Tensor, Parameter) or value.dim() or value.is_quantized or not has_memory(value):
-            return None
-        return number_meant(value.item())
-
-
-def meant(name, value):
-    """What `value` means by the documentation: (a plain value,), REFUSED, or None where it does not say."""
-    if name == "lr":
-        return lr_meant(value)
-    if name in ("eps", "weight_decay", "beta1", "beta2"):
-        return number_meant(value, 1.0 if name.startswith("beta") else math.inf)
-    if name == "betas":
-        if not isinstance(value, tuple | list) or len(value) != 2:
-            return REFUSED
-        pair = [number_meant(beta, 1.0) for beta in value]
-        return REFUSED if REFUSED in pair else ((pair[0][0], pair[1][0]),)
-    if name in ("amsgrad", "maximize", "master_weights"):
-        return (value,) if isinstance(value, bool) else REFUSED
-    if name in CHOICES:
-        return (str(value),) if isinstance(value, str) and value in CHOICES[name] else REFUSED
-    if name == "seed":
-        whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-        return (int(value),) if whole else REFUSED
-    if name == "max_grad_norm":
-        return (None,) if value is None else number_meant(value, None)
-    return None  # no hyperparameter of ours
 
 
 # Arguments
@@ -666,18 +191,6 @@ def keep_groups(world):
     return mend
 
 
-def statement(text, keep):
-    """The spoiling of a world by the statement `text`, of the second group `g` and the state `e` of its first."""
-
-    def spoil(world):
-        mend = keep(world)
-        o, p = world.optimizer, world.params
-        words = WORDS | {"o": o, "p": p, "g": o.param_groups[1], "e": peek(o).get(p[1])}
-        return refusal(lambda: exec(compiled(text, "exec"), words), o, p) or mend
-
-    return spoil
-
-
 GROUPS = {
     "refuse": expressions("""
         g.clear(); del g["params"]; g["params"] = None; g["params"] = 3; g["params"] = "ab"; g["params"] = [None];
@@ -748,11 +261,10 @@ def test_bad_groups(trial, call):
 
         return spoil
 
-    new = made(value)
-    no_pair = key == "betas" and (not isinstance(new, tuple | list) or len(new) != 2)
+    no_pair = key == "betas" and len(two_of(made(value))) != 2
     if must == "refuse" and (key in SETTINGS or no_pair):  # refused at once
         world = trial.world
-        assert refusal(lambda: assign(world, new), world.optimizer, world.params) is not None
+        assert refusal(lambda: assign(world, made(value)), world.optimizer, world.params) is not None
         return
     if key in ("state_format", "master_weights") and must == "step":
         must = "either"  # the state may be in another format by now

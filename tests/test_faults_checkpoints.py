@@ -27,24 +27,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import train_gpt
+from bad_values import CRASHES, REFUSED, expressions, made, statement, tables, values
 from bits import draw, on, peek, tensors_in
-from test_faults import (
-    CALLS,
-    CRASHES,
-    KINDS,
-    REFUSED,
-    SHAPES,
-    expressions,
-    generated,
-    has_memory,
-    made,
-    refusal,
-    statement,
-    tables,
-    trained,
-    trials,
-    values,
-)
+from judged import CALLS, KINDS, SHAPES, generated, has_memory, refusal, trained, trials
+from quick import examples
 
 # State
 
@@ -421,7 +407,7 @@ def test_bad_files():
     """Cut short, bytes flipped, the checksums made right again: what torch still reads is not little."""
     loaded_from_files.clear()
     bad_files()
-    assert len(loaded_from_files) > CALLS["checkpoints"] // 10
+    assert len(loaded_from_files) > examples(CALLS["checkpoints"]) // 10
 
 
 # kill -9
@@ -472,10 +458,10 @@ def killed_when(child, there, seconds=60):
     os.waitpid(child, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("formats", [{}, {"state": "8bit", "dtype": "bf16"}], ids=["fp32", "8bit-bf16"])
 def test_killed_while_it_saves(formats, tmp_path, monkeypatch):
     """However much of it was written, the one before is whole, and the run goes on from it to the same bits."""
-    torch.set_num_threads(1)
     monkeypatch.setattr(train_gpt, "EVERY", 1)
     monkeypatch.setattr(train_gpt.tqdm, "_lock", threading.RLock(), raising=False)  # its own is shared with children
     path = tmp_path / "checkpoint.pt"

@@ -16,51 +16,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lucid.optim as optim
-from bits import SEALED, canonical, draw, is_sealed, on, peek, same, through_a_file
-
-FORMATS = ["fp32", "bf16", "8bit"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Rows that no number of ranks divides, fewer rows than ranks, rows that end within a block, more dimensions, vectors.
-SHAPES = [(33, 200), (3, 2000), (1, 5000), (6, 8, 100), (5, 4, 3, 300), (130, 7), (11,), (2,)]
-
-
-def whole(tensor):
-    """All of a tensor that is spread, or of one that is not; a residual's bits as numbers."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().clone()
-
-
-def bits_of(key, tensor):
-    return tensor.view(torch.int16) if key == "residual" else canonical(tensor)
-
-
-def assert_whole(spread, plain, what=""):
-    """Compare an optimizer of spread parameters with one of whole ones, state included."""
-    params = [[p for group in o.param_groups for p in group["params"]] for o in (spread, plain)]
-    for number, (ours, theirs) in enumerate(zip(*params, strict=True)):
-        where = f"{what}: parameter {number} {tuple(theirs.shape)}"
-        assert same(whole(ours), theirs.detach()), where
-        left, right = peek(spread).get(ours, {}), peek(plain).get(theirs, {})
-        assert left.keys() == right.keys(), where
-        for key, value in left.items():
-            assert isinstance(value, DTensor) == (key not in ("step", "stream")), (where, key)
-            if isinstance(value, DTensor):
-                assert value.placements == ours.placements, (where, key)
-            assert torch.equal(bits_of(key, whole(value)), bits_of(key, right[key])), (where, key)
-
-
-def spread_over(mesh, placements, shapes, dtype=torch.float32):
-    """Parameters spread in that way, and the same ones whole."""
-    plain = [torch.nn.Parameter(draw(i, shape).to(dtype)) for i, shape in enumerate(shapes)]
-    spread = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placements)) for p in plain]
-    return spread, plain
-
-
-def give_gradients(spread, plain, step, dtype=None):
-    for number, (ours, theirs) in enumerate(zip(spread, plain, strict=True)):
-        gradient = draw(1000 * step + number, theirs.shape).to(dtype or theirs.dtype)
-        theirs.grad = gradient
-        ours.grad = distribute_tensor(gradient, ours.device_mesh, ours.placements)
+from bits import SEALED, draw, is_sealed, on, same, through_a_file
+from sharded import DTYPES, FORMATS, SHAPES, assert_whole, give_gradients, spread_over, whole
 
 
 def steps_alike(engine_name, dtype, state_format, amsgrad):
@@ -194,6 +151,7 @@ def spread_in_many_ways(engine_name):
                 assert_whole(ours, theirs, f"{placements} {state_format} {dtype}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine_name", ["cpu", "reference"])
 def test_tensor_parallel_and_hybrid_placements(ranks, engine_name):
     ranks.run(4, spread_in_many_ways, engine_name)
@@ -206,9 +164,9 @@ def refused_placements():
         (flat, [Shard(1)], (100, 640), "8bit", "cuts the blocks"),
         (flat, [Shard(2)], (9, 4, 512), "8bit", "cuts the blocks"),
         (square, [Shard(1), Shard(1)], (100, 512), "8bit", "cuts the blocks"),
-        (square, [Shard(1), Shard(2)], (9, 4, 50), "bf16", "no numbering"),
-        (square, [Shard(1), Shard(2)], (9, 1, 50), "bf16", "no numbering"),  # some ranks hold nothing of it
-        (square, [_StridedShard(0, split_factor=2), Replicate()], (8, 50), "bf16", "no numbering"),
+        (square, [Shard(1), Shard(2)], (9, 4, 50), "bf16", "stochastic rounding"),
+        (square, [Shard(1), Shard(2)], (9, 1, 50), "bf16", "stochastic rounding"),  # some ranks hold nothing of it
+        (square, [_StridedShard(0, split_factor=2), Replicate()], (8, 50), "bf16", "stochastic rounding"),
     ]:
         (param,), (plain,) = spread_over(mesh, placements, [shape])
         optimizer = optim.AdamW([param], state_format=state_format)
@@ -222,7 +180,7 @@ def refused_placements():
     optimizer = optim.AdamW([param])
     local = param.detach().to_local()
     param.grad = DTensor.from_local(torch.ones(4, 3), square, [Shard(0), Replicate()])
-    with pytest.raises(ValueError, match="spread over"):
+    with pytest.raises(ValueError, match="sharded over"):
         optimizer.step()
     partial = torch.nn.Parameter(DTensor.from_local(local.clone(), flat, [Partial()]))
     partial.grad = distribute_tensor(torch.ones(partial.shape), flat, [Replicate()])
@@ -304,6 +262,38 @@ def in_backward_is_left_to_the_step():
 
 def test_step_in_backward(ranks):
     ranks.run(2, in_backward_is_left_to_the_step)
+
+
+def forward_first(make):
+    """After a forward that leaves weights gathered, they are other Parameters, which backward gives no gradient."""
+    for kept in (False, True):
+        net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+        for layer in net:
+            fully_shard(layer, reshard_after_forward=not kept)
+        fully_shard(net)
+        loss = net(torch.ones(2, 8)).sum()
+        unsharded = [not isinstance(param, DTensor) for param in net.parameters()]
+        assert unsharded == [kept] * 4
+        optimizer = make(net.parameters(), lr=1e-1)
+        loss.backward()
+        before = [whole(param) for param in net.parameters()]
+        optimizer.step()
+        moved = [not torch.equal(*pair) for pair in zip(before, map(whole, net.parameters()), strict=True)]
+        assert moved == [not kept] * 4
+    # What to do: go back to the shards first.
+    net(torch.ones(2, 8))
+    for module in net:
+        module.reshard()
+    optimizer = make(net.parameters(), lr=1e-1)
+    net(torch.ones(2, 8)).sum().backward()
+    before = [whole(param) for param in net.parameters()]
+    optimizer.step()
+    assert all(not torch.equal(*pair) for pair in zip(before, map(whole, net.parameters()), strict=True))
+
+
+@pytest.mark.parametrize("make", [optim.AdamW, torch.optim.AdamW], ids=["lucid", "torch"])
+def test_an_optimizer_made_after_a_forward(ranks, make):
+    ranks.run(2, forward_first, make)
 
 
 def state_goes_round():
@@ -462,7 +452,7 @@ def refused_state():
     for wrong in (right.full_tensor(), right.redistribute(placements=[Replicate()])):
         entry["exp_avg"] = wrong
         before = whole(spread[0])
-        with pytest.raises(ValueError, match="not spread over processes as the parameter is"):
+        with pytest.raises(ValueError, match="not sharded like the parameter"):
             optimizer.step()
         assert torch.equal(before, whole(spread[0]))
     entry["exp_avg"] = right

@@ -20,6 +20,7 @@ import lucid.optim as optim
 from lucid import engine
 from lucid.engine import reference
 from lucid.optim.groups import ParamGroup
+from quick import examples
 
 
 def group_of(**more):
@@ -244,7 +245,7 @@ class GroupAgainstDict(RuleBasedStateMachine):
 
 
 TestGroupAgainstDict = GroupAgainstDict.TestCase
-TestGroupAgainstDict.settings = settings(max_examples=100, stateful_step_count=20, deadline=None)
+TestGroupAgainstDict.settings = settings(max_examples=examples(100), stateful_step_count=20, deadline=None)
 
 
 # Groups in an optimizer

@@ -544,3 +544,20 @@ def test_defaults_are_those_of_groups_added_later():
     optimizer.defaults["betas"] = (0.5, 0.75)
     optimizer.add_param_group({"params": params[1:]})
     assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.999), (0.5, 0.75)]
+
+
+class Counting(optim.AdamW):
+    """Has a number of its own, and saves it."""
+
+    count = 0
+
+    def __getstate__(self):
+        return super().__getstate__() | {"count": self.count}
+
+
+def test_copies_keep_what_a_subclass_saves():
+    optimizer = Counting([Parameter(torch.ones(2))])
+    optimizer.count = 7
+    for twin in (copy.copy(optimizer), copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert twin.count == 7
+        assert not {"_skipped_steps", "_max_grad_norm", "state"} & vars(twin).keys()

@@ -4,7 +4,6 @@ import functools
 import logging
 import math
 import warnings
-from typing import NamedTuple
 
 import lightning.pytorch as lightning
 import pytest
@@ -16,8 +15,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
 import lucid.optim as optim
-from test_accelerate import (
+from frameworks import (
+    EPOCHS,
+    LIGHTNINGS_WARNINGS,
+    MICRO,
+    STEPS,
+    Trained,
     as_torchrun,
+    assert_resumes,
     assert_same_bits,
     make_loader,
     make_net,
@@ -28,20 +33,7 @@ from test_accelerate import (
     with_torchs,
 )
 
-EPOCHS, MICRO = 3, 2
-STEPS = 9  # of 18 batches
-
-THEIRS = [
-    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
-    ("The 'train_dataloader' does not have many workers", UserWarning),
-    ("Be aware that when using `ckpt_path`, callbacks used to create the checkpoint", UserWarning),
-]
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{said}:{kind.__name__}") for said, kind in THEIRS]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{said}:{kind.__name__}") for said, kind in LIGHTNINGS_WARNINGS]
 
 
 class Lit(lightning.LightningModule):
@@ -76,12 +68,6 @@ class Lit(lightning.LightningModule):
         return make_loader(self.type, self.trainer.world_size)
 
 
-class Trained(NamedTuple):
-    losses: list
-    norm: float | None
-    bits: list
-
-
 def trainer_of(**options):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -96,15 +82,14 @@ def strategy_of(kind):
     )
 
 
-def train(make, *, clip=None, precision="32-true", saves=None, resumes=None, kind="auto", devices=1):
+def train(make, *, clip=None, dtype=torch.float32, saves=None, resumes=None, kind="auto", devices=1):
     """Train three epochs, and save after each; or go on from the first."""
-    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     lit = Lit(make, shard=kind.startswith("fsdp2"), dtype=dtype)
     callbacks = [] if saves is None else [ModelCheckpoint(dirpath=saves, filename="{epoch}", save_top_k=-1)]
     trainer = trainer_of(
         strategy=strategy_of(kind),
         devices=devices,
-        precision=precision,
+        precision="bf16-true" if dtype == torch.bfloat16 else "32-true",
         accumulate_grad_batches=MICRO,
         gradient_clip_val=clip,
         callbacks=callbacks,
@@ -115,7 +100,7 @@ def train(make, *, clip=None, precision="32-true", saves=None, resumes=None, kin
     assert trainer.global_step == STEPS
     assert [int(optimizer.state[param]["step"]) for param in lit.net.parameters()] == [STEPS] * 6
     norm = getattr(optimizer, "grad_norm", None)
-    return Trained(lit.losses, None if norm is None else float(norm), outcome(lit.net, optimizer))
+    return Trained(lit.losses, outcome(lit.net, optimizer), norm=None if norm is None else float(norm))
 
 
 def assert_trains_as_with_torchs(run):
@@ -125,15 +110,6 @@ def assert_trains_as_with_torchs(run):
         torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-4, atol=1e-5)
     assert ours.norm > 1
     assert theirs.losses[-1] != pytest.approx(plain.losses[-1], rel=1e-2)
-
-
-def assert_resumes(run, folder):
-    for name, make, precision in (("fp32", that_clips, "32-true"), ("8bit", of_8_bits, "bf16-true")):
-        whole = run(make, precision=precision, saves=f"{folder}/{name}")
-        resumed = run(make, precision=precision, resumes=f"{folder}/{name}")
-        assert resumed.losses == whole.losses[len(whole.losses) // EPOCHS :]
-        assert_same_bits(resumed.bits, whole.bits)
-        assert any(bits.dtype == torch.uint8 for bits in whole.bits) == (make is of_8_bits)
 
 
 # One process
@@ -202,7 +178,7 @@ def test_automatic_optimization_may_not():
         def on_train_start(self):
             self.optimizers(use_pl_optimizer=False).step_in_backward()
 
-    with pytest.raises(RuntimeError, match="cannot be used after step_in_backward"):
+    with pytest.raises(RuntimeError, match="does not work after step_in_backward"):
         trainer_of(enable_checkpointing=False).fit(InBackward(with_ours))
 
 
@@ -252,19 +228,21 @@ def test_lightnings_wrapper_has_ours():
 def in_processes(kind, folder):
     run = functools.partial(train, kind=kind, devices=2)
     with as_torchrun():
-        for said, category in THEIRS:
+        for said, category in LIGHTNINGS_WARNINGS:
             warnings.filterwarnings("ignore", said, category)
         if kind != "fsdp2, shards":
             assert_trains_as_with_torchs(run)
         assert_resumes(run, folder)
-        return run(of_8_bits, precision="bf16-true").bits
+        return run(of_8_bits, dtype=torch.bfloat16).bits
 
 
+@pytest.mark.slow
 def test_ddp(ranks, tmp_path):
     one, two = ranks.run(2, in_processes, "ddp", str(tmp_path))
     assert_same_bits(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp2, shards", "fsdp2, one file"])
 def test_fsdp2(ranks, tmp_path, kind):
     one, two = ranks.run(2, in_processes, kind, str(tmp_path))

@@ -2,8 +2,8 @@
 
 Naive bfloat16 weights stop learning and stop decaying where an update is below half of their last place, and no
 loss curve says so at once. Here (parameter, residual), or a float16 parameter's master, must follow the run with
-float32 parameters bit for bit; whoever overwrites a parameter must get the value that was written; and what other
-optimizers lose must be kept.
+float32 parameters bit for bit, and what other optimizers lose must be kept. Parameters that someone overwrites are in
+test_overwritten_weights.py.
 """
 
 import fractions
@@ -16,42 +16,8 @@ from torch import nn
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import assert_same, draw, on, peek, results
-
-HALVES = [torch.bfloat16, torch.float16]
-FORMATS = ["fp32", "bf16", "8bit"]
-SLOT = {torch.bfloat16: "residual", torch.float16: "master"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(torch_settings):
-    """Threads of torch's wait for each other where the machine is busy; ours are tested elsewhere."""
-    torch.set_num_threads(1)
-
-
-def joined(param, residual):
-    """The float32 number whose upper half is the parameter: written apart from the code under test."""
-    return ((param.view(torch.int16).int() << 16) + residual.view(torch.int16).int()).view(torch.float32)
-
-
-def of_masters(optimizer):
-    """`results` as a run with float32 parameters has them; the parameters must be their masters, rounded."""
-    rows = results(optimizer)
-    for row in rows:
-        param = row["param"]
-        if "residual" in row:
-            master = joined(param, row.pop("residual"))
-            bits = master.view(torch.int32)
-            assert torch.equal(param.view(torch.int16), (bits + 0x8000 >> 16).to(torch.int16))
-            row["param"] = master
-        elif "master" in row:
-            row["param"] = row.pop("master")
-            assert torch.equal(param.view(torch.int16), row["param"].half().view(torch.int16))
-        for key in row.keys() & {"exp_avg", "exp_avg_sq"}:  # in bfloat16 perhaps: -0 is not 0
-            if row[key].dtype == torch.bfloat16:
-                row[key] = row[key].view(torch.int16)
-    return rows
-
+from bits import assert_same, draw, on, results
+from masters import FORMATS, HALVES, SLOT, of_masters
 
 # A world of every layout
 
@@ -140,6 +106,7 @@ def results_as_bits(optimizer):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state_format", FORMATS)
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32 gradients", "16-bit gradients"])
 @pytest.mark.parametrize("half", HALVES, ids=str)
@@ -147,6 +114,7 @@ def test_many_steps_are_those_of_float32_parameters(half, narrow, state_format):
     follow(half, half if narrow else torch.float32, state_format, 1050 if half == torch.bfloat16 else 350, 150)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", HALVES, ids=str)
 def test_many_steps_on_the_reference(half):
     with on("reference"):
@@ -310,181 +278,6 @@ def test_without_master_weights_the_first_step_is_torchs_to_one_rounding(half, e
     a, b = (param.detach().view(torch.int16).int() for param in twins)
     assert (a - b).abs().max() <= 1
     assert (a == b).float().mean() > 0.99
-
-
-# Whoever overwrites a parameter
-
-
-def new_values(half):
-    return draw(77, (40, 32)).to(half)
-
-
-@torch.no_grad()
-def load_zeros(param):
-    holder = nn.ParameterList([param])
-    holder.load_state_dict({"0": torch.zeros_like(param)})
-
-
-@torch.no_grad()
-def masked(param):
-    param.mul_((torch.arange(param.numel()).view(param.shape) % 3 != 0).to(param.dtype))
-
-
-@torch.no_grad()
-def scaled(param):
-    param.mul_(0.5)
-
-
-def replaced(param):
-    param.data = new_values(param.dtype)
-
-
-def replaced_in_another_layout(param):
-    param.data = new_values(param.dtype).t().contiguous().t()
-
-
-@torch.no_grad()
-def filled(value, param):
-    param.fill_(value)
-
-
-OVERWRITTEN = {
-    "data.copy_": lambda param: param.data.copy_(new_values(param.dtype)),
-    "zero_": lambda param: param.detach().zero_(),
-    "mul_(mask)": masked,
-    "mul_(0.5)": scaled,
-    "loaded zeros": load_zeros,
-    "data = new": replaced,
-    "data = new, in another layout": replaced_in_another_layout,
-    "-0": lambda param: filled(-0.0, param),
-    "least subnormal": lambda param: param.detach().view(torch.int16).fill_(1),
-    "negative subnormal": lambda param: param.detach().view(torch.int16).fill_(-32767),
-    "largest": lambda param: filled(torch.finfo(param.dtype).max, param),
-    "1": lambda param: filled(1.0, param),
-    "clamped": lambda param: param.detach().clamp_(-0.1, 0.1),
-}
-
-
-def trained(half, steps=5, **options):
-    """A parameter whose residuals take all signs and sizes."""
-    param = Parameter(draw(0, (40, 32)).to(half))
-    optimizer = optim.AdamW([param], lr=1e-2, **options)
-    for step in range(steps):
-        param.grad = draw(step, param.shape).to(half)
-        optimizer.step()
-    if half == torch.bfloat16:
-        extremes = torch.tensor([-32768, -32767, -129, -128, -127, -1, 0, 1, 127, 128, 129, 32767], dtype=torch.int16)
-        optimizer.state[param]["residual"].view(torch.int16).view(-1)[: 12 * 50].copy_(extremes.repeat(50))
-    return optimizer, param
-
-
-@pytest.mark.parametrize("overwrite", OVERWRITTEN.values(), ids=OVERWRITTEN.keys())
-@pytest.mark.parametrize("half", HALVES, ids=str)
-def test_a_value_that_overwrites_counts(half, overwrite, engine_name):
-    with on(engine_name):
-        optimizer, param = trained(half)
-        before = param.detach().clone()
-        overwrite(param)
-        given = param.detach().clone()
-        optimizer.param_groups[0]["lr"] = 0.0
-        param.grad = torch.ones_like(param)
-        optimizer.step()
-    assert torch.equal(param, given)
-    master = peek(optimizer)[param][SLOT[half]]
-    if half == torch.float16:
-        changed = given.view(torch.int16) != before.view(torch.int16)
-        assert torch.equal(master[changed], given[changed].float())
-        assert changed.float().mean() > 0.3
-    else:
-        master = joined(param.detach(), master)
-        assert not master.isnan().any()
-        off = master.view(torch.int32).long() - (given.view(torch.int16).int() << 16).long()
-        off[given == 0] = master[given == 0].abs().view(torch.int32).long()
-        assert off.abs().max() <= 0x8000  # in units of float32's last place: half of bfloat16's
-
-
-@pytest.mark.parametrize("overwrite", OVERWRITTEN.values(), ids=OVERWRITTEN.keys())
-@pytest.mark.parametrize("half", HALVES, ids=str)
-def test_after_overwriting_training_goes_on_from_there(half, overwrite, engine_name):
-    """A float32 run from the new values, and half of a last place that the master of a bfloat16 may be off."""
-    with on(engine_name):
-        optimizer, param = trained(half)
-        before = param.detach().float()
-        overwrite(param)
-        given = param.detach().float()
-        wide = Parameter(given.clone())
-        twin = optim.AdamW([wide])
-        twin.load_state_dict(optimizer.torch_state_dict())
-        for step in range(5, 9):
-            param.grad = draw(step, param.shape).to(half)
-            wide.grad = param.grad.float()
-            optimizer.step()
-            twin.step()
-    master = of_masters(optimizer)[0]["param"].double()
-    assert master.isfinite().all()
-    exponent = given.abs().clamp_min(torch.finfo(half).smallest_normal).log2().floor()
-    half_a_last_place = torch.exp2(exponent.double()) * torch.finfo(half).eps / 2
-    assert ((wide.detach().double() - master).abs() <= half_a_last_place * 1.001 + 1e-6).all()
-    if half == torch.float16:  # exactly, but where the new value is what the master rounded to
-        assert torch.equal(wide.detach()[given != before], master.float()[given != before])
-    assert ((master - given).abs() > 1e-3).float().mean() > 0.9 or given.abs().max() > 1e4
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("half", HALVES, ids=str)
-def test_infinities_that_overwrite(half, sign, engine_name):
-    """Arithmetic makes NaN of an infinity (0·inf); a residual left over must not make one before that.
-
-    A negative residual turns it into a finite number above bfloat16's largest, less than half of a last place off.
-    """
-    with on(engine_name):
-        optimizer, param = trained(half)
-        residual = None if half == torch.float16 else peek(optimizer)[param]["residual"].view(torch.int16).clone()
-        filled(sign * float("inf"), param)
-        optimizer.param_groups[0]["lr"] = 0.0
-        param.grad = torch.zeros_like(param)
-        optimizer.step()
-    if half == torch.float16:
-        assert param.isnan().all()  # as a float32 parameter of infinity
-        return
-    finite = residual < 0
-    assert finite.any()
-    assert (param[finite] == sign * float("inf")).all()
-    assert param[~finite].isnan().all()
-    rest = peek(optimizer)[param]["residual"].view(torch.int16)
-    assert torch.equal(rest[finite], residual[finite])
-    assert not rest[~finite].any()  # a NaN has none
-
-
-def test_nan_parameters_stay_nan_and_their_neighbours_do_not_care(engine_name):
-    with on(engine_name):
-        for half in HALVES:
-            optimizer, param = trained(half)
-            twin, other = trained(half)
-            with torch.no_grad():
-                param[3, 4] = float("nan")
-            for each, own in ((optimizer, param), (twin, other)):
-                own.grad = torch.ones_like(own)
-                each.step()
-                each.step()
-            assert param.isnan().nonzero().tolist() == [[3, 4]]
-            with torch.no_grad():
-                param[3, 4] = other[3, 4]
-            assert torch.equal(param, other)
-            # And when someone mends it, it trains again.
-            optimizer.step()
-            assert param.isfinite().all()
-
-
-def test_the_residual_of_a_parameter_without_gradient_is_left_alone(engine_name):
-    with on(engine_name):
-        optimizer, param = trained(torch.bfloat16)
-        other = Parameter(torch.ones(3))
-        optimizer.add_param_group({"params": [other]})
-        before = optimizer.state[param]["residual"].view(torch.int16).clone()
-        param.grad, other.grad = None, torch.ones(3)
-        optimizer.step()
-    assert torch.equal(optimizer.state[param]["residual"].view(torch.int16), before)
 
 
 # The classic failures

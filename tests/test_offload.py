@@ -13,9 +13,10 @@ import torch
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import World, assert_same, draw, results, same, snapshot, through_a_file
+from bits import World, assert_same, draw, on, results, same, snapshot, through_a_file
 from lucid import engine
-from lucid.engine import offload
+from lucid.engine import formats, offload
+from lucid.engine.numbers import MomentFormat, ParamFormat
 
 
 class LateCopies:
@@ -65,7 +66,7 @@ def log(monkeypatch):
     found = []
     monkeypatch.setattr(offload, "is_offloaded", lambda row: True)
     monkeypatch.setattr(offload, "copies_for", lambda device: LateCopies(found))
-    monkeypatch.setattr(offload, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(offload, "PIECE_BYTES", 64)
     return found
 
 
@@ -91,7 +92,7 @@ def test_the_bits_of_an_ordinary_step(kind, log, monkeypatch):
 @pytest.mark.parametrize("chunk", [1, 128, 1000, 1 << 20])
 def test_the_bits_do_not_depend_on_chunks(chunk, log, monkeypatch):
     wanted = World(torch.bfloat16, SHAPES, state_format="8bit").run(3)
-    monkeypatch.setattr(offload, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(offload, "PIECE_BYTES", chunk)
     got = World(torch.bfloat16, SHAPES, state_format="8bit").run(3)
     assert_same(results(got.optimizer), results(wanted.optimizer))
 
@@ -177,6 +178,22 @@ def test_with_other_rows_and_in_backward(log, monkeypatch):
     assert_same(*runs)
 
 
+def test_a_device_decides_a_step_in_which_no_state_is_on_the_host(log, monkeypatch):
+    """The parameter whose state is there has no gradient in this step."""
+
+    def run(name):
+        with on(name), monkeypatch.context() as patch:
+            patch.setattr(offload, "is_offloaded", lambda row: name == "cuda" and row.param.dim() == 2)
+            world = World(nonfinite="skip", shapes=((3, 5), (7,))).run(2)
+            world.set_gradients()
+            world.params[0].grad = None
+            world.optimizer.step()
+            assert world.optimizer.skipped_steps == 0
+            return results(world.run(2).optimizer)
+
+    assert_same(run("cuda"), run("cpu"))
+
+
 @pytest.mark.parametrize("stage", ["staging", "bind"])
 def test_nothing_is_changed_where_something_goes_wrong(stage, log, monkeypatch):
     world = World(shapes=((8, 8), (7,))).run(2)
@@ -189,7 +206,7 @@ def test_nothing_is_changed_where_something_goes_wrong(stage, log, monkeypatch):
                 raise MemoryError("no pinned memory")
 
             patch.setattr(LateCopies, "staging", fail)
-            patch.setattr(offload, "CHUNK_BYTES", 1 << 20)  # larger than the stages that are there
+            patch.setattr(offload, "PIECE_BYTES", 1 << 20)  # larger than the stages that are there
         else:
             world.params[1].grad = torch.ones(7).to_sparse()
             before = snapshot(world.optimizer)
@@ -204,10 +221,10 @@ def test_nothing_is_changed_where_something_goes_wrong(stage, log, monkeypatch):
 
 def test_where_state_is_made():
     """On a parameter elsewhere state_device says where state lies; the meta device stands in for a GPU's."""
-    slot = optim.formats.Slot(torch.float32)
+    slot = formats.Slot(torch.float32)
     param = torch.empty(3, 4, device="meta")
     assert slot.new(param, torch.device("cpu"), contiguous=False).device.type == "cpu"
-    kept = optim.formats.format_for(param, "fp32", True, "p", torch.device("cpu"))
+    kept = formats.format_for(param, "fp32", True, "p", torch.device("cpu"))
     made = kept.complete(param, {}, False, "p", (0, 0))
     assert {value.device.type for value in made.values()} == {"cpu"}
     assert kept.complete(param, made, False, "p", (0, 0)) == {}
@@ -225,10 +242,10 @@ def test_on_the_cpu_it_changes_nothing():
 def test_it_stays_with_copies_and_is_not_saved():
     world = World(state_device="cpu").run(2)
     for twin in (copy.deepcopy(world.optimizer),):
-        assert twin._state_device == torch.device("cpu")
+        assert twin._settings.state_device == torch.device("cpu")
     other = World()
     other.optimizer.load_state_dict(through_a_file(world.optimizer.state_dict()))
-    assert other.optimizer._state_device is None
+    assert other.optimizer._settings.state_device is None
 
 
 @pytest.mark.parametrize("value", ["cuda", "CPU", 0, True, torch.device("cpu")])
@@ -240,8 +257,11 @@ def test_other_devices_are_refused(value):
 def test_the_engines_own_word():
     """What decides is where parameter and state lie."""
     param = torch.empty(3, device="meta")
-    row = engine.Row(0, 0, "p", param, param, {}, torch.zeros(()), {"exp_avg": torch.zeros(3)}, engine.shards.WHOLE)
+    form = engine.RowFormat(ParamFormat.PLAIN, MomentFormat.PLAIN)
+    row = engine.Row(
+        0, 0, "p", param, param, {}, torch.zeros(()), {"exp_avg": torch.zeros(3)}, form, engine.shards.WHOLE
+    )
     assert offload.is_offloaded(row)
     stream = {"exp_avg": torch.empty(3, device="meta"), "stream": torch.zeros((), dtype=torch.int64)}
-    there = engine.Row(0, 0, "p", param, param, {}, torch.zeros(()), stream, engine.shards.WHOLE)
+    there = engine.Row(0, 0, "p", param, param, {}, torch.zeros(()), stream, form, engine.shards.WHOLE)
     assert not offload.is_offloaded(there)

@@ -13,11 +13,6 @@ DIGITS = replace(TASKS["convnet"], steps=2, batch=4)
 BASE = [1.00, 1.02, 1.04, 0.98, 0.96, 1.03]  # σ = 0.0308, from 0.96 to 1.04
 
 
-@pytest.fixture(autouse=True)
-def one_thread(torch_settings):
-    torch.set_num_threads(1)
-
-
 def runs(losses):
     named = {BASELINE: BASE, "state 8bit": losses}
     return {name: {seed: Outcome(x, 0.5, x) for seed, x in enumerate(xs)} for name, xs in named.items()}
@@ -91,6 +86,7 @@ def test_a_run_that_ended_is_not_repeated(tmp_path):
     assert journal.read()[key] == ended
 
 
+@pytest.mark.slow
 def test_a_worker_trains_and_a_failure_keeps_the_others(tmp_path):
     unknown = Configuration("unknown", "lucid", state="3bit")
     ended = []

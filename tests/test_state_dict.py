@@ -21,6 +21,7 @@ from torch.nn import Parameter
 import lucid.optim as optim
 from bits import tensors_in, through_a_file
 from lucid.optim.groups import ParamGroup
+from quick import examples
 
 SHAPES = [(3, 5), (7,), ()]
 
@@ -101,7 +102,7 @@ def test_state_of_a_later_version_is_refused_and_changes_nothing(version):
     saved["param_groups"][0]["state_version"] = version
     target, _ = trained(1)
     before = everything(target)
-    with pytest.raises(ValueError, match=f"of version {version}, and this lucid-optim knows those up to 1"):
+    with pytest.raises(ValueError, match=f"state has version {version}, but this lucid-optim reads versions up to 1"):
         target.load_state_dict(saved)
     assert everything(target) == before
 
@@ -111,7 +112,7 @@ def test_what_is_no_version_is_refused(version):
     optimizer, _ = trained()
     saved = optimizer.state_dict()
     saved["param_groups"][0]["state_version"] = version
-    with pytest.raises(ValueError, match="expected a whole number from 1 on as state_version"):
+    with pytest.raises(ValueError, match="expected a whole number of at least 1 as state_version"):
         optimizer.load_state_dict(saved)
 
 
@@ -125,7 +126,7 @@ def test_state_without_a_version_is_of_the_first():
     assert "state_version" not in other.param_groups[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(
     k=st.integers(0, 6),
     rest=st.integers(1, 4),
@@ -410,8 +411,6 @@ WRONG = {
     "a parameter twice": at("param_groups", 0, "params", to=[0, 0]),
     "a parameter in two groups": at(*GROUP, "params", to=[1]),
     "a parameter's number a list": at("param_groups", 0, "params", to=[[0], 1]),
-    "too few names": at("param_groups", 0, "param_names", to=["a"]),
-    "too many names": at(*GROUP, "param_names", to=["a", "b"]),
     "names a number": at(*GROUP, "param_names", to=3),
     "entry a list": at("state", 0, to=[1]),
     "entry None": at("state", 0, to=None),

@@ -18,17 +18,12 @@ from torch.nn import Parameter
 
 import lucid.optim as optim
 from bits import SEALED, assert_same, draw, on, results
+from gradients import KINDS, ROWS, SMALL, Mixed, expected_factor, two_engines, used
 from lucid import engine
-from test_clipping import KINDS, ROWS, SMALL, Mixed, expected_factor, two_engines, used
 
 LEVELS = engine.cpu.simd_levels()
 FEW = [*SMALL, ((64, 66), "dense", "dense"), ((41, 101), "strided", "transposed"), ((5000,), "dense", "dense")]
 MEASURES = ["grad_norm", "update_rms", "param_rms", "update_ratio", "max_m_over_sqrt_v", "step", "skipped_steps"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(torch_settings):
-    torch.set_num_threads(1)
 
 
 def single(param, gradient, **options):

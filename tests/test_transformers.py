@@ -5,51 +5,29 @@ that `from_pretrained` has sharded, which runs on CPUs.
 """
 
 import functools
-from typing import NamedTuple
 
 import pytest
 import torch
 from accelerate import DistributedType, PartialState
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar
 
 import lucid.optim as optim
-from test_accelerate import as_torchrun, assert_same_bits, forget, outcome
-
-EPOCHS, MICRO = 3, 2
-STEPS = 9  # of 18 batches
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    """One thread: two would wait for each other where the machine is busy; and no state of Accelerate's afterwards."""
-    torch.set_num_threads(1)
-    yield
-    forget()
-
-
-def make_llama(dtype=torch.float32):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=64, num_key_value_heads=2, max_position_embeddings=32, **sizes)
-    config.attention_dropout = 0.1
-    return LlamaForCausalLM(config).to(dtype)
-
-
-def make_data():
-    """Six batches of 8."""
-    tokens = torch.randint(64, (48, 16), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": row, "labels": row} for row in tokens]
-
-
-class Trained(NamedTuple):
-    losses: list
-    norms: list
-    norm: float | None
-    bits: list
-    wrapped: str
+from frameworks import (  # noqa: F401
+    EPOCHS,
+    MICRO,
+    STEPS,
+    Trained,
+    alone,
+    as_torchrun,
+    assert_resumes,
+    assert_same_bits,
+    forget,
+    outcome,
+)
+from llama import make_data, make_llama
 
 
 def train(
@@ -96,10 +74,10 @@ def train(
     norm = getattr(own, "grad_norm", None)
     return Trained(
         [line["loss"] for line in logs],
-        [line["grad_norm"] for line in logs],
-        None if norm is None else float(norm),
         outcome(model, own),
-        type(trainer.model_wrapped).__name__,
+        norms=[line["grad_norm"] for line in logs],
+        norm=None if norm is None else float(norm),
+        wrapped=type(trainer.model_wrapped).__name__,
     )
 
 
@@ -138,13 +116,8 @@ def assert_trains_as_with_torchs(run, *more):
     return found[0]
 
 
-def assert_resumes(run, folder):
-    for name, options_for, dtype in (("fp32", that_clips, torch.float32), ("8bit", of_8_bits, torch.bfloat16)):
-        whole = run(options_for, dtype=dtype, saves=f"{folder}/{name}")
-        resumed = run(options_for, dtype=dtype, resumes=f"{folder}/{name}")
-        assert resumed.losses == whole.losses
-        assert_same_bits(resumed.bits, whole.bits)
-        assert any(bits.dtype == torch.uint8 for bits in whole.bits) == (options_for is of_8_bits)
+# A run that goes on tells all losses: those before are in the checkpoint.
+RESUMING = {"that_clips": that_clips, "of_8_bits": of_8_bits, "epoch": 0}
 
 
 # One process
@@ -155,7 +128,7 @@ def test_one_process_trains_as_with_torchs_adamw(tmp_path):
 
 
 def test_one_process_resumes_with_the_same_bits(tmp_path):
-    assert_resumes(functools.partial(train, folder=tmp_path / "unused"), tmp_path)
+    assert_resumes(functools.partial(train, folder=tmp_path / "unused"), tmp_path, **RESUMING)
 
 
 def test_stepping_in_backward_gives_the_same_bits(tmp_path):
@@ -183,12 +156,13 @@ def replicas(folder):
         try:
             ours = assert_trains_as_with_torchs(run, made_before)
             assert ours.wrapped == "DistributedDataParallel"
-            assert_resumes(run, folder)
+            assert_resumes(run, folder, **RESUMING)
         finally:
             forget()
     return ours.bits
 
 
+@pytest.mark.slow
 def test_ddp(ranks, tmp_path):
     one, two = ranks.run(2, replicas, str(tmp_path))
     assert_same_bits(one, two)
@@ -201,13 +175,14 @@ def shards(folder, state_dict_type):
             if state_dict_type == "SHARDED_STATE_DICT":
                 ours = assert_trains_as_with_torchs(run)
                 assert ours.wrapped == "FSDPLlamaForCausalLM"
-            assert_resumes(run, folder)
+            assert_resumes(run, folder, **RESUMING)
             with pytest.raises(RuntimeError, match="Passing `optimizers` is not allowed if PyTorch FSDP is enabled"):
                 run(made_before)
         finally:
             forget()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state_dict_type", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
 def test_fsdp2_of_accelerate(ranks, tmp_path, state_dict_type):
     ranks.run(2, shards, str(tmp_path), state_dict_type)
@@ -229,6 +204,7 @@ def sharded_when_loaded(folder):
             forget()
 
 
+@pytest.mark.slow
 def test_fsdp2_of_transformers(ranks, tmp_path):
     make_llama().save_pretrained(tmp_path / "model")
     ranks.run(2, sharded_when_loaded, str(tmp_path))

@@ -28,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lucid.optim
+from quick import examples
 
 SMALL = 1_024  # elements
 UNDERFLOWS = {"g ~ 1e-30"}  # where g² is 0
@@ -36,6 +37,7 @@ UNDERFLOWS = {"g ~ 1e-30"}  # where g² is 0
 # The oracle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", [DECAYS, *EDGES.values()], ids=["αλ", *EDGES])
 def test_the_float64_oracle_is_a_million_times_finer_than_float32(problem: Problem):
     steps = DECAYS.steps if problem is DECAYS else 500
@@ -61,6 +63,7 @@ def over_decays() -> Errors:
     return measure(replace(DECAYS, elements=2 * SMALL))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", DECAYS.decays)
 def test_theta_beside_torchs_and_beside_the_best_of_float32(over_decays: Errors, decay: float):
     index = DECAYS.decays.index(decay)
@@ -70,10 +73,12 @@ def test_theta_beside_torchs_and_beside_the_best_of_float32(over_decays: Errors,
     assert ours <= 2 * over_decays.theta[THETA_ROUNDED][index]
 
 
+@pytest.mark.slow
 def test_bias_of_v(over_decays: Errors):
     assert abs(over_decays.bias["lucid"]) <= 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDGES)
 def test_edges(name: str):
     """The second αλ, 1e-2, forgets θ's own roundings: what is left there is that m and v are stored in float32."""
@@ -94,6 +99,7 @@ def test_amsgrad_beside_torchs():
 # Thousands of steps in float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9999999), (0.9999999, 0.9999999)])
 def test_float64(betas: tuple[float, float], amsgrad: bool):
@@ -207,7 +213,7 @@ def one_step(before: Step, dtype: torch.dtype) -> tuple[np.floating[Any], dict[s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_one_step_errs_by_half_an_ulp_and_little_more(dtype: torch.dtype):
-    @settings(max_examples=500, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=examples(500), deadline=None, derandomize=True, database=None)
     @given(steps(32 if dtype == torch.float32 else 64))
     def check(before: Step) -> None:
         check_one_step(before, dtype)

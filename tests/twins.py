@@ -127,8 +127,18 @@ def twins(act=train, make_net=Net, make_optimizer=adamw, **options):
     return runs
 
 
+def and_no_gradient_is_left(net, optimizer, step):
+    """One more step, without `step()` where it is not needed."""
+    optimizer.zero_grad()
+    net.loss(step).backward()
+    if hooked(optimizer):
+        assert grads(net) == []
+    else:
+        optimizer.step()
+
+
 def hooked(optimizer):
-    return optimizer._backward is not None
+    return optimizer._stepper.backward is not None
 
 
 def hooks(net):

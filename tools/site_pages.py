@@ -49,7 +49,8 @@ def on_page_markdown(markdown, page, config, files):
             return link[0]
         text = link["text"]
         if CODE.fullmatch(text):  # the name of a test
-            return f'<code title="{target}">{text.strip("`")}</code>'
+            name = text.strip("`").replace("_", "_<wbr>")  # a long name breaks after an underscore
+            return f'<code title="{target}">{name}</code>'
         bare = text in ("test", "tests") or text.strip("`") == target
         return f"`{target}`" if bare else f"{text} (`{target}`)"
 

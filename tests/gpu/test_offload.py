@@ -36,7 +36,7 @@ def run(steps, state_device, dtype=torch.float32, **options):
 @pytest.mark.parametrize("chunk", [1 << 12, 16 << 20])
 @pytest.mark.parametrize(("dtype", "options"), KINDS, ids=str)
 def test_the_bits_of_an_ordinary_step(dtype, options, chunk, monkeypatch):
-    monkeypatch.setattr(offload, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(offload, "PIECE_BYTES", chunk)
     optimizer, ours = run(20, "cpu", dtype, **options)
     _, theirs = run(20, None, dtype, **options)
     assert_same(ours, theirs)

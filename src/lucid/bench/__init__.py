@@ -1,4 +1,4 @@
-"""Timing optimizer steps: what the command ``lucid bench`` and this project's own benchmarks share.
+"""Timing optimizer steps: the code that ``lucid bench`` and this project's own benchmarks share.
 
-Needs what the extra ``cli`` brings.
+It needs the packages of the extra ``cli``.
 """

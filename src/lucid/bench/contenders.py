@@ -1,4 +1,4 @@
-"""Who is timed: `lucid.optim.AdamW` in every format, other libraries' AdamW, and what only moves the same bytes."""
+"""The steps that are timed: `lucid.optim.AdamW` in every format, other libraries' AdamW, and plain copies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lucid.optim
 from lucid.engine import _cpu
-from lucid.optim.formats import StateFormatName, state_bytes
+from lucid.engine.formats import StateFormatName, state_bytes
 
 from .shapes import Shape, elements, parameters
 
@@ -21,10 +21,10 @@ FUSED_BF16 = "torch fused bf16"
 DEEPSPEED = "DeepSpeed CPUAdam"
 LIMIT = "memory's limit"
 PEERS = (FUSED, FOREACH, DEFAULT, DEEPSPEED)
-SLOW = (FOREACH, DEFAULT)  # several passes over memory, or a call for each tensor: few rounds are enough
+SLOW = (FOREACH, DEFAULT)  # several passes over memory, or a call per tensor: a few rounds are enough
 
 LR, WEIGHT_DECAY = 1e-4, 1e-2
-BYTES_MOVED = 28  # a parameter and step without amsgrad: four float32 read, three written
+BYTES_MOVED = 28  # per parameter and step without amsgrad: four float32 read, three written
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 Step = Callable[[], object]
@@ -32,9 +32,9 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """Who steps: the type of its weights and gradients, and what it keeps for them.
+    """An optimizer to time: its step, the dtype of its weights and gradients, and the size of its state.
 
-    ``state``: a format of ours, or another library's bytes a parameter of a large matrix.
+    ``state``: one of lucid's state formats, or another library's bytes per parameter of a large matrix.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Contender:
     state: StateFormatName | float = 8
 
     def make(self, shapes: Sequence[Shape], device: str = "cpu") -> Step:
-        """Return the step, on parameters, gradients and state of its own."""
+        """Return the step of newly made parameters, gradients and state."""
         with torch.device(device):
             params = parameters(shapes, self.dtype)
         return self.step_of(params)
@@ -55,7 +55,7 @@ class Contender:
         return self.state * elements(shapes)
 
     def moved(self, shapes: Sequence[Shape]) -> float:
-        """Return the bytes that a step must move: weights and state are read and written, gradients read."""
+        """Return the bytes that a step must move: it reads and writes weights and state, and reads gradients."""
         return 3 * self.dtype.itemsize * elements(shapes) + 2 * self.state_bytes(shapes)
 
 
@@ -64,11 +64,11 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """Who steps, how its moments are kept, and of which type its parameters and gradients are."""
+    """An optimizer of lucid or torch, its state format, and the dtype of its parameters and gradients."""
 
     name: str
     dtype: torch.dtype = torch.float32
-    state: StateFormatName | None = "fp32"  # None: torch's
+    state: StateFormatName | None = "fp32"  # None: torch's AdamW
 
     def optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer:
         if self.state is None:
@@ -100,7 +100,7 @@ FORMATS = (
 
 
 def optimizers(*, amsgrad: bool = False) -> dict[str, MakeOptimizer]:
-    """Return how to make each optimizer that steps float32 weights on a CPU, with equal hyperparameters."""
+    """Return a constructor for each optimizer of float32 weights on a CPU, all with the same hyperparameters."""
 
     def peer(*, fused: bool | None = None, foreach: bool | None = None) -> MakeOptimizer:
         return lambda params: torch.optim.AdamW(
@@ -113,7 +113,7 @@ def optimizers(*, amsgrad: bool = False) -> dict[str, MakeOptimizer]:
         FOREACH: peer(foreach=True),
         DEFAULT: peer(),
     }
-    if is_installed("deepspeed") and not amsgrad:  # which it ignores
+    if is_installed("deepspeed") and not amsgrad:  # DeepSpeed ignores amsgrad
         makers[DEEPSPEED] = _deepspeed
     return makers
 
@@ -131,7 +131,7 @@ def is_installed(library: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Another library's AdamW; `beside`: the lucid that keeps the like of its weights and state."""
+    """Another library's AdamW; `beside`: the lucid contender with comparable weights and state."""
 
     library: str
     name: str
@@ -153,7 +153,8 @@ class Peer:
 
 BITSANDBYTES, TORCHAO, FLASHOPTIM = LIBRARIES = ("bitsandbytes", "torchao", "flashoptim")
 BITSANDBYTES_32 = "bitsandbytes 32bit"
-# Scales: float32 for 256 in the first two, float16 for 32 in the last, whose weights gain 16 or 8 bits.
+# Scales: one float32 per 256 codes in the first two libraries, one float16 per 32 in the last. FlashOptim stores 16 or
+# 8 more bits per bfloat16 weight.
 _BY_256, _BY_32 = 2 * (1 + 4 / 256), 2 * (1 + 2 / 32)
 LIBRARY_PEERS = (
     Peer(BITSANDBYTES, BITSANDBYTES_32, "bitsandbytes.optim.AdamW", 8, LUCID),
@@ -205,12 +206,12 @@ LIBRARY_PEERS = (
 )
 
 
-# The limit
+# Memory bandwidth
 
 
 def mover(count: int) -> Step:
-    """Return a step that moves, on the CPU, what AdamW's of `count` float32 does, and computes next to nothing."""
-    a, b, c, d = (torch.empty(count).fill_(1e-6) for _ in range(4))  # so that pages exist
+    """Return a step that moves as many bytes on the CPU as AdamW of `count` float32, and computes almost nothing."""
+    a, b, c, d = (torch.empty(count).fill_(1e-6) for _ in range(4))  # so that memory pages exist
     return lambda: _cpu.move(
         count,
         a.data_ptr(),
@@ -222,7 +223,7 @@ def mover(count: int) -> Step:
 
 
 class Copy(Contender):
-    """A device's own copy of as many float32 as there are parameters, in one piece."""
+    """A device copy of as many float32 as there are parameters, in one call."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""The machine that the measurements ran on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lucid.engine import cpu
 
 
 def description(build: str = lucid.__version__) -> dict[str, str]:
-    """Return machine, versions and date, each as a line for people; `build` is which lucid-optim it is."""
+    """Return machine, versions and date, as one readable line each; `build` is the version of lucid-optim."""
     return {
         "CPU": f"{cpu_model()}, {cores()} cores usable, {_caches()}",
         "memory": f"{total_memory() / 2**30:.0f} GiB, transparent huge pages: {_huge_pages()}",
@@ -28,11 +28,11 @@ def description(build: str = lucid.__version__) -> dict[str, str]:
     }
 
 
-BUSY = 0.03  # part of all cores' time that others may take before figures are not for quoting
+BUSY = 0.03  # if others take more of all cores' time than this, figures are not reliable
 
 
 class Neighbours:
-    """How much of the machine others take from here on: other processes, and the hypervisor."""
+    """How much of the machine other processes and the hypervisor take, from here on."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -40,7 +40,7 @@ class Neighbours:
 
     @staticmethod
     def _others_seconds() -> float:
-        """CPU seconds since boot that were neither idle nor this process's or its children's."""
+        """CPU seconds since boot that were not idle and not used by this process or its children."""
         fields = _read(Path("/proc/stat")).partition("\n")[0].split()[1:9]
         if len(fields) < 8:
             return math.nan
@@ -50,20 +50,20 @@ class Neighbours:
         return ticks / os.sysconf("SC_CLK_TCK") - sum(own[:4])
 
     def share(self) -> float:
-        """Return their part of all cores' time until now; NaN where the system does not tell."""
+        """Return their part of all cores' time until now; NaN if the system does not report it."""
         passed = (time.perf_counter() - self._began) * (os.cpu_count() or 1)
         return (self._others_seconds() - self._others) / passed
 
 
 def total_memory() -> float:
-    """Return the machine's memory in bytes; NaN where the system does not tell."""
+    """Return the machine's memory in bytes; NaN if the system does not report it."""
     if not hasattr(os, "sysconf"):
         return math.nan
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def free_memory() -> float:
-    """Return how many bytes could be had without swapping; infinite where the system does not tell."""
+    """Return how many bytes are available without swapping; infinity if the system does not report it."""
     for line in _read(Path("/proc/meminfo")).splitlines():
         if line.startswith("MemAvailable:"):
             return 1024.0 * int(line.split()[1])
@@ -71,13 +71,13 @@ def free_memory() -> float:
 
 
 def last_level_cache() -> int:
-    """Return its size in bytes, as the kernel tells it; 32 MiB where it does not."""
+    """Return its size in bytes, as the kernel reports it, or else 32 MiB."""
     sizes = _cache_sizes()
     return sizes[max(sizes)] if sizes else 32 * 2**20
 
 
 def _cache_sizes() -> dict[int, int]:
-    """By level, the bytes of one data or unified cache."""
+    """Bytes of one data or unified cache, by level."""
     sizes = {}
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         size = _read(index / "size")
@@ -92,7 +92,7 @@ def _caches() -> str:
 
 
 def cpu_model() -> str:
-    """Return what the system calls its processor."""
+    """Return the processor's name."""
     for line in _read(Path("/proc/cpuinfo")).splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

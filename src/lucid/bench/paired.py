@@ -1,6 +1,6 @@
 """Paired measurements: rounds in which every contender runs once, in an order that alternates.
 
-What the machine does meanwhile falls on all of a round alike, so ratios within rounds are steadier
+Other work on the machine slows all contenders of a round equally, so ratios within rounds vary less
 than times.
 """
 
@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
-SAMPLE_SECONDS = 5e-3  # at least, for each sample
-PAUSE_SECONDS = 0.02  # before each sample: OpenMP's workers spin for some ms after their last work
+SAMPLE_SECONDS = 5e-3  # at least, per sample
+PAUSE_SECONDS = 0.02  # before each sample: OpenMP's workers stay busy for some ms after their last work
 
 
 class Quartiles(NamedTuple):
-    """The middle of some values, and how far they spread."""
+    """The median and quartiles of some values."""
 
     low: float
     median: float
@@ -37,12 +37,12 @@ class Quartiles(NamedTuple):
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> Quartiles:
-    """Return the ratios within the rounds that both took part in: the first of each."""
+    """Return the ratios within the rounds that both took part in, which are the first ones."""
     return Quartiles.of(a / b for a, b in zip(over, under, strict=False))
 
 
 class Timed:
-    """What has samples of several contenders in seconds, the n-th of each of the same round."""
+    """Samples of several contenders in seconds; the n-th samples are of the same round."""
 
     __slots__ = ()
     samples: dict[str, list[float]]
@@ -56,14 +56,14 @@ class Timed:
 
 
 def order(names: Sequence[str], number: int) -> list[str]:
-    """Return round `number`'s order: two by two they mirror each other (ABBA), then turn by one."""
+    """Return the order of round `number`: pairs of rounds mirror each other (ABBA), then the order rotates by one."""
     first = number // 2 % len(names)
     turned = [*names[first:], *names[:first]]
     return turned[::-1] if number % 2 else turned
 
 
 def rounds(samplers: Mapping[str, Callable[[], T]], counts: Mapping[str, int], label: str) -> dict[str, list[T]]:
-    """Take `counts[name]` samples of each contender, the n-th of each in the same round."""
+    """Take `counts[name]` samples of each contender; the n-th samples are of the same round."""
     samples: dict[str, list[T]] = {name: [] for name in samplers}
     collecting = gc.isenabled()
     gc.collect()
@@ -82,11 +82,11 @@ def rounds(samplers: Mapping[str, Callable[[], T]], counts: Mapping[str, int], l
 def sampler(
     step: Callable[[], object], *, warm: bool, wait: Callable[[], object] = lambda: None
 ) -> Callable[[], float]:
-    """Return a function that times `step`, as often as one sample needs, in seconds a step.
+    """Return a function that takes one sample of `step`, in seconds per step.
 
-    The first steps are taken here, untimed: they create state. Where `warm`, so is the first of
-    each sample: it brings to the caches what the contenders before have driven out. `wait` returns
-    when a device has done what it was given.
+    The first steps create state and do not count. With `warm`, the first step of each sample does not
+    count either: it brings back into the caches what earlier contenders have evicted. `wait` returns
+    when the device has finished its work.
     """
     step()
     taken = []

@@ -1,4 +1,4 @@
-"""The parameter shapes that are timed: three models', written from their architecture, plain ones, and a file's."""
+"""The parameter shapes to time: those of three models, written from their architecture, plain ones, and a file's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 def elements(shapes: Iterable[Shape]) -> int:
-    """Return how many numbers tensors of these shapes hold."""
+    """Return the number of elements of tensors of these shapes."""
     return sum(math.prod(shape) for shape in shapes)
 
 
@@ -34,7 +34,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """What one optimizer works on: float32 parameters, gradients and moments."""
+        """Bytes of float32 parameters, gradients and moments of one optimizer."""
         return self.elements * (20 if self.amsgrad else 16)
 
 
@@ -111,7 +111,7 @@ def parameters(
     return params
 
 
-MOST_TENSORS = 1_000_000  # that a file or a count may ask for: each has a place in a list
+MOST_TENSORS = 1_000_000  # in a file or a count: each is an element of a list
 
 _LINE = re.compile(r"(?:(\d+)\s*\*\s*)?(\d+(?:\s*[x,×]\s*\d+)*)")
 
@@ -119,15 +119,15 @@ _LINE = re.compile(r"(?:(\d+)\s*\*\s*)?(\d+(?:\s*[x,×]\s*\d+)*)")
 def read_shapes(path: Path) -> list[Shape]:
     """Return the shapes that a file lists.
 
-    Either JSON, a list of shapes or a dict of them by name, or a line for each: ``768x3072``, ``12 * 768x768`` for
-    twelve such, ``#`` and what follows it left out.
+    The file is JSON, a list of shapes or a dict of shapes by name, or it has one shape per line: ``768x3072``, or
+    ``12 * 768x768`` for twelve tensors. ``#`` begins a comment.
 
     Raises
     ------
     OSError
-        Where the file cannot be read.
+        If the file cannot be read.
     ValueError
-        Where it lists no shapes; the message gives the line.
+        If it does not list shapes. The message gives the line.
     """
     text = path.read_text()
     if text.lstrip()[:1] in ("[", "{"):
@@ -145,7 +145,7 @@ def read_shapes(path: Path) -> list[Shape]:
             raise ValueError(f"{path}, line {number}: expected at most {MOST_TENSORS:,} tensors, got more")
         shapes += count * [tuple(int(size) for size in re.findall(r"\d+", found[2]))]
     if not shapes:
-        raise ValueError(f"{path}: expected a shape a line, like 768x3072, got none")
+        raise ValueError(f"{path}: expected one shape per line, like 768x3072, got none")
     return shapes
 
 
@@ -157,7 +157,7 @@ def _shapes_in_json(text: str, path: Path) -> list[Shape]:
     listed = list(listed.values()) if isinstance(listed, dict) else listed
     for shape in listed:
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError(f"{path}: expected a list of shapes like [[768, 3072], [768]], got {shape!r} for one")
+            raise ValueError(f"{path}: expected a list of shapes like [[768, 3072], [768]], got {shape!r} as a shape")
     if not listed:
         raise ValueError(f"{path}: expected a list of shapes like [[768, 3072], [768]], got none")
     return [tuple(shape) for shape in listed]

@@ -1,4 +1,4 @@
-"""The steps of several contenders on the same shapes, and how near each comes to what memory allows."""
+"""Time the steps of several contenders on the same shapes, and compare each with memory bandwidth."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .contenders import BYTES_MOVED, LIMIT, SLOW, Contender, Copy, Step, mover
 from .paired import Quartiles, Timed, rounds, sampler
 from .shapes import Shape, elements
 
-OPERATIONS = 15  # of the rule, a parameter: those of two means, of the square, of the decay and of the update
-_MOST_MOVED = 2**26  # elements: no cache holds more, and memory is as fast for more
+OPERATIONS = 15  # of the update, per parameter: two moments, the square, the decay, the step
+_MOST_MOVED = 2**26  # elements: larger than any cache, and more elements do not change the bandwidth
 _SLOW_ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes(Timed):
-    """Seconds a step, by contender; `moved`: bytes that each of its steps must move."""
+    """Seconds per step, by contender; `moved`: bytes that each of its steps must move."""
 
     parameters: int
     samples: dict[str, list[float]]
@@ -28,17 +28,17 @@ class StepTimes(Timed):
     failures: dict[str, str]
 
     def gigabytes(self, name: str) -> float:
-        """GB/s, of what must move."""
+        """GB/s, counting the bytes that must move."""
         return self.moved[name] / self.seconds(name) / 1e9
 
     def of_limit(self, name: str) -> Quartiles:
-        """Its bytes a second, as a part of those of what only moves bytes, within rounds."""
+        """Its bytes per second as a part of a plain copy's, within rounds."""
         part = self.moved[name] / self.moved[LIMIT]
         return Quartiles(*(part * each for each in self.times(LIMIT, name)))
 
 
 def time_steps(contenders: Sequence[Contender], shapes: Sequence[Shape], count: int, device: str) -> StepTimes:
-    """Time a step of each, on parameters, gradients and state of its own; what one lacks costs not the others."""
+    """Time a step of each contender on its own tensors. If one fails, the others are timed all the same."""
     on_gpu = torch.device(device).type == "cuda"
     wait: Callable[[], object] = functools.partial(torch.cuda.synchronize, device) if on_gpu else lambda: None
     number = min(elements(shapes), _MOST_MOVED)
@@ -57,7 +57,7 @@ def time_steps(contenders: Sequence[Contender], shapes: Sequence[Shape], count: 
 
 
 def draw_roofline(times: StepTimes, title: str, path: Path) -> None:
-    """Draw how many operations a second each step makes, under what memory allows at its bytes a parameter."""
+    """Draw each step's operations per second, under the limit of memory bandwidth for its bytes per parameter."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
@@ -73,8 +73,8 @@ def draw_roofline(times: StepTimes, title: str, path: Path) -> None:
         part = times.of_limit(name).median
         label = f"{name}: {1e3 * times.seconds(name):.3g} ms, {part:.2f} of the limit"
         axes.plot(at[name], reached[name], "o" if name.startswith("lucid") else "s", color=f"C{place}", label=label)
-    axes.set_xlabel("operations of the update for each byte that must move")
-    axes.set_ylabel("billion operations a second")
+    axes.set_xlabel("operations of the update per byte that must move")
+    axes.set_ylabel("billion operations per second")
     axes.set_title(title)
     for side in (axes.xaxis, axes.yaxis):
         side.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -1,7 +1,7 @@
-"""The command ``lucid``: what runs here, how fast, in how much memory, and what a checkpoint holds.
+"""The command ``lucid``: which engines run, how fast, in how much memory, and what a checkpoint holds.
 
-Exit status: 0 where all is well, 1 where the answer is no (oddities in a checkpoint, nothing fits, an engine is
-missing), 2 where the question could not be answered.
+Exit status: 0 if everything is fine, 1 if the answer is no (problems in a checkpoint, nothing fits, an engine is
+missing), 2 if the command could not answer.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from .error import CommandError
+
 _EXTRA = {"typer", "rich", "tqdm", "matplotlib", "safetensors"}
-
-
-class CommandError(Exception):
-    """Why a command cannot do what was asked of it, in one sentence."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,14 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .app import app
 
         app(args=None if arguments is None else list(arguments), prog_name="lucid")
-    except SystemExit as end:  # how typer ends
+    except SystemExit as end:  # typer ends this way
         return end.code if isinstance(end.code, int) else 0
     except CommandError as refusal:
         from .output import printable
 
         print(f"lucid: {printable(str(refusal))}", file=sys.stderr)
         return 2
-    except (OSError, MemoryError, RecursionError) as error:  # of a disk, a pipe, a terminal; of what is too much
+    except (OSError, MemoryError, RecursionError) as error:  # of a disk, a pipe or a terminal; of too much data
         print(f"lucid: {type(error).__name__}{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:

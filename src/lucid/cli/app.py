@@ -1,4 +1,4 @@
-"""The command line: what can be asked, and of what."""
+"""The command line: subcommands, arguments and options."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="AdamW for PyTorch on an engine of its own: what runs here, how fast, in how much memory, and what a "
-    "checkpoint holds.",
-    epilog="Exit status: 0 all is well; 1 the answer is no (oddities, nothing fits, an engine is missing); 2 the "
-    "question could not be answered.",
+    help="AdamW for PyTorch with native engines: which of them run on this machine, how fast, in how much memory, and "
+    "what a checkpoint holds.",
+    epilog="Exit status: 0 everything is fine; 1 the answer is no (problems, nothing fits, an engine is missing); "
+    "2 the command could not answer.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -22,7 +22,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 class Like(StrEnum):
-    """Models whose shapes are known."""
+    """Models with known shapes."""
 
     gpt2_small = "gpt2-small"
     resnet50 = "resnet50"
@@ -30,7 +30,7 @@ class Like(StrEnum):
 
 
 class StateFormat(StrEnum):
-    """How moments are kept."""
+    """State formats."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -38,7 +38,7 @@ class StateFormat(StrEnum):
 
 
 class Target(StrEnum):
-    """What to convert to."""
+    """Formats to convert to."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -47,7 +47,7 @@ class Target(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Of weights and gradients."""
+    """Dtypes of weights and gradients."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -66,7 +66,7 @@ class Peer(StrEnum):
     flashoptim = "flashoptim"
 
 
-_SAVED = "A file of torch.save, or a folder of distributed checkpoints."
+_SAVED = "A file of torch.save, or the folder of a distributed checkpoint."
 Weights = Annotated[
     Path | None,
     typer.Argument(metavar="CHECKPOINT", help="A model's weights: a file of torch.save or safetensors, or a folder."),
@@ -74,7 +74,7 @@ Weights = Annotated[
 LikeOption = Annotated[Like | None, typer.Option("--like", help="The shapes of a known model.")]
 Shapes = Annotated[
     Path | None,
-    typer.Option("--shapes", help='A file with a shape a line, like "768x3072" or "12 * 768x768", or JSON.'),
+    typer.Option("--shapes", help='A file with one shape per line, like "768x3072" or "12 * 768x768", or JSON.'),
 ]
 
 
@@ -97,9 +97,9 @@ def _root(
 @app.command()
 def info(
     json: Json = False,
-    measure: Annotated[bool, typer.Option(help="Measure the memory's speed; takes some seconds.")] = True,
+    measure: Annotated[bool, typer.Option(help="Measure the memory bandwidth; takes some seconds.")] = True,
 ) -> None:
-    """Engines that run here and why not the others, SIMD level, threads, versions, the memory's limit."""
+    """Show the engines that run on this machine, SIMD level, threads, versions and memory bandwidth."""
     from . import info as command
 
     raise typer.Exit(command.run(json=json, measure=measure))
@@ -110,26 +110,26 @@ def bench(
     checkpoint: Weights = None,
     like: LikeOption = None,
     shapes: Shapes = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and gradients.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of weights and gradients.")] = Dtype.float32,
     state_format: Annotated[
-        list[StateFormat] | None, typer.Option("--format", help="State formats to time; may be repeated.")
+        list[StateFormat] | None, typer.Option("--format", help="State format to time; may be repeated.")
     ] = None,
     peer: Annotated[
-        list[Peer] | None, typer.Option(help="Who is timed beside; may be repeated. By default torch's own.")
+        list[Peer] | None, typer.Option(help="Other optimizer to time; may be repeated. By default torch's own.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where: cpu, or cuda, cuda:1 and so on.")] = "cpu",
-    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn; slow ones less often.")] = 21,
+    device: Annotated[str, typer.Option(help="Device: cpu, or cuda, cuda:1 and so on.")] = "cpu",
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; slow optimizers take part in fewer.")] = 21,
     json: Json = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the roofline into this file (.png, .svg, .pdf).")] = None,
 ) -> None:
-    """Time a step of your shapes beside other optimizers' and the memory's limit."""
+    """Time a step of your shapes, and compare it with other optimizers and memory bandwidth."""
     from . import bench as command
     from .shapes import chosen
 
-    case = chosen(checkpoint, like and like.value, shapes, default="gpt2-small")
+    model = chosen(checkpoint, like and like.value, shapes, default="gpt2-small")
     formats = [each.value for each in state_format or [StateFormat.fp32, StateFormat.eight_bit]]
     peers = None if peer is None else [each.value for each in peer]
-    raise typer.Exit(command.run(case, dtype.value, formats, peers, device, rounds, json=json, plot=plot))
+    raise typer.Exit(command.run(model, dtype.value, formats, peers, device, rounds, json=json, plot=plot))
 
 
 @app.command()
@@ -138,37 +138,37 @@ def plan(
     like: LikeOption = None,
     shapes: Shapes = None,
     parameters: Annotated[
-        str | None, typer.Option(help="How many parameters, like 1.3B, where shapes are not known yet.")
+        str | None, typer.Option(help="A number of parameters, like 1.3B, if you do not know the shapes yet.")
     ] = None,
-    layout: Annotated[str, typer.Option(help="The shape of the tensors that --parameters are in.")] = "4096x4096",
+    layout: Annotated[str, typer.Option(help="The shape of the tensors for --parameters.")] = "4096x4096",
     ranks: Annotated[
-        int, typer.Option(min=1, help="Up to how many processes to share it among (FSDP2): 1, 2, 4, ...")
+        int, typer.Option(min=1, help="Largest number of FSDP2 processes to plan for: 1, 2, 4, ... up to it.")
     ] = 1,
-    memory: Annotated[str | None, typer.Option(help="What each process has, like 24GiB: says what fits.")] = None,
-    amsgrad: Annotated[bool, typer.Option("--amsgrad", help="With the maximum of past squared gradients.")] = False,
+    memory: Annotated[str | None, typer.Option(help="Memory of each process, like 24GiB: marks what fits.")] = None,
+    amsgrad: Annotated[bool, typer.Option("--amsgrad", help="Plan for amsgrad.")] = False,
     json: Json = False,
 ) -> None:
-    """Bytes of weights, gradients and state before you train, in every format; what fits into a given memory."""
+    """Compute bytes of weights, gradients and state before you train, in every format, and what fits."""
     from . import plan as command
     from .shapes import chosen, counted
 
     if parameters is not None:
-        case = counted(parameters, layout, others=(checkpoint, like, shapes))
+        model = counted(parameters, layout, others=(checkpoint, like, shapes))
     else:
-        case = chosen(checkpoint, like and like.value, shapes)
-    raise typer.Exit(command.run(case, ranks, memory, amsgrad=amsgrad, json=json))
+        model = chosen(checkpoint, like and like.value, shapes)
+    raise typer.Exit(command.run(model, ranks, memory, amsgrad=amsgrad, json=json))
 
 
 @app.command()
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=_SAVED)],
     weights: Annotated[
-        Path | None, typer.Option(help="The model's weights, where the checkpoint does not hold them.")
+        Path | None, typer.Option(help="The model's weights, if the checkpoint does not hold them.")
     ] = None,
     json: Json = False,
     plot: Annotated[Path | None, typer.Option(help="Draw moments and ratios into this file.")] = None,
 ) -> None:
-    """What an optimizer's saved state is like, parameter by parameter; exit status 1 where anything is odd."""
+    """Describe saved optimizer state, parameter by parameter; exit status 1 if anything is odd."""
     from . import inspect as command
 
     raise typer.Exit(command.run(checkpoint, weights=weights, json=json, plot=plot))
@@ -178,12 +178,12 @@ def inspect(
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help=_SAVED)],
     target: Annotated[
-        str, typer.Argument(metavar="OUT", help="The same kind as IN; a file where it ends in .pt, a folder in /.")
+        str, typer.Argument(metavar="OUT", help="The same kind as IN, or a file if it ends in .pt, a folder if in /.")
     ],
-    to: Annotated[Target, typer.Option(help="A state format of ours, or torch.optim.AdamW's.")],
+    to: Annotated[Target, typer.Option(help="A state format, or torch for torch.optim.AdamW.")],
     json: Json = False,
 ) -> None:
-    """Convert optimizer state between formats and optimizers; what else the checkpoint holds stays as it is."""
+    """Convert optimizer state between formats and optimizers; the rest of the checkpoint stays as it is."""
     from . import convert as command
 
     raise typer.Exit(command.run(source, target, to.value, json=json))

@@ -1,90 +1,115 @@
-"""Checkpoints in files and folders, read without running what is in them, and what they are made of."""
+"""The contents of checkpoints in files and folders: optimizer states and models."""
 
 from __future__ import annotations
 
-import pickle
-import re
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from lucid.engine.formats import is_entry
 from lucid.engine.shards import is_sharded
-from lucid.optim.state_dict import STATE_VERSION, VERSION, check_version
+from lucid.engine.values import shown
+from lucid.optim.matching import VERSION, is_name, names_of
+from lucid.optim.state_dict import STATE_VERSION, check_version
 
-from . import CommandError
+from . import reading
+from .error import CommandError
+from .reading import Kind
 
-Kind = Literal["file", "safetensors", "folder"]
 Tree = dict[str, Any]
 States = Mapping[str | int, Mapping[str, Any]]  # by a parameter's key
-Place = tuple[str | int, ...]  # keys from the root of a checkpoint on
+Place = tuple[str | int, ...]  # keys from the root of the checkpoint
 
-SINGLE_FILE = (".pt", ".pth", ".bin", ".ckpt", ".tar")
-
-_MOST_NODES, _DEEPEST = 5_000_000, 500  # dicts and lists of a checkpoint, and within each other
+_MOST_NODES, _DEEPEST = 5_000_000, 500  # number of dicts and lists in a checkpoint, and depth of nesting
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter in an optimizer's saved state; `name` where names were saved."""
+    """A parameter in an optimizer's saved state.
+
+    `name`: its saved name, if any. `number`: its first position over all groups.
+    """
 
     key: str | int
     name: str | None
+    number: int
     entry: Mapping[str, Any]
     group: Mapping[str, Any]
 
     @property
     def called(self) -> str:
-        return self.name if self.name is not None else f"parameter {self.key}"
+        return self.name if self.name is not None and is_name(self.name) else f"parameter {self.key}"
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
     """An optimizer's state dict in a checkpoint.
 
-    `flat`: with one key for each value, as DCP can have it. `strays`: numbers of parameters that are in no group.
+    `flat`: whether each value has its own key, as DCP can save it. `strays`: keys of state of no parameter.
     """
 
     place: Place
     parameters: list[Parameter]
     flat: bool
-    strays: tuple[str | int, ...] = ()
+    strays: tuple[Any, ...] = ()
 
     @property
     def called(self) -> str:
-        return ".".join(map(str, self.place)) or "the optimizer"
+        return _called(self.place)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a file or folder holds."""
+    """The contents of a file or folder."""
 
     path: Path
     kind: Kind
     tree: Tree
 
+    @property
+    def name(self) -> str:
+        return self.path.name or str(self.path)
+
     def optimizers(self) -> list[Saved]:
-        """Return the optimizer states in it; refuse where there is none."""
+        """Return the optimizer states in the checkpoint; raise if there is none."""
         try:
             states = [each for each in _nodes(self.tree) if _is_state(each[1]) or _is_flat_state(each[1])]
             found = [_saved(place, node) for place, node in states]
+            if not found:
+                raise ValueError(f"expected an optimizer's state dict in it, {self._instead_of_optimizer()}")
+            return found
         except ValueError as error:
             raise CommandError(f"{self.path}: {error}") from error
-        if not found:
-            keys = ", ".join(sorted(map(str, self.tree))[:8]) or "nothing"
-            raise CommandError(f"{self.path}: expected an optimizer's state dict in it, found none; it holds {keys}")
-        return found
+
+    def _instead_of_optimizer(self) -> str:
+        """Return what the checkpoint holds instead of optimizer state, and what to do."""
+        if self.kind == "safetensors":
+            return (
+                "got safetensors, which hold tensors alone; give the file with optimizer.state_dict(), and this one as "
+                "--weights"
+            )
+        for place, node in _nodes(self.tree):
+            if {"state", "param_groups"} <= set(node):
+                return (
+                    f"got one that cannot be used (in {_called(place)}): 'state' has to be a dict, and 'param_groups' "
+                    "a list of dicts, each with a list 'params'; save optimizer.state_dict() as it is"
+                )
+        if self.models():
+            return "got a model's weights alone; give the file with optimizer.state_dict(), and this one as --weights"
+        keys = ", ".join(sorted(str(key)[:40] for key in self.tree)[:8]) or "nothing"
+        return f"found none (it holds {keys}); save optimizer.state_dict() in it"
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the model's parameters and buffers by name: of all that could be a model, the largest; else none."""
+        """Return parameters and buffers by name of the largest dict that could be a model, or an empty dict."""
         return max(self.models(), key=lambda model: sum(each.numel() for each in model.values()), default={})
 
     def models(self) -> list[dict[str, Tensor]]:
-        """Return all that could be a model: its parameters and buffers by name."""
+        """Return every dict that could be a model: parameters and buffers by name."""
         states: list[Place] = []
         models = []
         try:
@@ -101,95 +126,49 @@ class Checkpoint:
 def read(path: Path, *, mapped: bool = True) -> Checkpoint:
     """Read a file that ``torch.save`` or safetensors wrote, or a folder of ``torch.distributed.checkpoint``.
 
-    Nothing in it is run: what is neither a tensor nor a plain value is refused. `mapped`: tensors stay in the file
-    until they are used.
+    No code in it is run: anything but tensors and plain values is an error. `mapped`: tensors stay in the file until
+    they are used.
     """
-    try:
-        is_there = path.exists()
-    except OSError as error:
-        raise CommandError(f"{path}: {error.strerror}") from error
-    if not is_there:
-        raise CommandError(f"{path}: no such file or folder")
-    if path.is_dir():
-        if (path / ".metadata").exists():
-            return Checkpoint(path, "folder", _read_folder(path))
-        parts = sorted(path.glob("*.safetensors"))
-        if parts:
-            return Checkpoint(path, "safetensors", {name: each for part in parts for name, each in _tensors(part)})
-        raise CommandError(
-            f"{path}: expected a checkpoint's folder, but there is neither .metadata nor *.safetensors in it"
-        )
-    if path.suffix == ".safetensors":
-        return Checkpoint(path, "safetensors", dict(_tensors(path)))
-    tree = _read_file(path, mapped)
+    kind = reading.kind_of(path)
+    if kind == "folder":
+        tree = reading.read_folder(path)
+    elif kind == "safetensors":
+        parts = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        tree = _together(path, parts)
+    else:
+        tree = reading.read_file(path, mapped)
     if not isinstance(tree, Mapping):
-        raise CommandError(f"{path}: expected a dict of state dicts or tensors in it, got {type(tree).__name__}")
-    return Checkpoint(path, "file", dict(tree))
+        raise CommandError(
+            f"{path}: expected a dict of state dicts or tensors in it, got {type(tree).__name__}; save one, like "
+            '{"model": model.state_dict(), "optimizer": optimizer.state_dict()}'
+        )
+    return Checkpoint(path, kind, dict(tree))
 
 
-def _read_file(path: Path, mapped: bool) -> Any:
-    try:
-        try:
-            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-        except RuntimeError:
-            if not mapped:
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # of before torch 1.6
-    except pickle.UnpicklingError as error:
-        raise _more_than_values(path, error) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CommandError(f"{path}: this cannot be read as a checkpoint: {first_line(error)}") from error
+def _together(path: Path, parts: Sequence[Path]) -> Tree:
+    """Return the tensors of all files; raise if a name is in two of them, because either could be meant."""
+    tree: Tree = {}
+    part_of: dict[str, Path] = {}
+    for part in parts:
+        for name, tensor in reading.read_safetensors(part):
+            if name in tree:
+                raise CommandError(
+                    f"{path}: {shown(name)} is both in {part_of[name].name} and in {part.name}; give one of the files, "
+                    "or a folder with the files of one model"
+                )
+            tree[name], part_of[name] = tensor, part
+    return tree
 
 
-def _more_than_values(path: Path, error: Exception) -> CommandError:
-    if str(error).startswith("its list of contents"):  # which says all
-        return CommandError(f"{path}: {error}")
-    named = re.search(r"GLOBAL (\S+)", str(error))
-    return CommandError(
-        f"{path}: it holds more than tensors and plain values, and to load that could run any code "
-        f"({first_line(error) if named is None else f'it names {named[1]}'}); save state dicts alone"
-    )
+# Contents
 
 
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("WeightsUnpickler error:", "Unsupported"))]
-    return (telling or lines or [type(error).__name__])[0].rstrip(".")
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CommandError(f"{path}: this cannot be read as safetensors: {first_line(error)}") from error
-
-
-def _read_folder(path: Path) -> Tree:
-    from lucid.optim.distributed_files import read_whole
-
-    try:
-        with tqdm(desc=f"read {path.name}", leave=False, disable=None) as bar:
-
-            def tell(there: int, of: int) -> None:
-                bar.total = of
-                bar.update(there - bar.n)
-
-            return read_whole(path, tell)
-    except pickle.UnpicklingError as error:
-        raise _more_than_values(path, error) from error
-    except Exception as error:  # of whatever torch's readers make of what is missing or cut short
-        raise CommandError(f"{path}: this cannot be read as a checkpoint's folder: {first_line(error)}") from error
-
-
-# What is in them
+def _called(place: Place) -> str:
+    return ".".join(map(str, place)) or "the optimizer"
 
 
 def _nodes(tree: Any) -> Iterator[tuple[Place, Mapping[str, Any]]]:
-    """Every dict, from the outside inwards; raise where they have no end, as a dict within itself has none."""
+    """Yield every dict, the outer ones first; raise if there is no end, as with a dict within itself."""
     waiting: list[tuple[Place, Any]] = [((), tree)]
     for _ in range(_MOST_NODES):
         if not waiting:
@@ -214,8 +193,9 @@ def _is_state(node: Mapping[str, Any]) -> bool:
 
 
 def _is_flat_state(node: Mapping[str, Any]) -> bool:
-    starts = {str(key).partition(".")[0] for key in node}
-    return {"state", "param_groups"} <= starts and not _is_state(node) and all("." in str(key) for key in node)
+    if _is_state(node) or not all(isinstance(key, str) and "." in key for key in node):
+        return False
+    return {"state", "param_groups"} <= {key.partition(".")[0] for key in node}
 
 
 def _is_model(node: Mapping[str, Any]) -> bool:
@@ -223,7 +203,7 @@ def _is_model(node: Mapping[str, Any]) -> bool:
 
 
 def trained(model: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return a model's weights, in its order: what is tied counts once, and running statistics do not."""
+    """Return a model's weights in its order: tied weights count once, running statistics do not count."""
     floating = [
         each
         for name, each in model.items()
@@ -242,7 +222,7 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
-    """The parameters of a state dict; raise where loading would not know whose state is whose, or how to read it."""
+    """The parameters of a state dict; raise if loading could not match state and parameters, or not read it."""
     if _is_flat_state(node):
         parameters = _flat_parameters(node)
         for parameter in parameters:
@@ -250,54 +230,79 @@ def _saved(place: Place, node: Mapping[str, Any]) -> Saved:
         return Saved(place, parameters, flat=True)
     for group in node["param_groups"]:
         check_version(group.get(VERSION, STATE_VERSION))
-    keys = [key for group in node["param_groups"] for key in group["params"]]
-    if not all(isinstance(key, int | str) for key in keys) or len(set(keys)) < len(keys):
-        raise ValueError("param_groups: expected each parameter's number or name once in 'params'")
+    _check_keys(node["param_groups"])
     entries = _entries(node)
-    parameters = []
+    found: dict[str | int, Parameter] = {}
+    numbers = itertools.count()
     for group in node["param_groups"]:
-        names = group.get("param_names")
-        for index, key in enumerate(group["params"]):
-            name = names[index] if isinstance(names, list | tuple) and len(names) == len(group["params"]) else None
-            if name is None and isinstance(key, str):
-                name = key
+        for key, name in zip(group["params"], names_of(group), strict=True):
+            position = next(numbers)
+            if key in found:  # in several groups
+                continue
             entry = entries.pop(key, {})
             if not isinstance(entry, Mapping):
                 raise ValueError(f"state of parameter {key}: expected a dict, got {type(entry).__name__}")
             if any(isinstance(value, Tensor) and is_sharded(value) for value in entry.values()):
                 raise ValueError(
-                    f"state of parameter {key} is one process's part of tensors that are spread over several; save a "
+                    f"state of parameter {key} is one process's part of tensors that are sharded over several; save a "
                     "folder with torch.distributed.checkpoint, or full tensors"
                 )
-            parameters.append(Parameter(key, name, entry, group))
-    return Saved(place, parameters, flat=False, strays=tuple(key for key in entries if str(key).isdecimal()))
+            called = key if name is None and isinstance(key, str) else name
+            found[key] = Parameter(key, called, position, entry, group)
+    strays = tuple(key for key, entry in entries.items() if is_entry(entry))
+    return Saved(place, list(found.values()), flat=False, strays=strays)
+
+
+def _check_keys(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise unless each parameter has a number or a name, once in each of its groups."""
+    wanted = "param_groups: expected each parameter's number or name once in 'params'"
+    by_text: dict[str, int | str] = {}
+    for group in groups:
+        own = set()
+        for key in group["params"]:
+            if not isinstance(key, int | str):
+                raise ValueError(
+                    f"{wanted}, got {shown(key)} of type {type(key).__name__}; save optimizer.state_dict() as it is"
+                )
+            if key in own or by_text.setdefault(str(key), key) != key:
+                raise ValueError(f"{wanted}, got {shown(key)} twice")
+            own.add(key)
 
 
 def _entries(node: Mapping[str, Any]) -> dict[Any, Any]:
-    """The state of each parameter, by its key in the groups; folders turn numbers into strings, or lists."""
+    """The state of each parameter, by its key in the groups; folders turn numbers into strings or lists."""
     state = node["state"]
-    numbers = {str(key): key for group in node["param_groups"] for key in group["params"]}
-    items = state.items() if isinstance(state, Mapping) else enumerate(state)
-    return {numbers.get(str(key), key): entry for key, entry in items if entry is not None}
+    keys = {key for group in node["param_groups"] for key in group["params"]}
+    as_text = {str(key): key for key in keys}
+    items = dict(state) if isinstance(state, Mapping) else dict(enumerate(state))
+    entries = {}
+    for key, entry in items.items():
+        own = key if key in keys else as_text.get(str(key), key)
+        if entry is not None:
+            entries[key if own in items else own] = entry  # if both are there, the group's own key counts
+    return entries
 
 
 def _flat_parameters(node: Mapping[str, Any]) -> list[Parameter]:
-    """Of keys like "state.layer.weight.exp_avg" and "param_groups.layer.weight.lr"."""
+    """Return parameters from keys like "state.layer.weight.exp_avg" and "param_groups.layer.weight.lr"."""
     parts: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
     for path, value in node.items():
         part, _, rest = path.partition(".")
         name, _, key = rest.rpartition(".")
         parts.setdefault(part, {}).setdefault(name, {})[key] = value
     names = parts["param_groups"] | parts["state"]
-    return [Parameter(name, name, parts["state"].get(name, {}), parts["param_groups"].get(name, {})) for name in names]
+    return [
+        Parameter(name, name, number, parts["state"].get(name, {}), parts["param_groups"].get(name, {}))
+        for number, name in enumerate(names)
+    ]
 
 
 def replaced(
     checkpoint: Checkpoint, saved: Saved, entries: States, group_of: Callable[[Mapping[str, Any]], Tree]
 ) -> Checkpoint:
-    """Return the checkpoint with another state in the place of `saved`.
+    """Return the checkpoint with `saved` replaced.
 
-    `entries`: by parameter's key. `group_of`: what a group becomes.
+    `entries`: the new state by parameter key. `group_of`: returns the new group for an old one.
     """
     node: Any = checkpoint.tree
     for key in saved.place:
@@ -307,7 +312,7 @@ def replaced(
         groups = {parameter.key: group_of(parameter.group) for parameter in saved.parameters}
         new |= {f"param_groups.{name}.{key}": each for name, group in groups.items() for key, each in group.items()}
     else:
-        keys = [parameter.key for parameter in saved.parameters]
+        keys = {parameter.key for parameter in saved.parameters}
         kept = {key: each for key, each in _entries(node).items() if key not in keys}
         regrouped = [group_of(group) | {"params": group["params"]} for group in node["param_groups"]]
         new = dict(node) | {"state": kept | dict(entries), "param_groups": regrouped}
@@ -315,7 +320,7 @@ def replaced(
 
 
 def _with(tree: Any, place: Place, new: Any) -> Any:
-    """A copy of the dicts and lists on the way to `place`, with `new` there."""
+    """Return a copy of the dicts and lists on the path to `place`, with `new` at that place."""
     if not place:
         return new
     copy: Any = dict(tree) if isinstance(tree, Mapping) else list(tree)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.text import Text
 from torch import Tensor
 from tqdm import tqdm
 
+from lucid.engine.conversion import converted_entry, decoded
+from lucid.engine.formats import format_for, step_is_uncertain
+from lucid.engine.values import shown
 from lucid.optim import AdamW
-from lucid.optim.formats import decoded, format_for
 from lucid.optim.groups import ParamGroup
-from lucid.optim.state_dict import STATE_VERSION, VERSION, torch_group
+from lucid.optim.matching import VERSION
+from lucid.optim.state_dict import STATE_VERSION, torch_group
 
-from . import CommandError, output
-from .checkpoints import SINGLE_FILE, Checkpoint, Kind, Parameter, Saved, read, replaced
+from . import output
+from .checkpoints import Checkpoint, Parameter, Saved, read, replaced
+from .error import CommandError
+from .reading import SINGLE_FILE, Kind
 from .writing import check_target, write
 
 Target = Literal["fp32", "bf16", "8bit", "torch"]
@@ -26,7 +32,7 @@ Target = Literal["fp32", "bf16", "8bit", "torch"]
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was done: bytes of the optimizers' state before and after."""
+    """The result of a conversion: bytes of optimizer state before and after, and notes."""
 
     source: str
     target: str
@@ -34,14 +40,15 @@ class Conversion:
     parameters: int
     bytes_before: int
     bytes_after: int
+    notes: list[str]
 
 
 def stand_in(entry: Mapping[str, Any], name: str) -> Tensor:
     """Return a tensor with the shape and dtype of the parameter whose state `entry` is; it takes no memory."""
     moment = entry.get("exp_avg_code", entry.get("exp_avg"))
     if not isinstance(moment, Tensor):
-        keys = ", ".join(sorted(map(str, entry)))
-        raise CommandError(f"state of {name}: expected exp_avg or exp_avg_code of AdamW in it, got {keys}")
+        keys = ", ".join(f"{str(key)[:40]} ({type(value).__name__})" for key, value in list(entry.items())[:8])
+        raise ValueError(f"state of {name}: expected a tensor exp_avg or exp_avg_code, as AdamW has it, got {keys}")
     dtype = torch.float32
     if "residual" in entry:
         dtype = torch.bfloat16
@@ -52,7 +59,7 @@ def stand_in(entry: Mapping[str, Any], name: str) -> Tensor:
     return torch.zeros((), dtype=dtype).expand(moment.shape)
 
 
-def _entry(parameter: Parameter, to: Target, number: int) -> dict[str, Any]:
+def _entry(parameter: Parameter, to: Target) -> dict[str, Any]:
     """A parameter's state in the format `to`."""
     param = stand_in(parameter.entry, parameter.called)
     if to == "torch":
@@ -60,13 +67,13 @@ def _entry(parameter: Parameter, to: Target, number: int) -> dict[str, Any]:
     master = "residual" in parameter.entry or "master" in parameter.entry
     kept = format_for(param, to, master, parameter.called)
     seed = parameter.group.get("seed", 0)
-    name = parameter.name if parameter.group.get("param_names") else None  # a folder's keys are none
-    known_as = (seed, number if name is None else name)
-    return kept.converted(param, parameter.entry, parameter.called, known_as)
+    name = parameter.name if "param_names" in parameter.group else None  # a folder's keys are not saved names
+    rounding_key = (seed, parameter.number if name is None else name)
+    return converted_entry(kept, param, parameter.entry, parameter.called, rounding_key)
 
 
 def _group(to: Target, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The group, with the keys that those of the optimizer to load it have."""
+    """Return the group with all keys that the optimizer expects that will load it."""
     nobody = [torch.empty(0, device="cpu")]
     if to == "torch":
         return torch.optim.AdamW(nobody).defaults | torch_group(group)
@@ -79,19 +86,41 @@ def _group(to: Target, group: Mapping[str, Any]) -> dict[str, Any]:
 def converted(checkpoint: Checkpoint, saved: Saved, to: Target) -> Checkpoint:
     """Return the checkpoint with an optimizer's state in the format `to`."""
     entries = {}
+    if saved.strays:
+        raise CommandError(
+            f"{checkpoint.path}: expected state under the keys that the groups of {saved.called} have "
+            f"({listed([each.key for each in saved.parameters])}), got {listed(saved.strays)}; rename them, or save "
+            "optimizer.state_dict() as it is"
+        )
     try:
         bar = tqdm(saved.parameters, saved.called, leave=False, disable=None)
-        for number, parameter in enumerate(bar):
+        for parameter in bar:
             if parameter.entry:
-                entries[parameter.key] = _entry(parameter, to, number)
+                entries[parameter.key] = _entry(parameter, to)
         return replaced(checkpoint, saved, entries, functools.partial(_group, to))
-    except (TypeError, ValueError, RuntimeError) as error:  # the last: where memory ends
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: out of memory
         raise CommandError(f"{checkpoint.path}: {error}") from error
+
+
+def listed(keys: Sequence[Any]) -> str:
+    """Return the first keys as text for a message."""
+    return ", ".join(shown(key)[:40] for key in keys[:4]) + (", ..." if len(keys) > 4 else "")
 
 
 def _bytes(savings: list[Saved]) -> int:
     values = (value for saved in savings for parameter in saved.parameters for value in parameter.entry.values())
-    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+    return sum(value.nbytes for value in values if isinstance(value, Tensor) and value.layout is torch.strided)
+
+
+def uncertain_count(entry: Mapping[str, Any]) -> str:
+    """Return a sentence if a parameter's step count may be rounded or may have stopped, else nothing."""
+    step = entry.get("step")
+    if not isinstance(step, Tensor) or not step_is_uncertain(step):
+        return ""
+    return (
+        f"step is {float(step.detach()):,.0f}, saved as {step.dtype}, which rounds counts above 256: the true count is "
+        "not known; set it by hand, and save it as float32"
+    )
 
 
 def _kind(checkpoint: Checkpoint, target: str) -> Kind:
@@ -101,7 +130,7 @@ def _kind(checkpoint: Checkpoint, target: str) -> Kind:
 
 
 def run(source: Path, target: str, to: Target, *, json: bool) -> int:
-    """Convert every optimizer's state in a checkpoint; all else in it stays as it is."""
+    """Convert the state of every optimizer in a checkpoint; the rest stays as it is."""
     path = Path(target)
     same = path.exists() and source.exists() and path.samefile(source)
     checkpoint = read(source, mapped=not same)
@@ -121,6 +150,7 @@ def run(source: Path, target: str, to: Target, *, json: bool) -> int:
         sum(bool(parameter.entry) for saved in before for parameter in saved.parameters),
         _bytes(before),
         _bytes(after),
+        [f"{of.called}: {note}" for saved in before for of in saved.parameters if (note := uncertain_count(of.entry))],
     )
     if json:
         output.print_json(asdict(done))
@@ -129,4 +159,6 @@ def run(source: Path, target: str, to: Target, *, json: bool) -> int:
             f"{path}: {to} state of {done.parameters} parameters, {output.size(done.bytes_after)} "
             f"(in {source}: {output.size(done.bytes_before)})"
         )
+        for note in done.notes:
+            output.console().print(Text(output.printable(note), output.BAD))
     return 0

@@ -1,4 +1,4 @@
-"""``lucid info``: what steps run on here, and why not on something else."""
+"""``lucid info``: which engines run on this machine, and why the others do not."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lucid.engine import cpu, cuda
 
 from . import output
 
-_ELEMENTS = 2**26  # 1 GiB in the four streams of a step: no cache holds it
+_ELEMENTS = 2**26  # 1 GiB in the four streams of a step: larger than any cache
 _SAMPLES = 15
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine: what it is, and why it does not run here if it does not."""
+    """An engine: what it is, and why it does not run here, if so."""
 
     name: str
     what: str
@@ -37,7 +37,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What steps run on here. `limits`: GB/s that the CPU and each GPU moved, by name."""
+    """What `lucid info` reports. `limits`: GB/s that the CPU and each GPU moved, by name."""
 
     engines: list[Engine]
     simd_level: str | None
@@ -52,7 +52,7 @@ class Info:
 
 
 def gathered(*, measure: bool = True) -> Info:
-    """Look at this machine; `measure`: its memory's speed too, which takes some seconds."""
+    """Return what this machine has; `measure`: with its memory bandwidth, which takes some seconds."""
     found = cpu.missing is None
     return Info(
         [
@@ -74,23 +74,23 @@ def gathered(*, measure: bool = True) -> Info:
 
 def _cuda_missing() -> str | None:
     if torch.version.cuda is None and torch.version.hip is None:
-        return f"torch {torch.__version__} is a build for CPUs alone"
+        return f"torch {torch.__version__} is a CPU-only build"
     if cuda.missing is not None:
         return cuda.missing
-    return None if torch.cuda.is_available() else "torch finds no device"
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
 def _threads_reason() -> str:
-    """Why steps use as many threads as they do."""
+    """Return why steps use this number of threads."""
     number, cores = torch.get_num_threads(), machine.cores()
     set_by = next((name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ), None)
     if set_by is not None and os.environ[set_by] == str(number):
-        reason = f"{set_by}={number}, which launchers as torchrun set, of {cores} usable cores"
+        reason = f"{set_by}={number}, which launchers such as torchrun set; {cores} cores are usable"
     elif number == cores:
-        reason = "one for each core that this process may use"
+        reason = "one per core that this process may use"
     else:
-        reason = f"of {cores} usable cores, as torch chooses"
-    return f"{reason}; torch.set_num_threads changes it, and a step of fewer than 65,536 elements a thread takes fewer"
+        reason = f"torch's choice; {cores} cores are usable"
+    return f"{reason}. torch.set_num_threads changes it; a step of fewer than 65,536 elements per thread uses fewer"
 
 
 def _versions() -> dict[str, str]:
@@ -109,14 +109,14 @@ def _versions() -> dict[str, str]:
 
 
 def _limits() -> dict[str, float]:
-    """The speed of memory in GB/s: of only moving what a step of float32 does, or of a device's own copy."""
+    """Memory bandwidth in GB/s: of moving the bytes of a float32 step on the CPU, or of a device copy."""
     steps: dict[str, tuple[Step, float]] = {"CPU": (mover(_ELEMENTS), BYTES_MOVED)}
     for index in range(torch.cuda.device_count()):
         copy = Copy("copy")
         shapes = [(_ELEMENTS,)]
         steps[f"cuda:{index}"] = copy.make(shapes, f"cuda:{index}"), copy.moved(shapes) / _ELEMENTS
     limits = {}
-    with tqdm(total=_SAMPLES * len(steps), desc="memory's speed", leave=False, disable=None) as bar:
+    with tqdm(total=_SAMPLES * len(steps), desc="memory bandwidth", leave=False, disable=None) as bar:
         for name, (step, moved) in steps.items():
             wait = functools.partial(torch.cuda.synchronize, name) if name.startswith("cuda") else (lambda: None)
             sample = sampler(step, warm=False, wait=wait)
@@ -129,7 +129,7 @@ def _limits() -> dict[str, float]:
 
 
 def run(*, json: bool, measure: bool) -> int:
-    """Print what was found; return 1 where parameters on this machine's devices would be stepped slowly."""
+    """Print the report; return 1 if the reference engine would update parameters on a device of this machine."""
     info = gathered(measure=measure)
     slow = [engine.name for engine in info.engines if engine.missing and (engine.name == "cpu" or info.devices)]
     if json:
@@ -152,7 +152,7 @@ def run(*, json: bool, measure: bool) -> int:
     found["threads"] = f"{info.threads}: {info.threads_reason}"
     found["memory"] = output.size(info.memory_bytes)
     for name, limit in info.limits.items():
-        what = f"the fastest float32 step is {BYTES_MOVED / limit:.2g} ns a parameter"
+        what = f"the fastest float32 step takes {BYTES_MOVED / limit:.2g} ns per parameter"
         found[f"limit, {name}"] = f"{output.digits(limit)} GB/s measured: {what}"
     console.print(output.facts(found | dict(info.versions)))
     return 1 if slow else 0

@@ -1,4 +1,4 @@
-"""``lucid inspect``: what a checkpoint's optimizer state is like, and what is odd about it."""
+"""``lucid inspect``: describe a checkpoint's optimizer state, and what is odd about it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lucid.engine import codecs
+from lucid.engine.conversion import converted_entry
+from lucid.engine.formats import format_for
 from lucid.engine.shards import is_sharded
-from lucid.optim.formats import format_for
+from lucid.engine.values import as_float, number_in, shown
 
-from . import CommandError, output
-from .checkpoints import Checkpoint, Parameter, Saved, read, trained
-from .convert import stand_in
+from . import output
+from .checkpoints import Checkpoint, Parameter, read
+from .convert import stand_in, uncertain_count
+from .error import CommandError
+from .matching import matched
+from .reading import first_line
 
 _CODES = ("exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale")
 _MAXIMUM = "max_exp_avg_sq"
+_NAMED = 3  # parameters in a sentence
 _SQUARE_IS_NONE = 2.0**-63  # squares of such gradients, times 1 - beta2, are below float32: v is 0 then
 
 
@@ -30,7 +36,8 @@ _SQUARE_IS_NONE = 2.0**-63  # squares of such gradients, times 1 - beta2, are be
 class Found:
     """A parameter's state.
 
-    `max_m_over_sqrt_v`: the largest of an element. `update_ratio`: RMS of the next update over that of the weight.
+    `max_m_over_sqrt_v`: the largest of any element. `update_ratio`: RMS of the next update over RMS of the weight.
+    `no_weight`: why no weight is matched to this parameter.
     """
 
     name: str
@@ -42,27 +49,31 @@ class Found:
     max_m_over_sqrt_v: float = math.nan
     update_ratio: float = math.nan
     state_bytes: int = 0
+    no_weight: str | None = None
     oddities: tuple[str, ...] = ()
 
 
 def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
-    """Return what the state of a parameter is like; `weight`: the parameter itself, where the checkpoint has it."""
+    """Return a description of a parameter's state; `weight`: the parameter itself, if known."""
     entry = parameter.entry
     odd = list(_oddities_of_keys(entry))
-    tensors = {key: value for key, value in entry.items() if isinstance(value, Tensor)}
+    tensors = {key: value.detach() for key, value in entry.items() if isinstance(value, Tensor)}
+    weight = None if weight is None else weight.detach()
     size = sum(value.nbytes for value in tensors.values() if value.layout is torch.strided)
     step = _number(entry.get("step"))
     if step is None or not (step >= 0 and step.is_integer()):
-        odd.append(f"step is {entry.get('step', 'missing')!r}, no count")
+        odd.append(f"step is {shown(entry.get('step', 'missing'))}, no count")
+    elif uncertain := uncertain_count(entry):
+        odd.append(uncertain)
     if not odd and (refusal := _refusal(parameter)):
         odd.append(f"it could not be loaded: {refusal}")
     moment = tensors.get("exp_avg_code", tensors.get("exp_avg"))
     found = Found(parameter.called, [] if moment is None else list(moment.shape), _format(tensors), step)
     moments = None if odd else _moments(tensors, odd)
-    if weight is not None and (weight.is_meta or weight.layout is not torch.strided or is_sharded(weight)):
-        weight = None  # there are no numbers, or not all
+    if weight is not None and (not _has_numbers(weight) or is_sharded(weight)):
+        weight = None
     if weight is not None and moment is not None:
-        odd += _oddities_of_weight(weight, tensors, moment)
+        odd += _oddities_of_weight(weight, {key: each for key, each in tensors.items() if _has_numbers(each)}, moment)
     if moments is None:
         return replace(found, state_bytes=size, oddities=tuple(odd))
     m, v = moments
@@ -88,14 +99,18 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
     )
 
 
+def _has_numbers(tensor: Tensor) -> bool:
+    return not (tensor.is_meta or tensor.is_quantized) and tensor.layout is torch.strided
+
+
 def _refusal(parameter: Parameter) -> str:
-    """Why `load_state_dict` would not take its state, if it would not."""
+    """Return why `load_state_dict` would raise for this state, or an empty string."""
     entry = parameter.entry
     codes = "exp_avg_code" in entry
     try:
         param = stand_in(entry, parameter.called)
         kept = format_for(param, "8bit" if codes else "fp32", True, parameter.called)
-        kept.converted(param, entry, parameter.called, (0, 0))
+        converted_entry(kept, param, entry, parameter.called, (0, 0))
     except (TypeError, ValueError) as error:
         return str(error)
     return ""
@@ -103,12 +118,12 @@ def _refusal(parameter: Parameter) -> str:
 
 def _number(value: Any) -> float | None:
     if isinstance(value, Tensor):
-        return float(value) if value.numel() == 1 and not value.is_complex() else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        return number_in(value)
+    return as_float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _format(tensors: Mapping[str, Tensor]) -> str:
-    """As which format it is kept: its moments, and what it has of master values."""
+    """Return the format of the moments, plus residual or master and amsgrad."""
     if "exp_avg_code" in tensors:
         moments = "8bit"
     elif "exp_avg" not in tensors:
@@ -157,7 +172,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _moments(tensors: Mapping[str, Tensor], odd: list[str]) -> tuple[Tensor, Tensor]:
-    """Both moments as float64, complex ones as pairs; what is odd about codes goes to `odd`."""
+    """Return both moments as float64, complex ones as pairs; append what is odd about codes to `odd`."""
     if "exp_avg_code" in tensors:
         for key in ("exp_avg_scale", "exp_avg_sq_scale"):
             odd += _not_finite(key, tensors[key])
@@ -172,7 +187,8 @@ def _moments(tensors: Mapping[str, Tensor], odd: list[str]) -> tuple[Tensor, Ten
 
 
 def _not_finite(key: str, value: Tensor) -> Iterator[str]:
-    count = int(value.numel() - value.isfinite().sum())
+    known = value.float() if value.is_floating_point() and value.itemsize < 2 else value  # torch asks no float8
+    count = int(value.numel() - known.isfinite().sum())
     if count:
         yield f"{key} is NaN or infinite in {count:,} of {value.numel():,}"
 
@@ -209,7 +225,7 @@ def _oddities_of_weight(weight: Tensor, tensors: Mapping[str, Tensor], moment: T
 
 
 def _stale(weight: Tensor, residual: Tensor) -> int:
-    """In how many places no master value has these two halves."""
+    """Return how many elements have a weight and a residual that no master weight splits into."""
     upper, lower = codecs.split(codecs.joined(weight, residual))
     bits = [tensor.contiguous().view(torch.int16) for tensor in (weight, residual, upper, lower)]
     return int(((bits[0] != bits[2]) | (bits[1] != bits[3])).sum())
@@ -218,7 +234,7 @@ def _stale(weight: Tensor, residual: Tensor) -> int:
 def _update_ratio(
     group: Mapping[str, Any], m: Tensor, denominator: Tensor, step: float, weight: Tensor | None
 ) -> float:
-    """RMS of the update that the next step would make if the moments stayed as they are, over RMS of the weight."""
+    """RMS of the update that the next step would make with these moments, over RMS of the weight."""
     betas = group.get("betas", (group.get("beta1"), group.get("beta2")))
     betas = betas if isinstance(betas, list | tuple) else ()
     options = [_number(each) for each in (group.get("lr"), group.get("eps"), group.get("weight_decay"), *betas)]
@@ -237,60 +253,46 @@ def _update_ratio(
     return size / rms if rms else math.nan
 
 
-def _weights_of(saved: Saved, models: Sequence[Mapping[str, Tensor]]) -> list[Tensor | None]:
-    """The weight of each parameter, in the model that fits best; in none where several do."""
-    nothing: list[Tensor | None] = [None for _ in saved.parameters]
-    shapes = [_moment_shape(parameter) for parameter in saved.parameters]
-    fitting: dict[int, list[list[Tensor | None]]] = {}
-    for model in models:
-        weights = _in_model(saved, shapes, model)
-        pairs = zip(weights, shapes, strict=True)
-        good = sum(weight is not None and shape in (None, weight.shape) for weight, shape in pairs)
-        fitting.setdefault(good, []).append(weights)
-    best = fitting[max(fitting)] if fitting else []
-    return best[0] if len(best) == 1 else nothing
-
-
-def _moment_shape(parameter: Parameter) -> torch.Size | None:
-    moment = parameter.entry.get("exp_avg_code", parameter.entry.get("exp_avg"))
-    return moment.shape if isinstance(moment, Tensor) else None
-
-
-def _in_model(saved: Saved, shapes: Sequence[torch.Size | None], model: Mapping[str, Tensor]) -> list[Tensor | None]:
-    """The weights by name, or in order where there are as many of the same shapes, which groups do not mix."""
-    if all(parameter.name is not None for parameter in saved.parameters):
-        return [model.get(parameter.name or "") for parameter in saved.parameters]
-    in_order = trained(model)
-    groups: dict[torch.Size, set[int]] = {}
-    for parameter, weight in zip(saved.parameters, in_order, strict=False):
-        groups.setdefault(weight.shape, set()).add(id(parameter.group))
-    same = len(in_order) == len(shapes) and all(
-        shape in (None, weight.shape) for shape, weight in zip(shapes, in_order, strict=True)
-    )
-    if same and all(len(each) == 1 for each in groups.values()):
-        return list(in_order)
-    return [None for _ in shapes]
-
-
-def inspected(checkpoint: Checkpoint, models: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Found]]:
-    """Return what is in each optimizer's state, by its place in the checkpoint."""
-    found = {}
+def inspected(
+    checkpoint: Checkpoint, source: Checkpoint, models: Sequence[Mapping[str, Tensor]]
+) -> dict[str, list[Found]]:
+    """Return the states of each optimizer, by its place in the checkpoint; `models`: those in `source`."""
+    found: dict[str, list[Found]] = {}
     for saved in checkpoint.optimizers():
-        pairs = list(zip(saved.parameters, _weights_of(saved, models), strict=True))
+        pairs = list(zip(saved.parameters, matched(saved, source, models), strict=True))
         bar = tqdm(pairs, saved.called, leave=False, disable=None)
-        found[saved.called] = [looked_at(parameter, weight) for parameter, weight in bar if parameter.entry]
-        found[saved.called] += [
-            Found(f"parameter {key}", [], "unknown", None, oddities=("it has state and is in no group",))
+        try:
+            states = [
+                replace(looked_at(parameter, match.weight), no_weight=match.reason)
+                for parameter, match in bar
+                if parameter.entry
+            ]
+        except RuntimeError as error:  # out of memory
+            raise CommandError(f"{checkpoint.path}: {first_line(error)}") from error
+        states += [
+            Found(_stray(key), [], "unknown", None, oddities=("it has state and is in no group",))
             for key in saved.strays
         ]
+        called = saved.called
+        while called in found:  # keys of other types can read alike
+            called += "'"
+        found[called] = states
     return found
 
 
+def _stray(key: Any) -> str:
+    return f"parameter {key}" if str(key).isdecimal() else f"key {shown(key)}"
+
+
 def run(path: Path, *, weights: Path | None, json: bool, plot: Path | None) -> int:
-    """Print what was found; return 1 where anything is odd."""
+    """Print the description; return 1 if anything is odd."""
     output.check_picture(plot)
     checkpoint = read(path)
-    found = inspected(checkpoint, checkpoint.models() if weights is None else [read(weights).weights()])
+    source = checkpoint if weights is None else read(weights)
+    models = source.models() if weights is None else [source.weights()]
+    if weights is not None and not models[0]:
+        raise CommandError(f"--weights {weights}: expected a model's weights in it, found none")
+    found = inspected(checkpoint, source, models)
     odd = {name: [each for each in states if each.oddities] for name, states in found.items()}
     if plot is not None:
         draw(found, plot)
@@ -317,6 +319,8 @@ def _print(name: str, states: list[Found]) -> None:
     ]
     size = output.size(sum(each.state_bytes for each in states))
     console.print(output.table(header, rows, f"{output.printable(name)}: state of {len(states)} parameters, {size}"))
+    for reason, names in _without_weight(states).items():
+        console.print(Text(output.printable(f"no update/weight for {names}: {reason}"), output.FAINT))
     for each in states:
         for oddity in each.oddities:
             console.print(Text(output.printable(f"{each.name}: {oddity}"), output.BAD))
@@ -324,12 +328,25 @@ def _print(name: str, states: list[Found]) -> None:
         console.print(Text("nothing odd", output.GOOD))
 
 
+def _without_weight(states: Sequence[Found]) -> dict[str, str]:
+    """Return the names of parameters without a weight, by reason."""
+    names: dict[str, list[str]] = {}
+    for each in states:
+        if each.no_weight is not None:
+            names.setdefault(each.no_weight, []).append(each.name)
+    listed = {}
+    for reason, those in names.items():
+        more = f" and {len(those) - _NAMED:,} more" if len(those) > _NAMED else ""
+        listed[reason] = "any parameter" if len(those) == len(states) else ", ".join(those[:_NAMED]) + more
+    return listed
+
+
 def _figure(value: float) -> str:
     return "–" if math.isnan(value) else output.digits(value)
 
 
 def draw(found: Mapping[str, list[Found]], path: Path) -> None:
-    """Draw the RMS of the moments of each parameter, and how far single elements go."""
+    """Plot the RMS of each parameter's moments, and its ratios."""
     from matplotlib.figure import Figure
 
     states = [each for group in found.values() for each in group]

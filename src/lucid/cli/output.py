@@ -1,4 +1,4 @@
-"""What a command says: tables for people, JSON for programs."""
+"""Output of the commands: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import CommandError
+from .error import CommandError
 
-_PIPED_WIDTH = 200  # where nobody looks, columns are not squeezed
+_PIPED_WIDTH = 200  # in a pipe, columns are not squeezed
 
 GOOD, BAD, FAINT = "green", "bold red", "dim"
 
 
 def console() -> Console:
-    """Return where results go: the terminal's width and colours, none of either in a pipe; names are no markup."""
+    """Return the console for results: with width and colours of a terminal, without them in a pipe, without markup."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where it cannot say ‖ or ✓
+        sys.stdout.reconfigure(errors="replace")  # if it cannot encode ‖ or ✓
     width = None if sys.stdout is not None and sys.stdout.isatty() else _PIPED_WIDTH
     return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def printable(text: str) -> str:
-    """Return a text in which nothing commands the terminal, as names in a stranger's checkpoint could."""
+    """Return the text with control characters escaped: names in a checkpoint must not control the terminal."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | Text]], title: str | None = None) -> Table:
-    """Return a table whose first column is words and whose others are figures."""
+    """Return a table with words in the first column and numbers in the others."""
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for place, name in enumerate(header):
         made.add_column(name, justify="right" if place else "left", header_style="bold", overflow="fold")
@@ -45,7 +45,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str | Text]], title: st
 
 
 def facts(found: Mapping[str, str | Text]) -> Table:
-    """Return names and what is so, a line each."""
+    """Return a table with a name and its value per line."""
     made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
@@ -55,7 +55,7 @@ def facts(found: Mapping[str, str | Text]) -> Table:
 
 
 def print_json(value: Any) -> None:
-    """Print as JSON; what is no finite number, which JSON has none for, as null."""
+    """Print as JSON, with null for NaN and infinity, which JSON does not have."""
     print(json.dumps(_finite(value), indent=2, allow_nan=False))
 
 
@@ -68,7 +68,7 @@ def _finite(value: Any) -> Any:
 
 
 def digits(value: float) -> str:
-    """Return a number with three digits, zeros too."""
+    """Return a number with three significant digits, including trailing zeros."""
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
     if 1e-3 <= abs(value) < 1e6:
@@ -78,7 +78,7 @@ def digits(value: float) -> str:
 
 
 def check_picture(path: Path | None) -> None:
-    """Refuse a picture that could not be drawn, before the work."""
+    """Raise, before the work, if the picture could not be written."""
     if path is None:
         return
     from matplotlib.figure import Figure
@@ -94,7 +94,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def size(count: float) -> str:
-    """Return a number of bytes for people."""
+    """Return a number of bytes in a readable unit."""
     power = 0
     while abs(count) >= 1024 and power < len(_UNITS) - 1:
         count /= 1024

@@ -1,4 +1,4 @@
-"""``lucid plan``: bytes of weights, gradients and state before training, in every format, on every number of ranks."""
+"""``lucid plan``: bytes of weights, gradients and state before training, in every format, on 1, 2, 4, ... processes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dataclasses import asdict, dataclass
 from rich.text import Text
 
 from lucid.bench.shapes import Shape
-from lucid.optim.formats import NAMES, StateFormatName, state_bytes
+from lucid.engine.formats import NAMES, StateFormatName, state_bytes
 
 from . import output
-from .shapes import DTYPES, Case, memory
+from .shapes import DTYPES, Model, memory
 
 TORCH = "torch"
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes on the process that holds most, for weights of one type and state of one format.
+    """Bytes on the process that holds most, for one dtype of weights and one state format.
 
-    ``in_backward``: the gradients that are alive at once under ``step_in_backward``, which is for one process.
+    ``in_backward``: bytes of gradients in memory at once with ``step_in_backward``, which works in one process only.
     """
 
     dtype: str
@@ -45,7 +45,7 @@ class Need:
 
 
 def _part(shape: Shape, ranks: int) -> int:
-    """Elements of the largest shard when rows are spread over processes, as FSDP2 does."""
+    """Elements of the largest shard when FSDP2 shards rows over processes."""
     return math.prod((math.ceil(shape[0] / ranks), *shape[1:])) if shape else 1
 
 
@@ -58,7 +58,7 @@ def need(
     amsgrad: bool = False,
     limit: int | None = None,
 ) -> Need:
-    """Return what training takes; `state_format` may be torch's own optimizer."""
+    """Return the bytes that training needs; `state_format` may be ``"torch"``, for torch's AdamW."""
     kind = DTYPES[dtype]
     counts = Counter(shapes)
     sizes = {shape: kind.itemsize * _part(shape, ranks) for shape in counts}
@@ -79,12 +79,12 @@ def need(
     return Need(dtype, state_format, ranks, weights, weights, state, in_backward, *fits)
 
 
-def needs(case: Case, ranks: Sequence[int], *, amsgrad: bool, limit: int | None) -> Iterator[Need]:
-    """Return what each choice takes."""
+def needs(model: Model, ranks: Sequence[int], *, amsgrad: bool, limit: int | None) -> Iterator[Need]:
+    """Return the bytes of each choice."""
     for dtype in DTYPES:
         for state_format in (*NAMES, TORCH):
             for number in ranks:
-                yield need(case.shapes, dtype, state_format, number, amsgrad=amsgrad, limit=limit)
+                yield need(model.shapes, dtype, state_format, number, amsgrad=amsgrad, limit=limit)
 
 
 def rank_counts(most: int) -> list[int]:
@@ -92,30 +92,32 @@ def rank_counts(most: int) -> list[int]:
     return sorted({*(2**power for power in range(most.bit_length()) if 2**power <= most), most})
 
 
-def run(case: Case, most_ranks: int, memory_text: str | None, *, amsgrad: bool, json: bool) -> int:
-    """Print what each choice takes; return 1 where a memory was given and nothing fits into it."""
+def run(model: Model, most_ranks: int, memory_text: str | None, *, amsgrad: bool, json: bool) -> int:
+    """Print the bytes of each choice; return 1 if nothing fits into the given memory."""
     limit = None if memory_text is None else memory(memory_text)
     ranks = rank_counts(most_ranks)
-    found = list(needs(case, ranks, amsgrad=amsgrad, limit=limit))
+    found = list(needs(model, ranks, amsgrad=amsgrad, limit=limit))
     if json:
         choices = [asdict(each) | {"total": each.total, "total_in_backward": each.total_in_backward} for each in found]
         output.print_json(
-            {"model": case.name, "tensors": len(case.shapes), "parameters": case.elements, "memory": limit}
+            {"model": model.name, "tensors": len(model.shapes), "parameters": model.elements, "memory": limit}
             | {"choices": choices}
         )
     else:
-        _print(case, ranks, found, limit, memory_text)
+        _print(model, ranks, found, limit, memory_text)
     return 0 if limit is None or any(each.fits or each.fits_in_backward for each in found) else 1
 
 
-def _print(case: Case, ranks: Sequence[int], found: Sequence[Need], limit: int | None, memory_text: str | None) -> None:
+def _print(
+    model: Model, ranks: Sequence[int], found: Sequence[Need], limit: int | None, memory_text: str | None
+) -> None:
     console = output.console()
-    console.print(Text(case.described, "bold"))
+    console.print(Text(model.described, "bold"))
     header = ["weights", "state", "bytes/param", "weights", "gradients", "state", "all", "in backward"]
     header += [f"each of {number}" for number in ranks[1:]]
     rows: list[list[str | Text]] = []
     for one in (each for each in found if each.ranks == 1):
-        row: list[str | Text] = [one.dtype, one.state_format, output.digits(one.total / max(1, case.elements))]
+        row: list[str | Text] = [one.dtype, one.state_format, output.digits(one.total / max(1, model.elements))]
         row += [output.size(part) for part in (one.weights, one.gradients, one.state)]
         row.append(_marked(one.total, one.fits))
         least = one.total_in_backward
@@ -128,9 +130,9 @@ def _print(case: Case, ranks: Sequence[int], found: Sequence[Need], limit: int |
     shown.columns[1].justify = "left"
     console.print(shown)
     console.print(
-        "Activations, buffers and what the allocator holds beside come on top. in backward: with step_in_backward(), "
-        "which keeps the largest gradient alone (and those of weights used more than once). torch: torch.optim.AdamW, "
-        "which keeps no master values of 16-bit weights.",
+        "Activations, buffers and the allocator's reserve come on top. in backward: with step_in_backward(), which "
+        "keeps only the largest gradient (weights used more than once need more). torch: torch.optim.AdamW, which "
+        "keeps no master weights for 16-bit parameters.",
         style=output.FAINT,
     )
     if limit is None:

@@ -1,4 +1,4 @@
-"""Which tensors a question is about."""
+"""The tensors that a command is about."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 from lucid.bench.shapes import MODELS, MOST_TENSORS, Shape, elements, read_shapes
 
-from . import CommandError
 from .checkpoints import read, trained
+from .error import CommandError
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """Tensors to be trained, and where they come from."""
+class Model:
+    """Shapes of the tensors to train, and the name of their source."""
 
     name: str
     shapes: Sequence[Shape]
@@ -32,25 +32,25 @@ class Case:
         return f"{self.name}: {len(self.shapes):,} tensors, {self.elements:,} parameters"
 
 
-def chosen(checkpoint: Path | None, like: str | None, shapes: Path | None, default: str | None = None) -> Case:
-    """Return the one case that the command line names, or the model `default`."""
+def chosen(checkpoint: Path | None, like: str | None, shapes: Path | None, default: str | None = None) -> Model:
+    """Return the model that the command line names, or the model `default`."""
     given = [value for value in (checkpoint, like, shapes) if value is not None]
     if len(given) > 1 or (not given and default is None):
-        raise CommandError("expected one of CHECKPOINT, --like and --shapes (or, of plan, --parameters)")
+        raise CommandError("expected one of CHECKPOINT, --like and --shapes (for plan also --parameters)")
     if checkpoint is not None:
-        return Case(checkpoint.name, _trained(checkpoint))
+        return Model(checkpoint.name, _trained(checkpoint))
     if shapes is not None:
         try:
-            return Case(shapes.name, read_shapes(shapes))
+            return Model(shapes.name, read_shapes(shapes))
         except (OSError, ValueError) as error:
             raise CommandError(f"--shapes: {error}") from error
     name = like or default
     assert name is not None
-    return Case(name, MODELS[name]())
+    return Model(name, MODELS[name]())
 
 
 def _trained(path: Path) -> list[Shape]:
-    """The shapes of a checkpoint's weights: what is tied counts once, and running statistics do not."""
+    """The shapes of a checkpoint's weights: tied weights count once, running statistics do not count."""
     weights = read(path).weights()
     if not weights:
         raise CommandError(f"{path}: expected a model's weights in it, found none")
@@ -64,8 +64,8 @@ _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMBGT]?)")
 _THOUSANDS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
 
-def counted(count: str, layout: str, others: Sequence[object]) -> Case:
-    """Return as many parameters as `count` says, like "1.3B", in tensors of the shape `layout`, like "4096x4096"."""
+def counted(count: str, layout: str, others: Sequence[object]) -> Model:
+    """Return `count` parameters, like "1.3B", in tensors of the shape `layout`, like "4096x4096"."""
     if any(other is not None for other in others):
         raise CommandError("expected one of CHECKPOINT, --like, --shapes and --parameters, got two")
     found = _COUNT.fullmatch(count.strip())
@@ -84,7 +84,7 @@ def counted(count: str, layout: str, others: Sequence[object]) -> Case:
         shapes.append((rest // row, *shape[1:]))
     if rest % row:
         shapes.append((rest % row,))
-    return Case(f"{count} in {layout}", shapes)
+    return Model(f"{count} in {layout}", shapes)
 
 
 BYTES = {

@@ -1,8 +1,9 @@
-"""Checkpoints written whole or not at all."""
+"""Writing checkpoints completely or not at all."""
 
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import tempfile
 import warnings
@@ -17,18 +18,19 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from tqdm import tqdm
 
-from . import CommandError
-from .checkpoints import Kind, Tree, first_line
+from .checkpoints import Tree
+from .error import CommandError
+from .reading import Kind, first_line
 
 
 def check_target(path: Path, kind: Kind) -> None:
-    """Refuse where nothing could be written, before the work."""
+    """Raise, before the work, if the target cannot be written."""
     parent = (path if kind == "folder" else _meant(path)).parent
     if not parent.is_dir():
         raise CommandError(f"{path}: expected a folder {parent} to write it into, there is none")
     if kind == "folder" and path.exists():
         raise CommandError(
-            f"{path}: a folder can only be written where there is nothing yet; remove it or name another"
+            f"{path}: a folder can only be written to a path that does not exist yet; remove it or name another"
         )
     if kind == "file" and path.is_dir():
         raise CommandError(f"{path}: expected a file's name, this is a folder")
@@ -37,19 +39,19 @@ def check_target(path: Path, kind: Kind) -> None:
 
 
 def _meant(path: Path) -> Path:
-    """What a link leads to, so that the link stays one."""
+    """Return the path that a link points to, so that the link itself is kept."""
     return Path(os.path.realpath(path))
 
 
 def write(tree: Tree, path: Path, kind: Kind) -> None:
-    """Write a file or folder whole or not at all: under another name first, and renamed when it is on the disk."""
+    """Write a file or folder completely or not at all: under another name, renamed once it is on disk."""
     check_target(path, kind)
     try:
         if kind == "folder":
             _write_folder(tree, path)
         else:
             _write_file(tree, _meant(path))
-    except (OSError, RuntimeError, CheckpointException) as error:
+    except (OSError, RuntimeError, pickle.PicklingError, CheckpointException) as error:
         causes = [each for each, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
         cause = next(iter(causes), error.__context__ if isinstance(error.__context__, OSError) else error)
         raise CommandError(f"{path}: it could not be written, and nothing was changed: {first_line(cause)}") from error
@@ -81,7 +83,7 @@ def _write_folder(tree: Tree, path: Path) -> None:
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it should be
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended here
             with tqdm(desc=f"write {path.name}", leave=False, disable=None) as bar:
                 save(tree, checkpoint_id=part, planner=_TellingPlanner(bar), no_dist=True)
         part.chmod(0o777 & ~_umask())
@@ -93,7 +95,7 @@ def _write_folder(tree: Tree, path: Path) -> None:
 
 
 class _TellingPlanner(DefaultSavePlanner):
-    """Moves a progress bar on for each value that is written."""
+    """Advances a progress bar for each value that is written."""
 
     def __init__(self, bar: Any) -> None:
         super().__init__()
@@ -110,10 +112,10 @@ class _TellingPlanner(DefaultSavePlanner):
 
 
 def _bytes(tree: Any) -> int:
-    """The bytes of all tensors in dicts and lists."""
+    """The bytes of all dense tensors in dicts and lists."""
     if isinstance(tree, Mapping | list | tuple):
         return sum(_bytes(each) for each in (tree.values() if isinstance(tree, Mapping) else tree))
-    return tree.nbytes if isinstance(tree, Tensor) else 0
+    return tree.nbytes if isinstance(tree, Tensor) and tree.layout is torch.strided else 0
 
 
 def _umask() -> int:
@@ -123,7 +125,7 @@ def _umask() -> int:
 
 
 def _sync_folder(path: Path) -> None:
-    """So that a renaming outlives a power cut; Windows has no such thing."""
+    """Make a rename survive a power cut; Windows cannot do this."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -1,25 +1,33 @@
 """How a step runs: a plan of rows, and the engines that update them.
 
-``cpu`` is C++ (``csrc/``), ``cuda`` Triton, ``reference`` plain torch operations on any device: the definition that
-every other engine equals bit for bit. A row's engine is chosen by its parameter's device.
+``cpu`` is C++ (``csrc/``), ``cuda`` is Triton, and ``reference`` is plain torch operations on any device. The reference
+engine defines the bits: every other engine gives the same. The device of a row's parameter decides its engine.
 """
 
 from . import cpu, cuda, shards
 from .observed import Observed, Seen
 from .plan import Plan, name_for, only
+from .protocol import StepOrder
 from .reference import ordered_sum
-from .row import COMPUTE, Row, check_memory, check_param, checked_gradient, has_memory, is_plain
-from .scalars import Decision, Recipe, Scalars
+from .row import COMPUTE, Row, RowFormat, check_memory, check_param, checked_gradient, has_memory, is_plain
+from .scalars import Recipe, Scalars, table
+from .step_counts import StepCounts
+from .verdict import DeviceVerdict, HostVerdict, Verdict
 
 __all__ = [
     "COMPUTE",
-    "Decision",
+    "DeviceVerdict",
+    "HostVerdict",
     "Observed",
     "Plan",
     "Recipe",
     "Row",
+    "RowFormat",
     "Scalars",
     "Seen",
+    "StepCounts",
+    "StepOrder",
+    "Verdict",
     "check_memory",
     "check_param",
     "checked_gradient",
@@ -31,4 +39,5 @@ __all__ = [
     "only",
     "ordered_sum",
     "shards",
+    "table",
 ]

@@ -1,7 +1,7 @@
-"""How values are stored in fewer bits, in plain torch operations: the definition that every engine keeps to the bit.
+"""How values are stored in fewer bits, in plain torch operations. This defines the bits for every engine.
 
-Written line by line as ``csrc/formats.h`` is; ``docs/formats.md`` says it for users. Rounding is stochastic where a
-16-bit draw is given for each element and to the nearest otherwise.
+It is the same as ``csrc/formats.h``, line by line; ``docs/formats.md`` describes the formats for users. Rounding is
+stochastic if 16 random bits are given for each element (``drawn``), and to nearest otherwise.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import math
 import torch
 from torch import Tensor
 
-BLOCK = 128  # elements that share a scale
+from .numbers import BLOCK
 
 _LOW32 = 0xFFFFFFFF
 _INFINITY = 0x7F800000
 _QUIET_NAN = 0x7FC00000
 _TWO = 0x40000000  # the bits of 2.0
 
-# A code is 8 bits of a float32 z: three or four of its exponent, four of its mantissa. z - offset is the value in units
-# of the block's scale, and `largest` is what the highest code decodes to.
+# A code is some bits of a float32 z: three (signed) or four (unsigned) bits of its exponent, and four of its mantissa.
+# z - offset is the value in units of the block's scale. `largest` is the value of the highest code.
 _SHIFT = 19
 _SIGNED_LARGEST = 494.0  # z from 2 to 496
-_UNSIGNED_OFFSET = 1.9375  # so that the lowest code is above zero
+_UNSIGNED_OFFSET = 1.9375  # the lowest code decodes to a value above zero
 _UNSIGNED_LARGEST = 126974.0625  # z from 2 to 126976
 _LEAST_SCALE = 2.0**-126
 
 
-# Draws
+# Random bits
 
 
 def _mixed(x: int) -> int:
-    """Return 64 bits, each of which depends on all of `x` (the finalizer of splitmix64)."""
+    """Return 64 bits, each of which depends on all bits of `x` (the finalizer of splitmix64)."""
     x = (x + 0x9E3779B97F4A7C15) % 2**64
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
@@ -39,13 +39,13 @@ def _mixed(x: int) -> int:
 
 
 def draws(stream: int, step: int, numbers: Tensor) -> Tensor:
-    """Return 16 random bits for each element of a parameter, int32, the same wherever it is computed.
+    """Return 16 random bits for each element of a parameter, as int32. They are the same on every machine and shard.
 
-    ``stream`` (64 bits) tells parameters apart, ``step`` is the step count after this step; an element is known by
-    its number in row-major order, int64. A number times an odd key plus another key, both fresh at each step: the
-    draws of an element at different steps are independent, and so over the steps are those of any two elements whose
-    numbers do not differ by a large power of two (M. Dietzfelbinger et al., "A Reliable Randomized Algorithm for the
-    Closest-Pair Problem", 1997, section 2).
+    ``stream`` (64 bits) identifies the parameter. ``step`` is the step count after this step. ``numbers``, int64, are
+    the numbers of the elements in row-major order in the whole parameter. The bits are the number times an odd key plus
+    another key; both keys are new at each step. So the bits of one element at different steps are independent. Over the
+    steps, so are the bits of two elements, unless their numbers differ by a large power of two (M. Dietzfelbinger et
+    al., "A Reliable Randomized Algorithm for the Closest-Pair Problem", 1997, section 2).
     """
     key = _mixed((_mixed(stream % 2**64) + step) % 2**64)
     bits = torch.zeros_like(numbers, dtype=torch.int32)
@@ -62,7 +62,7 @@ def draws(stream: int, step: int, numbers: Tensor) -> Tensor:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The bits of a float32 tensor as int64, so that none is a sign."""
+    """Return the bits of a float32 tensor as non-negative int64."""
     return x.contiguous().view(torch.int32).long() & _LOW32
 
 
@@ -71,12 +71,12 @@ def _float(bits: Tensor) -> Tensor:
 
 
 def _bfloat16(bits: Tensor) -> Tensor:
-    """The upper halves of float32 bits."""
+    """Return the upper halves of float32 bits as bfloat16."""
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def rounded_to_bfloat16(x: Tensor, drawn: Tensor | None = None, *, positive: bool = False) -> Tensor:
-    """Return a float32 tensor in bfloat16. A finite value stays finite, and with `positive` one above 0 stays so."""
+    """Return a float32 tensor in bfloat16. Finite values stay finite; with `positive`, values above 0 stay above 0."""
     bits = _bits(x)
     sign, magnitude = bits & 0x80000000, bits & 0x7FFFFFFF
     below = 0x7FFF + ((bits >> 16) & 1) if drawn is None else drawn  # ties to even
@@ -88,10 +88,10 @@ def rounded_to_bfloat16(x: Tensor, drawn: Tensor | None = None, *, positive: boo
 
 
 def joined(upper: Tensor, residual: Tensor) -> Tensor:
-    """Return the float32 master values whose upper halves are a bfloat16 parameter's.
+    """Return the float32 master weights of a bfloat16 parameter (``upper``) and its residual.
 
-    ``residual``: bfloat16 whose bits are the int16 that the upper half lacks. Where the two make no number, since
-    someone has overwritten the parameter, the parameter counts alone.
+    ``residual``: a bfloat16 tensor whose bits, as int16, are added to the bits of the parameter. If the result is NaN,
+    somebody has overwritten the parameter, and the parameter's own value is used.
     """
     alone = _bits(upper.float())
     master = _float((alone + residual.contiguous().view(torch.int16).long()) & _LOW32)
@@ -99,13 +99,13 @@ def joined(upper: Tensor, residual: Tensor) -> Tensor:
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (parameter, residual) that `joined` makes `master` of: nearest, ties away from zero."""
+    """Return (parameter, residual) for a master weight, the inverse of `joined`: to nearest, ties away from zero."""
     bits = torch.where(master.isnan(), _QUIET_NAN, _bits(master))
     return _bfloat16(bits + 0x8000), bits.to(torch.int16).view(torch.bfloat16)
 
 
 def master_of_float16(param: Tensor, master: Tensor) -> Tensor:
-    """Return the float32 values to update: the master's, or the parameter's where someone has overwritten it."""
+    """Return the float32 values to update: the master, or the parameter's value where somebody has overwritten it."""
     known = master.to(torch.float16)
     same = known.contiguous().view(torch.int16) == param.contiguous().view(torch.int16)
     return torch.where(same | (known.isnan() & param.isnan()), master, param.float())
@@ -115,12 +115,12 @@ def master_of_float16(param: Tensor, master: Tensor) -> Tensor:
 
 
 def blocks(shape: torch.Size) -> int:
-    """Return the number of blocks in a row; a row is what one index of dim 0 holds."""
+    """Return the number of blocks in a row; a row is all elements with the same index of dim 0."""
     return math.ceil(math.prod(shape[1:]) / BLOCK)
 
 
 def _blocked(x: Tensor) -> Tensor:
-    """As (rows, blocks, BLOCK), the end of each row filled up with zeros."""
+    """Return `x` as (rows, blocks, BLOCK), with zeros appended to each row."""
     rows = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK))
     return rows.view(x.shape[0], rows.shape[1] // BLOCK, BLOCK)
@@ -131,7 +131,10 @@ def _flat(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _scales(magnitude: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """The scale of each block, NaN where a value is none from 0 to infinity, and what to multiply its values with."""
+    """Return each block's scale and its inverse (0 for a scale of 0 or NaN).
+
+    The scale is NaN if a value of the block is negative, infinite or NaN.
+    """
     bits = _bits(magnitude).amax(-1, keepdim=True)
     most = _float(bits)
     scale = torch.where(bits == 0, 0.0, torch.clamp_min(most / largest, _LEAST_SCALE))
@@ -145,7 +148,7 @@ def _encoded(z: Tensor, drawn: Tensor | None) -> Tensor:
 
 
 def encode_signed(x: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return codes (uint8, a sign and 7 bits, of the shape of `x`) and scales (float32, rows by blocks)."""
+    """Return codes (uint8, a sign and 7 bits, of the shape of `x`) and scales (float32, [rows, blocks])."""
     values = _blocked(x)
     scale, inverse = _scales(values.abs(), _SIGNED_LARGEST)
     code = _encoded(values.abs() * inverse + 2.0, drawn) & 0x7F
@@ -161,7 +164,7 @@ def decode_signed(code: Tensor, scale: Tensor) -> Tensor:
 
 
 def encode_unsigned(x: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return codes (uint8, of the shape of `x` >= 0) and scales. No code means zero: only a scale of 0 does."""
+    """Return codes (uint8, of the shape of `x` >= 0) and scales. No code means zero; only a scale of 0 gives zeros."""
     values = _blocked(x)
     scale, inverse = _scales(values, _UNSIGNED_LARGEST)
     code = _encoded(torch.clamp_min(values * inverse + _UNSIGNED_OFFSET, 2.0), drawn) & 0xFF

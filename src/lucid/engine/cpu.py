@@ -1,61 +1,70 @@
-"""The CPU engine's face: which SIMD level it runs, and the overrides that its tests need."""
+"""The CPU engine, in C++."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
-try:
-    from . import _cpu
-except ImportError as error:
-    missing: str | None = f"its extension did not load ({error}); reinstall lucid-optim"
-else:
-    Plan = _cpu.Plan
-    missing = (
-        None
-        if _cpu.connect(torch.Tensor)
-        else f"torch {torch.__version__} has no DLPack exchange API; torch 2.11 or newer has"
-    )
+from .native import forced_batch_elements, forced_simd_level, missing, new_rows, simd_level, simd_levels
+from .observed import Observed, Seen
+from .protocol import StepOrder
+from .row import Row
+
+if TYPE_CHECKING:
+    from . import reference
+    from ._cpu import Rows
+
+__all__ = [
+    "CPU",
+    "bind",
+    "forced_batch_elements",
+    "forced_simd_level",
+    "missing",
+    "new_rows",
+    "simd_level",
+    "simd_levels",
+]
+
+_NO_SCALARS = bytes(0)
 
 
-def connect_sharded(kind: type) -> None:
-    """Make known the class of tensors that are spread over processes."""
-    if missing is None:
-        _cpu.connect_sharded(kind)
+class CPU:
+    """The CPU engine, as `lucid.engine.protocol.Engine` has it.
+
+    Its `write` also counts the step of the rows on a GPU, because one ``rows`` object holds all of them.
+    """
+
+    def __init__(self, rows: Rows | reference.Rows) -> None:
+        self._rows = rows
+        self._order: StepOrder | None = None
+        self._begun = False  # `write` was called; after an interrupt, `rows.written` tells whether it wrote
+
+    def bind(self, row: Row) -> None:
+        bind(self._rows, row, on_device=False)
+
+    def measure(self) -> list[tuple[int, float]]:
+        self._rows.measure(torch.get_num_threads())
+        return self._rows.squares()
+
+    def prepare(self, order: StepOrder) -> None:
+        self._order, self._begun = order, False
+
+    def write(self) -> list[tuple[int, Seen]]:
+        order, rows = self._order, self._rows
+        assert order is not None
+        if not self._begun or not rows.written:
+            self._begun = True
+            rows.update(order.table or _NO_SCALARS, order.threads, order.observe, order.counts, order.state_box)
+        return [(row, Observed(*seen)) for row, seen in rows.observed()] if order.observe else []
+
+    def release(self) -> None:
+        self._order = None
+        self._rows.release()
 
 
-def simd_levels() -> list[str]:
-    """Return the SIMD levels that this build has and this CPU can run, the widest last."""
-    return _cpu.simd_levels()
-
-
-def simd_level() -> str:
-    """Return the SIMD level in use."""
-    return _cpu.simd_level()
-
-
-@contextmanager
-def forced_simd_level(name: str) -> Iterator[None]:
-    """Run at SIMD level `name`; the bits are the same at each."""
-    before = simd_level()
-    if not _cpu.set_simd_level(name):
-        raise ValueError(f"SIMD level {name!r}: expected one of {simd_levels()}")
-    try:
-        yield
-    finally:
-        _cpu.set_simd_level(before)
-
-
-@contextmanager
-def forced_batch_elements(elements: int) -> Iterator[None]:
-    """Cut the work into batches of `elements` (65,536 by default); the bits are the same for each."""
-    if elements < 1:
-        raise ValueError(f"batch elements: expected at least 1, got {elements}")
-    before = _cpu.batch_elements()
-    _cpu.set_batch_elements(elements)
-    try:
-        yield
-    finally:
-        _cpu.set_batch_elements(before)
+def bind(rows: Rows | reference.Rows, row: Row, *, on_device: bool) -> None:
+    """Add a checked row to this step; raise ValueError if the engine cannot use its memory."""
+    fault = rows.bind(row.index, row.gradient, row.entry, row.roles, row.format, row.numbering, on_device)
+    if fault is not None:
+        raise ValueError(f"{row.name} cannot be updated: {fault}")

@@ -1,4 +1,4 @@
-"""Signals, where their handlers must not come between two things that belong together."""
+"""Holds back signals while several writes must all happen or none."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Those whose handlers are known to raise: Ctrl-C, a scheduler that wants the machine back, a timeout.
+# Signals whose handlers often raise: Ctrl-C, a scheduler that takes the machine back, a timeout.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)]
 
-# Without signal's own conversion of numbers to enumerations and back, which takes longer than a launch.
+# The unwrapped functions skip the conversion between numbers and enumerations, which takes longer than a kernel launch.
 _handler_of = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
 _handle = getattr(signal.signal, "__wrapped__", signal.signal)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Keep signals for afterwards that Python code handles; only the main thread ever sees them."""
+    """Delay the signals that have handlers in Python until the end; they only ever run in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

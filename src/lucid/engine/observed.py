@@ -1,4 +1,4 @@
-"""What one parameter's step was like."""
+"""What `Optimizer.observe` measures for one parameter in one step."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 
 class Observed(NamedTuple):
-    """Sums of squares over the elements of a gradient as it came, the update and the parameter after it.
+    """Sums of squares over the elements of the gradient (before unscaling and clipping), the update, the new parameter.
 
-    All of values in the compute type, before they are rounded to what is stored. ``ratio`` is the largest |m|/√v of an
-    element, with amsgrad |m|/√w. For looking at: engines agree to about 1e-6, where no square under- or overflows.
+    All values are in the compute type, before they are rounded for storage. ``ratio`` is the largest |m|/√v of an
+    element, with amsgrad |m|/√w. These numbers are for monitoring: engines agree to about 1e-6, not to the bit, and
+    only if no square underflows or overflows.
     """
 
     gradient: float
@@ -19,5 +20,5 @@ class Observed(NamedTuple):
     ratio: float
 
 
-# The numbers of an `Observed`, which may still be on a device: to iterate over them waits for it.
+# The four numbers of an `Observed`. They may still be on a device; iterating over them waits for it.
 Seen = Iterable[float]

@@ -1,29 +1,36 @@
-"""State on the host, parameters and gradients on a GPU: they come over in chunks, the CPU engine updates, and return.
+"""State on the host, parameters and gradients on a GPU.
 
-A chunk is some rows of dimension 0, so that it is to the CPU engine what a shard is, and has the same bits. While one
-is updated the next is on its way in and the one before on its way out.
+Parameters and gradients are copied to the host in pieces, updated there by the CPU engine, and parameters are copied
+back. A piece is some rows of dimension 0. To the CPU engine it looks like a shard, so the bits are the same. While one
+piece is updated, the next is copied in and the previous one is copied out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, reference
-from .observed import Observed
+from . import cuda, reference
+from .cpu import bind, new_rows
+from .numbers import MomentFormat
+from .observed import Observed, Seen
+from .protocol import StepOrder
 from .row import Row
-from .scalars import Scalars
+from .scalars import ScalarTable, scalars_in, table_of
 from .shards import WHOLE, Numbering, local
+from .step_counts import StepCounts
 
 if TYPE_CHECKING:
-    from .cuda.device import DevicePlan
+    from ._cpu import Rows
+    from .cuda.device import CUDA
 
-CHUNK_BYTES = 16 << 20  # of a parameter
-SLOTS = 3  # one on its way in, one that is updated, one on its way out
+PIECE_BYTES = 16 << 20  # the largest piece of a parameter, but at least one row
+SLOTS = 3  # buffers for pieces: one is copied in, one is updated, one is copied out
 
 
 def is_offloaded(row: Row) -> bool:
@@ -35,7 +42,7 @@ def _moments(row: Row) -> Iterator[Tensor]:
     return (slot for key, slot in row.slots.items() if key != "stream")
 
 
-class _Chunk(NamedTuple):
+class _Piece(NamedTuple):
     """Some rows of a parameter, with their gradient and state."""
 
     row: Row
@@ -43,49 +50,50 @@ class _Chunk(NamedTuple):
     gradient: Tensor
     slots: dict[str, Tensor]
     numbering: Numbering
-    scalars: Scalars
+    table: ScalarTable[float]
 
 
-def _chunks(row: Row, scalars: Scalars) -> Iterator[_Chunk]:
+def _pieces(row: Row, table: ScalarTable[float]) -> Iterator[_Piece]:
     param, gradient = local(row.param).detach(), row.gradient.detach()
     slots = {key: local(slot).detach() for key, slot in row.slots.items()}
     tensors = [param, gradient, *(slot for key, slot in slots.items() if key != "stream")]
-    if param.dim() == 0 or ("exp_avg_code" not in slots and all(tensor.is_contiguous() for tensor in tensors)):
-        flat = {id(tensor): tensor.reshape(-1) for tensor in tensors}  # to be cut anywhere
+    in_blocks = row.format.moments is MomentFormat.EIGHT_BIT
+    if param.dim() == 0 or (not in_blocks and all(tensor.is_contiguous() for tensor in tensors)):
+        flat = {id(tensor): tensor.reshape(-1) for tensor in tensors}  # then pieces may begin anywhere
         param, gradient = flat[id(param)], flat[id(gradient)]
         slots = {key: flat.get(id(slot), slot) for key, slot in slots.items()}
     inner = math.prod(param.shape[1:])
-    rows = max(1, CHUNK_BYTES // max(1, inner * param.element_size()))
+    rows = max(1, PIECE_BYTES // max(1, inner * param.element_size()))
     for begin in range(0, param.shape[0] if inner else 0, rows):
         part = slice(begin, begin + rows)
         own = {key: slot if key == "stream" else slot[part] for key, slot in slots.items()}
-        yield _Chunk(row, param[part], gradient[part], own, WHOLE._replace(first=begin * inner), scalars)
+        yield _Piece(row, param[part], gradient[part], own, WHOLE._replace(first=begin * inner), table)
 
 
 class Copies(Protocol):
-    """How chunks get to the host and back."""
+    """How pieces are copied to the host and back."""
 
     def staging(self, size: int) -> Tensor:
-        """Return `size` bytes of the host."""
+        """Return a buffer of `size` bytes on the host."""
 
     def begin(self) -> None:
-        """Let what follows see what was written to parameters and gradients so far."""
+        """Make the following copies wait for earlier writes to parameters and gradients."""
 
     def fetch(self, slot: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Begin to copy sources on the device to targets on the host, once `slot` has been sent."""
+        """Start to copy each (target on the host, source on the device), after the last `send` from `slot` is done."""
 
     def wait(self, slot: int) -> None:
-        """Wait until what was fetched to `slot` is there."""
+        """Wait until the copies that `fetch` started for `slot` are done."""
 
     def send(self, slot: int, target: Tensor, source: Tensor) -> None:
-        """Begin to copy a source on the host to a target on the device."""
+        """Start to copy a source on the host to a target on the device."""
 
     def end(self) -> None:
-        """Let what follows on the device see what was sent."""
+        """Make the following work on the device wait for all copies."""
 
 
 class GPUCopies:
-    """Copies of a GPU, in two streams of their own."""
+    """Copies from and to a GPU, in two separate streams."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -124,88 +132,93 @@ class GPUCopies:
 
 
 class _Ready(NamedTuple):
-    """A chunk that is bound to the CPU engine, as the only row of a plan, with where it comes to lie on the host."""
+    """A piece that is bound to the CPU engine as its only row, with its buffers on the host."""
 
-    chunk: _Chunk
+    piece: _Piece
     param: Tensor
     gradient: Tensor
-    plan: Any
+    rows: Rows
     state_box: list[Any]
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """What is copied to the host, and from where."""
-        return [(self.param, self.chunk.param), (self.gradient, self.chunk.gradient)]
+        """The (target on the host, source on the device) pairs to copy."""
+        return [(self.param, self.piece.param), (self.gradient, self.piece.gradient)]
 
 
 class Offload:
-    """The rows of a plan whose state is on the host."""
+    """A `lucid.engine.protocol.Engine` for the rows of a plan whose state is on the host."""
 
-    def __init__(self, groups: list[list[Tensor]]) -> None:
+    def __init__(self, groups: list[list[Tensor]], rows: Rows) -> None:
         self._groups = groups
-        self._native = cpu.Plan(groups)  # compares them, and measures their gradients
-        self._device: DevicePlan | None = None
+        self._rows = rows  # only this engine's: to compare them, and to measure their gradients
+        self._device: CUDA | None = None
         self._copies: dict[torch.device, Copies] = {}
         self._stages: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         self._ready: dict[torch.device, list[_Ready]] = {}
+        self._order: StepOrder | None = None
+        self._seen: dict[int, Observed] = {}
+        self._sent = False
         self.rows: list[Row] = []
+        self.first_set = 0  # of this engine's rows in the table of scalars; each row has its own set
 
     def bind(self, row: Row) -> None:
-        """Let a checked row take part in this step."""
         if not self.rows:
-            self._native.gather(self._groups, [{}, True])
-        there = row.gradient.device.type != "cpu"
-        fault = self._native.bind(
-            row.index, row.gradient, row.entry, {"step": row.step} | row.slots, row.numbering, there
-        )
-        if fault is not None:
-            raise ValueError(f"{row.name} cannot be updated: {fault}")
+            self._rows.gather(self._groups, [{}, True])
+        bind(self._rows, row, on_device=row.gradient.device.type != "cpu")
         self.rows.append(row)
 
     def compare(self) -> None:
-        """Raise where the state of a row lies in the memory of another."""
+        """Raise if the state of a row shares memory with another row."""
         if self.rows:
-            self._native.compare()
+            self._rows.compare()
 
-    def steps(self) -> list[tuple[int, float]]:
-        """Return (group, step count) of each row."""
-        return [(row.group, row.step.item() + 1) for row in self.rows]
-
-    def squares(self) -> list[tuple[int, float]]:
-        """Return (row number, sum of the squares of its gradient) of each row, measured where the gradients are."""
+    def measure(self) -> list[tuple[int, float]]:
+        """Return (row number, sum of squares of its gradient) for each row, computed on the gradient's device."""
+        if not self.rows:
+            return []
         if all(row.gradient.device.type == "cpu" for row in self.rows):
-            self._native.steps()
-            self._native.measure(torch.get_num_threads())
-            return self._native.squares()
+            self._rows.steps()
+            self._rows.measure(torch.get_num_threads())
+            return self._rows.squares()
         if cuda.missing is not None:
             return [(row.index, reference.squares(row)) for row in self.rows]
         if self._device is None:
-            from .cuda.device import DevicePlan
+            from .cuda.device import CUDA
 
-            self._device = DevicePlan(self._native)
-        self._native.steps()
-        return self._device.squares()
+            self._device = CUDA(self._rows, StepCounts())
+        self._rows.steps()
+        return self._device.measure()
 
-    def prepare(self, scalars: Sequence[Scalars]) -> None:
-        """Allocate and bind what `run` needs: what can go wrong does so here."""
-        chunks: dict[torch.device, list[_Chunk]] = {}
-        for row, own in zip(self.rows, scalars, strict=True):
-            chunks.setdefault(row.gradient.device, []).extend(_chunks(row, own))
-        self._ready = {}
-        for device, found in chunks.items():
+    def prepare(self, order: StepOrder) -> None:
+        self._ready, self._order, self._sent = {}, order, False
+        if not self.rows:  # then the device may decide, without a table
+            return
+        assert order.table is not None
+        pieces: dict[torch.device, list[_Piece]] = {}
+        for number, row in enumerate(self.rows, self.first_set):
+            table = table_of(scalars_in(order.table, number))
+            pieces.setdefault(row.gradient.device, []).extend(_pieces(row, table))
+        for device, found in pieces.items():
             if device not in self._copies:
                 self._copies[device] = copies_for(device)
-            size = max((max(chunk.param.nbytes, chunk.gradient.nbytes) for chunk in found), default=0)
+            size = max((max(piece.param.nbytes, piece.gradient.nbytes) for piece in found), default=0)
             stages = self._stages.get(device)
             if stages is None or len(stages[0][0]) < size:
                 staging = self._copies[device].staging
                 stages = self._stages[device] = [(staging(size), staging(size)) for _ in range(SLOTS)]
-            self._ready[device] = [_bound(chunk, stages[number % SLOTS]) for number, chunk in enumerate(found)]
+            self._ready[device] = [_bound(piece, stages[number % SLOTS]) for number, piece in enumerate(found)]
 
-    def run(self, threads: int, *, observe: bool) -> list[tuple[int, Observed]]:
-        """Update every row; return what its step was like, if that is to `observe`."""
-        seen: dict[int, Observed] = {}
-        alone = self._native.serial  # some rows share memory: each chunk waits for the one before to be back
+    def write(self) -> list[tuple[int, Seen]]:
+        if not self._sent:
+            self._sent = True
+            self._send()
+        return list(self._seen.items())
+
+    def _send(self) -> None:
+        """Copy, update and copy back, piece by piece; count the step of each row."""
+        assert self._order is not None
+        alone = self._rows.serial  # some rows share memory, so each piece waits until the previous one is copied back
         for device, ready in self._ready.items():
             copies = self._copies[device]
             copies.begin()
@@ -219,47 +232,49 @@ class Offload:
                 if not alone and number + 1 < len(ready):
                     copies.fetch((number + 1) % SLOTS, ready[number + 1].pairs)
                 copies.wait(slot)
-                each.plan.run([each.chunk.scalars], threads, observe, True, each.state_box)
-                copies.send(slot, each.chunk.param, each.param)
-                if observe:
-                    index, observed = each.chunk.row.index, Observed(*each.plan.observed()[0][1])
-                    seen[index] = _together(seen[index], observed) if index in seen else observed
+                each.rows.update(each.piece.table, self._order.threads, self._order.observe, True, each.state_box)
+                copies.send(slot, each.piece.param, each.param)
+                if self._order.observe:
+                    index, observed = each.piece.row.index, Observed(*each.rows.observed()[0][1])
+                    self._seen[index] = _together(self._seen[index], observed) if index in self._seen else observed
             copies.end()
         for row in self.rows:
             row.step.add_(1)
-        return list(seen.items())
 
     def release(self) -> None:
-        """End the step; let go of its gradients."""
         for ready in self._ready.values():
             for each in ready:
-                each.plan.release()
-        self.rows, self._ready = [], {}
-        self._native.release()
+                each.rows.release()
+        self.rows, self._ready, self._order, self._seen = [], {}, None, {}
+        self._rows.release()
 
 
 def copies_for(device: torch.device) -> Copies:
-    """Return how chunks get from `device` and back."""
+    """Return how pieces are copied from and to `device`."""
     return GPUCopies(device)
 
 
-def _bound(chunk: _Chunk, stage: tuple[Tensor, Tensor]) -> _Ready:
+def _bound(piece: _Piece, stage: tuple[Tensor, Tensor]) -> _Ready:
     param, gradient = (
         whole[: part.nbytes].view(part.dtype).view(part.shape)
-        for whole, part in zip(stage, (chunk.param, chunk.gradient), strict=True)
+        for whole, part in zip(stage, (piece.param, piece.gradient), strict=True)
     )
     param.grad_dtype = None
     param.grad = gradient
-    plan = cpu.Plan([[param]])
-    entry: dict[str, Any] = {"step": chunk.row.step.clone()} | chunk.slots
+    row = piece.row
+    step = row.step.clone()
+    entry: dict[str, Any] = {"step": step} | piece.slots
+    own = replace(
+        row, index=0, group=0, param=param, gradient=gradient, entry=entry, step=step, slots=piece.slots,
+        numbering=piece.numbering,
+    )  # fmt: skip
+    rows = new_rows([[param]])
     state_box: list[Any] = [{param: entry}, True]
-    plan.gather([[param]], state_box)
-    fault = plan.bind(0, gradient, entry, entry, chunk.numbering)
-    if fault is not None:
-        raise ValueError(f"{chunk.row.name} cannot be updated on the host: {fault}")
-    plan.steps()
-    plan.remember(state_box[0])
-    return _Ready(chunk, param, gradient, plan, state_box)
+    rows.gather([[param]], state_box)
+    bind(rows, own, on_device=False)
+    rows.steps()
+    rows.before_writing(state_box[0])
+    return _Ready(piece, param, gradient, rows, state_box)
 
 
 def _together(one: Observed, other: Observed) -> Observed:

@@ -1,14 +1,13 @@
-"""The plan: which rows a step updates, on which engines, as one unit.
+"""The plan: which rows a step updates, and on which engines, as one unit.
 
-A step is `gather`, `bind` for every row that needs a look and `compare` after them, `settle` unless the device decides
-what becomes of it, `steps`, `measure` if the host wants to know the gradients' norm, `run`, `release`. Nothing that the
-user sees is written before `run`, and `run` leaves nothing half done.
+A step calls `gather`, `bind` for every changed row and `compare` after them, `steps`, `measure` if the host needs the
+gradient norm, `write`, and `release`. Nothing that the user sees is written before `write`, and `write` updates all
+rows or none.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,15 @@ from torch import Tensor
 from . import cpu, cuda, offload, reference
 from .interrupts import uninterrupted
 from .observed import Seen
-from .row import Row
-from .scalars import Decision, Recipe
+from .protocol import Engine, StepOrder
+from .row import Row, check_apart
+from .step_counts import StepCounts
+from .told import warn
 
 if TYPE_CHECKING:
-    from .cuda.device import DevicePlan
+    from .cuda.device import CUDA
 
-_only: str | None = None  # the engine that runs everything, for tests
+_only: str | None = None  # the engine that tests have chosen for everything
 
 
 def name_for(device: torch.device) -> str:
@@ -40,7 +41,7 @@ def name_for(device: torch.device) -> str:
 
 @contextmanager
 def only(name: str) -> Iterator[None]:
-    """Run every step inside on one engine, to compare another with it: "reference", or "cuda" where it interprets."""
+    """Run every step inside on one engine, for tests: "reference", or "cuda", interpreted for tensors on the CPU."""
     global _only
     before, _only = _only, name
     try:
@@ -50,243 +51,198 @@ def only(name: str) -> Iterator[None]:
 
 
 class Plan:
-    """The rows of one optimizer.
+    """The rows that are stepped as one unit, and the engines that update them.
 
-    Those of the CPU and CUDA engines are kept from step to step, and those are named that are not as they were; rows of
-    the reference engine are looked at anew each time.
+    The plan keeps the rows of the CPU and CUDA engines from step to step, and finds those that have changed. Rows of
+    the other engines count as changed at each step. ``groups``: the parameters of each group. ``counts``: the step
+    counts, shared with earlier plans for the same rows.
     """
 
-    def __init__(self, groups: list[list[Tensor]]) -> None:
-        self._native = None if cpu.missing is not None or _only == "reference" else cpu.Plan(groups)
-        self._device: DevicePlan | None = None
-        self.on_device = False  # whether any row was bound to a GPU
-        self._offload: offload.Offload | None = None
+    def __init__(self, groups: list[list[Tensor]], counts: StepCounts) -> None:
         self._groups = groups
         self._only = _only
-        self._ids = [id(param) for group in groups for param in group]
-        self._rows: list[Row] = []
-        self._updates: list[reference.Update] = []
+        native = cpu.missing is None and _only != "reference"
+        self._rows = cpu.new_rows(groups) if native else reference.Rows(groups)
+        self._counts = counts
+        self._cpu = cpu.CPU(self._rows)
+        self._cuda: CUDA | None = None
+        self._offload: offload.Offload | None = None
+        self._reference = reference.Reference()
+        self._engines: list[Engine] = [self._cpu]  # in the order in which they write
         self._squares: list[tuple[int, float]] = []
-        self._observed: list[tuple[int, Seen]] = []
-        self._writing = False
-        self._launched = self._sent = False
 
     def gather(self, groups: list[list[Tensor]], state_box: list[Any]) -> list[int] | None:
-        """Begin a step: the numbers of the rows to bind, or None where this plan is of other parameters.
+        """Begin a step; return the numbers of the changed rows, or None if the groups have other parameters now.
 
-        ``state_box`` is [state, whether anyone was given it since the last step] and the state's only holder. As
-        long as nobody was given it and nobody holds a part of it, it is as it was and need not be read again.
+        ``state_box`` is [state, whether somebody has read ``optimizer.state`` since the last step]. It holds the only
+        reference to the state. If nobody has read it and nobody holds a reference to a part of it, the state is
+        unchanged, and the plan does not read it again.
         """
-        self.release()
-        if self._only != _only:
-            return None
-        if self._native is not None:
-            return self._native.gather(groups, state_box)
-        params = [param for group in groups for param in group]
-        if [id(param) for param in params] != self._ids:
-            return None
-        return [index for index, param in enumerate(params) if param.grad is not None]
+        for engine in self._engines[1:]:  # if an interrupt has prevented the last release
+            engine.release()
+        return self._rows.gather(groups, state_box) if self._only == _only else None
 
     def bind(self, row: Row) -> None:
-        """Let a checked row take part in this step."""
-        device = row.gradient.device
-        engine = name_for(device)
-        if self._native is not None and _only != "reference" and offload.is_offloaded(row):
-            if self._offload is None:
-                self._offload = offload.Offload(self._groups)
-            self._offload.bind(row)
-            return
-        if engine != "reference" and self._native is not None:
-            slots = {"step": row.step} | row.slots
-            on_device = engine == "cuda"
-            fault = self._native.bind(row.index, row.gradient, row.entry, slots, row.numbering, on_device)
-            if fault is not None:
-                raise ValueError(f"{row.name} cannot be updated: {fault}")
-            if on_device and self._device is None:
-                from .cuda.device import DevicePlan
+        """Add a checked row to this step, on the engine for its device."""
+        self._engine_of(row).bind(row)
 
-                self._device = DevicePlan(self._native)
-                self.on_device = True
-            return
+    def _engine_of(self, row: Row) -> Engine:
+        device = row.gradient.device
+        native = not isinstance(self._rows, reference.Rows)
+        if native and _only != "reference" and offload.is_offloaded(row):
+            return self._begun_offload()
+        name = name_for(device)
+        if name == "cpu" and native:
+            return self._cpu
+        if name == "cuda" and native:
+            return self._begun_cuda()
         if _only is None:
             _warn_of_reference(device)
-        self._rows.append(row)
+        return self._begun_reference()
+
+    def _begun_reference(self) -> reference.Reference:
+        if self._reference not in self._engines:
+            self._engines.append(self._reference)
+        return self._reference
+
+    def _begun_cuda(self) -> CUDA:
+        if self._cuda is None:
+            from .cuda.device import CUDA
+
+            assert not isinstance(self._rows, reference.Rows)
+            self._cuda = CUDA(self._rows, self._counts)
+            self._engines.insert(1, self._cuda)
+        return self._cuda
+
+    def _begun_offload(self) -> offload.Offload:
+        if self._offload is None:
+            self._offload = offload.Offload(self._groups, cpu.new_rows(self._groups))
+            self._engines.append(self._offload)
+        return self._offload
 
     def compare(self) -> None:
-        """Raise where the state of a row that is bound lies in the memory of another."""
-        if self._native is not None:
-            self._native.compare()
+        """Raise if the state of a bound row shares memory with another row."""
+        self._rows.compare()
+        check_apart(self._reference.rows)
         if self._offload is not None:
             self._offload.compare()
 
-    # What is left to a device
+    # Steps that a device decides
+
+    @property
+    def on_device(self) -> bool:
+        """Whether any row was bound to a GPU."""
+        return self._cuda is not None
 
     @property
     def deciding(self) -> torch.device | None:
-        """The GPU on which all rows of this step are, which can decide what becomes of it; None where they are not."""
-        if self._native is None or self._device is None or self._rows or self._offloaded:
+        """The GPU that all rows of this step are on, which can then decide the step; None if there is no such GPU."""
+        if self._cuda is None or self._reference.rows or (self._offload is not None and self._offload.rows):
             return None
-        kind, index = self._native.only_device()
+        kind, index = self._cuda.counts.rows.only_device()
         if not kind:
             return None
         return torch.device("cpu") if kind == 1 else torch.device("cuda", index)
 
-    def guess(self) -> bool:
-        """Take this step's counts for a guess that the device corrects; False where those of other rows are one."""
-        return self._device is not None and self._device.guess()
-
-    def settle(self) -> int:
-        """Wait for the device where step counts are a guess, and correct them; return how many steps it left out."""
-        return 0 if self._device is None else self._device.settle()
-
     @property
     def begun(self) -> bool:
-        """Whether the device of this step's rows has taken a step, as one that is captured needs."""
-        return self._device is not None and self._device.begun
+        """Whether the device of this step's rows has taken a step before, which capturing requires."""
+        return self._cuda is not None and self._cuda.counts.begun
 
-    @property
-    def guessing(self) -> bool:
-        """Whether step counts are a guess."""
-        return self._device is not None and self._device.guessing
+    def assume(self) -> bool:
+        """Assume this step's counts until the device confirms them; return False if those of other rows are assumed."""
+        return self._cuda is not None and self._cuda.counts.assume()
 
-    @property
-    def captured(self) -> bool:
-        """Whether steps have been captured, which may have been run since."""
-        return self._device is not None and self._device.captured
-
-    def left_alone(self, other: Plan) -> bool:
-        """Whether this step leaves rows alone that go on in captured steps of `other`, which may be this plan."""
-        if self._native is None or other._device is None:
-            return False
-        counts = {id(count) for _, count in self._native.step_counts()}
-        return any(id(count) not in counts for count in other._device.captured_counts())
-
-    def keep_up(self) -> None:
-        """Let captured steps count on from where the host's step counts are."""
-        if self._device is not None:
-            self._device.keep_up()
-
-    def forget_captured(self) -> None:
-        """Count the steps of captured ones no longer: what they work on is replaced."""
-        if self._device is not None:
-            self._device.forget_captured()
+    def leaves_captured_alone(self) -> bool:
+        """Whether captured steps update rows that are not in this step."""
+        own = isinstance(self._rows, reference.Rows)
+        return not own and self._counts.leaves_captured_alone(self._rows.step_counts())
 
     def decided(self) -> tuple[Tensor, Tensor]:
-        """Return the norm of all gradients, where it was measured, and their scale, as the device has decided."""
-        assert self._device is not None
-        return self._device.decided()
+        """Return the gradient norm (if it was measured) and the scale that the device has used, as tensors there."""
+        assert self._cuda is not None
+        return self._cuda.counts.decided()
 
     # The step
 
     def steps(self) -> list[tuple[int, float]]:
-        """Return (group, step count) for each of the recipes that `run` wants, in its order."""
-        native = [] if self._native is None else self._native.steps()
-        offloaded = [] if self._offload is None else self._offload.steps()
-        return native + [(row.group, row.step.item() + 1) for row in self._rows] + offloaded
-
-    @property
-    def _offloaded(self) -> list[Row]:
-        """The rows of this step whose state is on the host, and their parameters elsewhere."""
-        return [] if self._offload is None else self._offload.rows
+        """Return (group, step count after this step) for each set of scalars that the rows of this step need."""
+        found = self._rows.steps()
+        for engine in (self._reference, self._offload):
+            if engine is not None and engine.rows:
+                engine.first_set = len(found)
+                found += [(row.group, row.step.item() + 1) for row in engine.rows]
+        return found
 
     def measure(self) -> None:
-        """Sum up the squares of each gradient of this step."""
-        if self._native is not None:
-            self._native.measure(torch.get_num_threads())
-        self._squares = [(row.index, reference.squares(row)) for row in self._rows]
-        if self._device is not None:
-            self._squares += self._device.squares()
-        if self._offload is not None and self._offload.rows:
-            self._squares += self._offload.squares()
+        """Compute the sum of squares of each gradient of this step."""
+        self._squares = []
+        if len(self._engines) == 1:
+            self._rows.measure(torch.get_num_threads())
+        else:
+            self._squares = [each for engine in self._engines for each in engine.measure()]
 
     def square_sum(self) -> float:
-        """Return the sum of what was measured, which does not depend on threads, SIMD levels or engines."""
-        if self._native is not None and not self._squares:
-            return self._native.square_sum()
+        """Return the sum over all rows that were measured; it does not depend on threads, SIMD levels or engines."""
+        if len(self._engines) == 1:
+            return self._rows.square_sum()
         return reference.ordered_sum([square for _, square in self.squares()])
 
     def squares(self) -> list[tuple[int, float]]:
-        """Return (row number, sum of the squares of its gradient) for the rows of this step, in order."""
-        native = [] if self._native is None else self._native.squares()
-        return sorted(native + self._squares)
+        """Return (row number, sum of squares of its gradient) for the rows of this step, in order."""
+        return self._rows.squares() if len(self._engines) == 1 else sorted(self._squares)
 
-    def run(
-        self, recipes: Sequence[Recipe], verdict: float | Decision, state_box: list[Any], *, observe: bool
-    ) -> list[tuple[int, Seen]]:
-        """Update every row, or none if an exception comes before the first write.
+    def write(self, order: StepOrder) -> list[tuple[int, Seen]]:
+        """Update every row, or none if an exception occurs before the first write.
 
-        ``verdict``: what gradients are multiplied with, or what is left to the device. Returns what each row's step was
-        like, by row number, if it is to `observe`.
+        Returns (row number, observation) of each row if the step is observed.
         """
-        scalars = [] if not isinstance(verdict, float) else [recipe.scalars(verdict) for recipe in recipes]
-        offloaded = self._offloaded
-        own = len(recipes) - len(self._rows) - len(offloaded)
-        last = own + len(self._rows)
-        count = isinstance(verdict, float) or not verdict.captured
-        observed: list[tuple[int, Seen]] = []
-        if self._rows:
-            self._updates, seen = reference.compute(self._rows, scalars[own:last], observe=observe)
-            observed += seen
-        if self._device is not None:
-            made = scalars[:own] if isinstance(verdict, float) else verdict
-            self._device.prepare(recipes[:own], made, observe=observe)
+        for engine in self._engines:
+            engine.prepare(order)
+        params = self._rows.before_writing(order.state_box[0])
         if self._offload is not None:
-            self._offload.prepare(scalars[last:])
-        if self._native is not None:
-            self._native.remember(state_box[0])
-            torch.autograd.graph.increment_version(self._native.params() + [row.param for row in offloaded])
+            params += [row.param for row in self._offload.rows]
+        torch.autograd.graph.increment_version(params)
         try:
-            self._write(scalars[:own], state_box, observe, count)
+            return self._write(counts=order.counts)
         except BaseException:  # an interrupt between two writes: finish them first
-            if self.ran:
-                self._write(scalars[:own], state_box, observe, count)
+            if self.written:
+                self._write(counts=order.counts)
             raise
-        if observe and self._native is not None:
-            observed += self._native.observed()
-        return observed + self._observed
 
-    def _write(self, scalars: Sequence[Any], state_box: list[Any], observe: bool, count: bool) -> None:
-        self._writing = True
-        elsewhere = self._device is not None or self._offload is not None
-        with uninterrupted() if elsewhere else nullcontext():
-            if self._native is not None and not self._native.ran:
-                self._native.run(list(scalars), torch.get_num_threads(), observe, count, state_box)
-            if self._device is not None and not self._launched:
-                self._launched = True
-                self._observed += self._device.run(counted=count)
-            if self._offload is not None and not self._sent:
-                self._sent = True
-                self._observed += self._offload.run(torch.get_num_threads(), observe=observe)
-        if self._updates:
-            reference.commit(self._updates)
+    def _write(self, *, counts: bool) -> list[tuple[int, Seen]]:
+        if len(self._engines) == 1:
+            return self._cpu.write()
+        seen: list[tuple[int, Seen]] = []
+        with uninterrupted() if self._cuda is not None or self._offload is not None else nullcontext():
+            for engine in self._engines:
+                seen += engine.write()
+            if counts and self._counts.captured:
+                self._counts.keep_up()
+        return seen
 
     @property
-    def ran(self) -> bool:
+    def written(self) -> bool:
         """Whether this step has begun to write."""
-        return self._writing if self._native is None else self._native.ran
+        return self._rows.written
 
     def release(self) -> None:
-        """End the step; let go of its gradients."""
-        self._rows, self._updates, self._squares, self._observed = [], [], [], []
-        self._writing = self._launched = self._sent = False
-        if self._offload is not None:
-            self._offload.release()
-        if self._native is not None:
-            self._native.release()
+        """End the step; drop the references to its gradients."""
+        for engine in self._engines:
+            engine.release()
 
 
 _warned_of: set[str] = set()
 
 
 def _warn_of_reference(device: torch.device) -> None:
-    """Say once for each kind of device that its parameters are updated slowly, and why."""
+    """Warn once for each type of device that its parameters are updated slowly, and why."""
     if device.type in _warned_of:
         return
     _warned_of.add(device.type)
     known = {"cpu": cpu.missing, "cuda": cuda.missing}
-    reason = known.get(device.type) or f"there is none for {device.type} devices yet"
-    warnings.warn(
+    reason = known.get(device.type) or f"there is no faster engine for {device.type} devices yet"
+    warn(
         f"lucid.optim updates parameters on {device.type} with its slow reference engine: {reason}",
         RuntimeWarning,
-        stacklevel=6,
     )

@@ -1,22 +1,26 @@
 """The reference engine: the numerics contract in plain torch operations, on any device.
 
-It defines what every other engine computes. `adamw` reads line by line as ``csrc/adamw.h`` does; each operation
-rounds once. Not every operation of torch may be used: its CPU square root is not correctly rounded, and
+It defines what every other engine computes. `adamw` is the same as ``csrc/adamw.h``, line by line; each operation
+rounds once. Some operations of torch are not allowed here: its CPU square root is not correctly rounded, and
 ``addcmul``, ``lerp`` and ``alpha=`` may fuse two roundings into one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import codecs
-from .observed import Observed
-from .row import COMPUTE, Row
-from .scalars import Scalars
+from .native import missing as cpu_missing
+from .numbers import CHUNK, LANES, MomentFormat, ParamFormat
+from .observed import Observed, Seen
+from .protocol import StepOrder
+from .row import COMPUTE, Row, RowFormat
+from .scalars import Scalars, scalars_in
 from .shards import local
 
 Update = tuple[Tensor, Tensor]
@@ -27,7 +31,7 @@ def adamw(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the next θ, m, v and w of real tensors of one shape, all in the compute type of `theta`.
 
-    w, the maximum of past v, is None without amsgrad.
+    w, the maximum of all v so far, is None without amsgrad.
     """
     g = h.f * g
     m = _mean(m, g, h.beta1, h.one_minus_beta1)
@@ -47,7 +51,7 @@ def _mean(a: Tensor, x: Tensor, beta: float, one_minus_beta: float) -> Tensor:
 
 
 def _square_root(x: Tensor) -> Tensor:
-    """The correctly rounded square root."""
+    """Return the correctly rounded square root."""
     if x.dtype == torch.float32:
         return x.double().sqrt().float()
     if x.device.type == "cpu":
@@ -60,26 +64,26 @@ def _square_root(x: Tensor) -> Tensor:
 def compute(
     rows: Sequence[Row], scalars: Sequence[Scalars], *, observe: bool
 ) -> tuple[list[Update], list[tuple[int, Observed]]]:
-    """Return what to copy where, and what it is like. Nothing is written yet: to allocate may fail."""
+    """Return (target, new value) pairs to copy, and (row number, observation) pairs. It writes nothing: it may fail."""
     updates: list[Update] = []
     observed: list[tuple[int, Observed]] = []
     latest: dict[
         tuple[object, ...], Tensor
-    ] = {}  # of parameters on the same memory: the second moves on from the first
+    ] = {}  # if two parameters share memory, the second starts from the new value of the first
     for row, h in zip(rows, scalars, strict=True):
         param = local(row.param).detach()
         slots = {key: local(slot) for key, slot in row.slots.items()}
         place = (param.device, param.data_ptr(), param.dtype, param.shape, param.stride())
-        theta, m, v, w = _loaded(latest.get(place, param), slots)
+        theta, m, v, w = _loaded(row.format, latest.get(place, param), slots)
         g = _gradient(row)
         new = adamw(h, theta, g, m, v, w)
         if observe:
             observed.append((row.index, _observed(h, theta, g, *new)))
         drawn = None
-        if "stream" in slots:
+        if row.format.draws:
             numbers = row.numbering.numbers(param.shape, param.device)
             drawn = codecs.draws(int(slots["stream"]), int(row.step) + 1, numbers)
-        values = _stored(param.dtype, slots, *new, drawn)
+        values = _stored(row.format, param.dtype, *new, drawn)
         latest[place] = values["param"]
         updates.append((param, values.pop("param")))
         updates += [(_raw(slots[key]), _raw(value)) for key, value in values.items()]
@@ -88,7 +92,7 @@ def compute(
 
 
 def _gradient(row: Row) -> Tensor:
-    """The gradient in the compute type."""
+    """Return the gradient in the compute type."""
     return _real(row.gradient.to(COMPUTE[row.param.dtype]))
 
 
@@ -100,14 +104,11 @@ def _observed(h: Scalars, before: Tensor, g: Tensor, theta: Tensor, m: Tensor, v
     return Observed(gradient, update, param, float(ratio.max()) if ratio.numel() else 0.0)
 
 
-CHUNK, LANES = 4096, 32
-
-
 @torch.no_grad()
 def squares(row: Row) -> float:
-    """The sum of the squares of the row's gradient, in float64 and in this order."""
+    """Return the sum of squares of the row's gradient, in float64 and in the order that every engine keeps."""
     g = _gradient(row)
-    if "stream" not in row.slots:  # in the order in which the parameter lies in memory
+    if not row.format.draws:  # in the memory order of the parameter
         param = local(row.param)
         strides = [*param.stride(), 0] if param.is_complex() else param.stride()
         g = g.permute(sorted(range(g.dim()), key=lambda dim: -strides[dim]))
@@ -115,7 +116,7 @@ def squares(row: Row) -> float:
 
 
 def ordered_sum(numbers: Tensor | Sequence[float]) -> float:
-    """The sum of a vector: chunks of it into lanes, lanes by halves, and the sums of chunks again."""
+    """Return the sum of a vector: chunks are added into lanes, lanes by halves, and the chunk sums the same way."""
     x = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.float64, device="cpu")
     while len(x) > 1:
         chunks = -(-len(x) // CHUNK)
@@ -137,19 +138,19 @@ def _real(x: Tensor) -> Tensor:
 
 
 def _raw(slot: Tensor) -> Tensor:
-    """A residual's bits: they are not numbers."""
+    """Return a bfloat16 tensor as int16, because a residual is bits, and a copy as bfloat16 may change them."""
     return slot.view(torch.int16) if slot.dtype == torch.bfloat16 else slot
 
 
-def _loaded(param: Tensor, slots: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """θ, m, v and w in the compute type."""
-    if "residual" in slots:
+def _loaded(form: RowFormat, param: Tensor, slots: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return θ, m, v and w in the compute type."""
+    if form.param is ParamFormat.BFLOAT16_RESIDUAL:
         theta = codecs.joined(param, slots["residual"])
-    elif "master" in slots:
+    elif form.param is ParamFormat.FLOAT16_MASTER:
         theta = codecs.master_of_float16(param, slots["master"])
     else:
         theta = param.float() if param.dtype in (torch.bfloat16, torch.float16) else _real(param)
-    if "exp_avg_code" in slots:
+    if form.moments is MomentFormat.EIGHT_BIT:
         m = codecs.decode_signed(slots["exp_avg_code"], slots["exp_avg_scale"])
         v = codecs.decode_unsigned(slots["exp_avg_sq_code"], slots["exp_avg_sq_scale"])
     else:
@@ -159,23 +160,23 @@ def _loaded(param: Tensor, slots: dict[str, Tensor]) -> tuple[Tensor, Tensor, Te
 
 
 def _stored(
+    form: RowFormat,
     dtype: torch.dtype,
-    slots: dict[str, Tensor],
     theta: Tensor,
     m: Tensor,
     v: Tensor,
     w: Tensor | None,
     drawn: Tensor | None,
 ) -> dict[str, Tensor]:
-    """What `_loaded` reads, by slot, with the parameter as "param"."""
+    """Return the values to store, by slot, with the parameter under "param": the inverse of `_loaded`."""
     values: dict[str, Tensor] = {}
-    if "residual" in slots:
+    if form.param is ParamFormat.BFLOAT16_RESIDUAL:
         values["param"], values["residual"] = codecs.split(theta)
     else:
         values["param"] = torch.view_as_complex(theta) if dtype.is_complex else theta.to(dtype)
-        if "master" in slots:
+        if form.param is ParamFormat.FLOAT16_MASTER:
             values["master"] = theta
-    if "exp_avg_code" in slots:
+    if form.moments is MomentFormat.EIGHT_BIT:
         values["exp_avg_code"], values["exp_avg_scale"] = codecs.encode_signed(m, drawn)
         values["exp_avg_sq_code"], values["exp_avg_sq_scale"] = codecs.encode_unsigned(v, drawn)
     elif drawn is not None:
@@ -190,6 +191,87 @@ def _stored(
 
 @torch.no_grad()
 def commit(updates: Sequence[Update]) -> None:
-    """Copy; doing it again changes nothing."""
+    """Copy the new values to their targets. A second call changes nothing."""
     for target, value in updates:
         target.copy_(value)
+
+
+class Reference:
+    """The reference engine, a `lucid.engine.protocol.Engine`: it computes everything before it writes anything."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.first_set = 0  # of this engine's rows in the table of scalars; each row has its own set
+        self._updates: list[Update] = []
+        self._observed: list[tuple[int, Seen]] = []
+
+    def bind(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def measure(self) -> list[tuple[int, float]]:
+        return [(row.index, squares(row)) for row in self.rows]
+
+    def prepare(self, order: StepOrder) -> None:
+        if not self.rows:  # then a device may decide, without a table
+            return
+        assert order.table is not None
+        scalars = [scalars_in(order.table, self.first_set + number) for number in range(len(self.rows))]
+        self._updates, observed = compute(self.rows, scalars, observe=order.observe)
+        self._observed = list(observed)
+
+    def write(self) -> list[tuple[int, Seen]]:
+        commit(self._updates)
+        return self._observed
+
+    def release(self) -> None:
+        self.rows, self._updates, self._observed = [], [], []
+
+
+class Rows:
+    """Replaces the rows of the CPU engine if that is missing or not wanted. All its rows count as changed."""
+
+    sealed = False
+
+    def __init__(self, groups: list[list[Tensor]]) -> None:
+        self._ids = [id(param) for group in groups for param in group]
+        self.written = False
+
+    def gather(self, groups: list[list[Tensor]], state_box: list[Any]) -> list[int] | None:
+        self.release()
+        params = [param for group in groups for param in group]
+        if [id(param) for param in params] != self._ids:
+            return None
+        return [index for index, param in enumerate(params) if param.grad is not None]
+
+    def bind(self, *row: Any) -> str | None:
+        return cpu_missing
+
+    def compare(self) -> None:
+        pass
+
+    def steps(self) -> list[tuple[int, float]]:
+        return []
+
+    def measure(self, threads: int) -> None:
+        pass
+
+    def square_sum(self) -> float:
+        return 0.0
+
+    def squares(self) -> list[tuple[int, float]]:
+        return []
+
+    def before_writing(self, state: dict[Any, Any]) -> list[Tensor]:
+        return []
+
+    def update(self, table: Any, threads: int, observe: bool, count: bool, state_box: list[Any]) -> None:
+        self.written = True
+
+    def observed(self) -> list[tuple[int, Seen]]:
+        return []
+
+    def step_counts(self) -> list[tuple[int, Tensor]]:
+        return []
+
+    def release(self) -> None:
+        self.written = False

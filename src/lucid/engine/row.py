@@ -1,18 +1,19 @@
-"""A row: what is updated together, checked before anything is written."""
+"""A row (a parameter with its gradient and state), and its checks before anything is written."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .numbers import STEP_ROLE, STREAM_ROLE, MomentFormat, Operand, ParamFormat
 from .shards import Numbering, alike, check_placements, is_sharded, local
 
-# The dtype that a parameter is computed in, and in which its state is kept where it is not encoded.
+# The dtype in which a parameter's update is computed. Plain moments are stored in it too.
 COMPUTE = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
@@ -26,13 +27,42 @@ REAL_GRADIENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX_GRADIENTS = (torch.complex64, torch.complex128)
 
 
+# The role of each key of a parameter's state, for the engines.
+ROLES: dict[str, int] = {
+    "step": STEP_ROLE,
+    "stream": STREAM_ROLE,
+    "exp_avg": Operand.EXP_AVG,
+    "exp_avg_sq": Operand.EXP_AVG_SQ,
+    "exp_avg_code": Operand.EXP_AVG,
+    "exp_avg_sq_code": Operand.EXP_AVG_SQ,
+    "exp_avg_scale": Operand.EXP_AVG_SCALE,
+    "exp_avg_sq_scale": Operand.EXP_AVG_SQ_SCALE,
+    "max_exp_avg_sq": Operand.MAX_EXP_AVG_SQ,
+    "residual": Operand.LOW_BITS,
+    "master": Operand.LOW_BITS,
+}
+
+
+class RowFormat(NamedTuple):
+    """How a row's parameter and moments are stored."""
+
+    param: ParamFormat
+    moments: MomentFormat
+
+    @property
+    def draws(self) -> bool:
+        """Whether the moments are stochastically rounded, for which elements are numbered in row-major order."""
+        return self.moments is not MomentFormat.PLAIN
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One parameter with its gradient and state.
 
-    ``step``: its step count, 0-dim float32 on the CPU. ``slots``: the rest of its state by key, which tells the
-    engines the format. ``entry``: the dict of the optimizer's state that holds them all. Parameter and slots may be
-    spread over processes, ``gradient`` is what this one holds; ``numbering`` tells where that lies in the whole.
+    ``index``: the number of the row in the plan. ``group``: the group's index in the plan. ``step``: the step count,
+    0-dim float32 on the CPU. ``slots``: the other tensors of the state by key, stored as ``format`` says. ``entry``:
+    the dict in the optimizer's state that holds step and slots. Parameter and slots may be sharded; ``gradient`` is the
+    local shard. ``numbering``: the numbers of the local elements in the whole parameter.
     """
 
     index: int
@@ -43,16 +73,22 @@ class Row:
     entry: dict[str, Any]
     step: Tensor
     slots: dict[str, Tensor]
+    format: RowFormat
     numbering: Numbering
+
+    @property
+    def roles(self) -> list[tuple[int, Tensor]]:
+        """The (role, tensor) pairs of its state, the step count first."""
+        return [(STEP_ROLE, self.step), *((ROLES[key], slot) for key, slot in self.slots.items())]
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether more than operations of its own class reach its values (unlike FakeTensor, quantized tensors)."""
+    """Whether plain torch operations read its values: false for subclasses with their own dispatch (FakeTensor)."""
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def span(tensor: Tensor) -> int:
-    """Return how many bytes a strided tensor takes from its first element to behind its last."""
+    """Return the number of bytes from the first element of a strided tensor to the end of its last."""
     if not tensor.numel():
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -68,7 +104,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def check_plain(tensor: Tensor, what: str) -> None:
-    """Raise where a tensor is none of torch's own class."""
+    """Raise if a tensor is of a subclass with its own dispatch, or belongs to a torch.func transform."""
     if not is_plain(tensor):
         raise TypeError(
             f"{what} is a {type(tensor).__name__}, expected a plain tensor with memory of its own, or a DTensor; "
@@ -82,7 +118,7 @@ def check_plain(tensor: Tensor, what: str) -> None:
 
 
 def check_param(param: Tensor, name: str) -> None:
-    """Raise unless `param`, or what this process holds of it, is one that can be updated in place."""
+    """Raise unless `param`, or this process's shard of it, can be updated in place."""
     check_placements(param, name)
     param = local(param)
     check_plain(param, name)
@@ -103,15 +139,15 @@ def check_param(param: Tensor, name: str) -> None:
         )
     if overlaps_itself(param):
         raise ValueError(
-            f"{name} has several elements at one place in memory (shape {tuple(param.shape)}, "
-            f"strides {param.stride()}), which no step can update; make it contiguous() first"
+            f"{name} has several elements at the same address (shape {tuple(param.shape)}, "
+            f"strides {param.stride()}), so no step can update it; make it contiguous() first"
         )
 
 
 def checked_gradient(param: Tensor, name: str) -> Tensor:
-    """Return the gradient of `param`, or what this process holds of it, as a plain tensor, or raise.
+    """Return the gradient of `param` (the local shard, if it is sharded) as a plain tensor; raise if it is invalid.
 
-    One that is spread in another way than its parameter is exchanged between the processes.
+    If the gradient is sharded differently from its parameter, the processes redistribute it.
     """
     gradient = param.grad
     assert gradient is not None
@@ -151,7 +187,7 @@ def checked_gradient(param: Tensor, name: str) -> Tensor:
 
 
 def check_memory(row: Row) -> None:
-    """Raise unless every tensor of the row has memory, and memory that no other of them writes."""
+    """Raise unless every tensor of the row has memory, and no two of them overlap."""
     tensors = {"the parameter": local(row.param), "its gradient": row.gradient, "its state 'step'": row.step}
     tensors |= {f"its state {key!r}": local(slot) for key, slot in row.slots.items()}
     spans: list[tuple[int, int, str]] = []
@@ -161,24 +197,44 @@ def check_memory(row: Row) -> None:
             raise ValueError(f"{row.name}: {what} is a lazily conjugated or negated view; resolve_conj() it")
         if tensor.is_inference() and what.startswith("its state") and not torch.is_inference_mode_enabled():
             raise ValueError(
-                f"{row.name}: {what} was made under torch.inference_mode(), which forbids to update it outside; "
-                "clone() it, or load the checkpoint anew"
+                f"{row.name}: {what} was created under torch.inference_mode(), so it cannot be updated outside of it; "
+                "clone() it, or load the checkpoint again"
             )
         if tensor.numel() == 0:
             continue
         if what != "its gradient" and overlaps_itself(tensor):
-            raise ValueError(f"{row.name}: {what} has several elements at one place in memory; clone() it")
+            raise ValueError(f"{row.name}: {what} has several elements at the same address; clone() it")
         if not has_memory(tensor):
             raise ValueError(f"{row.name}: {what} has no memory, or less than its shape needs; was its storage freed?")
         spans.append((tensor.data_ptr(), tensor.data_ptr() + span(tensor), what))
     spans.sort()
     for (_, end, one), (begin, _, other) in pairwise(spans):
         if begin < end:
-            raise ValueError(f"{row.name}: {one} and {other} lie in the same memory; clone() one of them")
+            raise ValueError(f"{row.name}: {one} and {other} share memory; clone() one of them")
+
+
+def check_apart(rows: Sequence[Row]) -> None:
+    """Raise if the state of one row shares memory with another row: one update would undo the other."""
+    spans: list[tuple[torch.device, int, int, bool]] = []
+    for row in rows:
+        for tensor in (row.param, row.step, *(slot for key, slot in row.slots.items() if key != "stream")):
+            part = local(tensor)
+            if part.numel():
+                spans.append((part.device, part.data_ptr(), part.data_ptr() + span(part), tensor is not row.param))
+    spans.sort(key=lambda each: (str(each[0]), each[1]))
+    on, until, until_state = None, 0, False  # the span before that reaches furthest
+    for device, begin, end, of_state in spans:
+        if device == on and begin < until and (of_state or until_state):
+            raise ValueError(
+                "the state of two parameters, or of one and another parameter, lies in the same memory, so that one "
+                "update would undo the other; clone() one of the state's tensors"
+            )
+        if device != on or end > until:
+            on, until, until_state = device, end, of_state
 
 
 def _described(tensor: Tensor) -> str:
-    over = f" spread over {tensor.device_mesh}" if is_sharded(tensor) else ""
+    over = f" sharded over {tensor.device_mesh}" if is_sharded(tensor) else ""
     return f"a {type(tensor).__name__} of shape {tuple(tensor.shape)}{over}"
 
 
@@ -196,7 +252,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def _offsets_differ(dims: Sequence[tuple[int, int]], reach: int) -> bool:
-    """By trying: strides may interleave without two elements meeting."""
+    """Whether all elements have different offsets, by trying them: strides may interleave without a collision."""
     if any(stride == 0 for stride, _ in dims):
         return False
     seen = torch.zeros(reach + 1, dtype=torch.bool, device="cpu")

@@ -1,19 +1,24 @@
-"""The scalars of one step, made by one function for every engine."""
+"""The scalars of one step. One function makes them for every engine."""
 
 from __future__ import annotations
 
 import math
+from array import array
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-MAX_STEP = 2**24  # where float32 stops counting; every count of ours is below it
+from .numbers import SET, Scalar
+
+MAX_STEP = 2**24  # float32 cannot count beyond this; every step count is below it
 
 
 class Scalars(NamedTuple):
-    """What the AdamW rule needs beside its tensors, in float64; an engine rounds each once to its compute type.
+    """The numbers that the AdamW rule needs, in float64; an engine rounds each once to its compute type.
 
-    ``d`` = αλ, ``k`` = α / (1 − β1^t), ``s`` = 1 / √(1 − β2^t), ``e`` = ε, ``f`` what gradients are multiplied with.
+    ``d`` = αλ, ``k`` = α / (1 − β1^t), ``s`` = 1 / √(1 − β2^t), ``e`` = ε, ``f`` = the factor for the gradients
+    (clipping, unscaling, direction).
     """
 
     beta1: float
@@ -39,7 +44,7 @@ class Scalars(NamedTuple):
         step: float,
         factor: float = 1.0,
     ) -> Scalars:
-        """Return the scalars of step number `step`, counted from 1; `factor` clips and unscales the gradients."""
+        """Return the scalars of step `step`, counted from 1; `factor` clips and unscales the gradients."""
         return cls(
             beta1=beta1,
             one_minus_beta1=1.0 - beta1,
@@ -54,7 +59,10 @@ class Scalars(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What one set of scalars is made of. ``lr`` may be a number on the device, ``group`` says whose set it is."""
+    """What one set of scalars is computed from: the hyperparameters of ``group``, and the step count after this step.
+
+    ``lr`` may be a one-element tensor on the device if the device makes the scalars.
+    """
 
     group: int
     lr: float | Tensor
@@ -80,28 +88,35 @@ class Recipe(NamedTuple):
         )
 
 
-class Decision(NamedTuple):
-    """What a step leaves to the device that updates all of its rows, so that nothing waits for it.
+ScalarTable = array  # float64[1 + recipes, SET]: the first row belongs to the device, then one set for each recipe
 
-    ``scale``: what gradients were multiplied with, a number or 0-dim there; ``found_inf``: 0-dim there, not 0 to leave
-    the step out; ``max_norm``: the bound of their norm; ``skips``: whether a step is left out whose gradients are not
-    finite; ``captured``: whether this step is to be run again and again, and counted then.
-    """
+_BEFORE = [0.0] * SET
+_AFTER = [0.0] * (SET - len(Scalar))
 
-    scale: Tensor | float
-    found_inf: Tensor | None
-    max_norm: float | None
-    skips: bool
-    captured: bool
 
-    @property
-    def measures(self) -> bool:
-        """Whether it depends on the gradients."""
-        return self.max_norm is not None or self.skips
+def table(recipes: Sequence[Recipe], factor: float) -> ScalarTable[float]:
+    """Return the scalars of all recipes in the form that every engine reads; `factor` clips and unscales gradients."""
+    words = _BEFORE.copy()
+    for recipe in recipes:
+        words += recipe.scalars(factor)
+        words.append(recipe.step)
+        words += _AFTER
+    return array("d", words)
+
+
+def table_of(scalars: Scalars) -> ScalarTable[float]:
+    """Return a table with one set, whose step count is 0, for an engine that does not read it."""
+    return array("d", [*_BEFORE, *scalars, 0.0, *_AFTER])
+
+
+def scalars_in(scalars: ScalarTable[float], number: int) -> Scalars:
+    """Return set `number` of a table."""
+    begin = (1 + number) * SET
+    return Scalars(*scalars[begin : begin + Scalar.COUNT])
 
 
 def powers(beta: float, steps: int) -> list[float]:
-    """Return 1 − β^t for t = 0, 1, … up to the first that is 1, or to one step less than `steps`."""
+    """Return 1 − β^t for t = 0, 1, … up to the first value that is 1, but at most for `steps` values of t."""
     found = [0.0]
     while found[-1] != 1.0 and len(found) < steps:
         found.append(one_minus_power(beta, len(found)))
@@ -109,5 +124,5 @@ def powers(beta: float, steps: int) -> list[float]:
 
 
 def one_minus_power(beta: float, step: float) -> float:
-    """Return 1 − β^t without the cancellation that the difference itself has for β near 1."""
+    """Return 1 − β^t, without the cancellation that the plain difference has for β near 1."""
     return 1.0 if beta == 0.0 else -math.expm1(step * math.log(beta))

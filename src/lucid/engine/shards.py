@@ -1,6 +1,7 @@
-"""Tensors that are spread over processes (DTensor): what this process holds of one, and where it lies in the whole.
+"""Sharded tensors (DTensor): the shard of this process, and its place in the whole tensor.
 
-torch's package for them is large, and is looked for only where it has been imported: nobody has such a tensor without.
+torch's package for them is large, so this module never imports it to test a tensor: before somebody has imported the
+package, there are no DTensors.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from . import codecs, cpu
+from . import codecs, native
+from .numbers import BLOCK
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
 class Numbering(NamedTuple):
-    """Which numbers the elements of a part have in the whole, both in row-major order.
+    """The numbers of a shard's elements in the whole tensor, both in row-major order.
 
-    They come in runs of `run` consecutive numbers: the first begins at `first`, each next one `stride` further.
+    They form runs of `run` consecutive numbers. The first run begins at `first`, each next one `stride` further.
     """
 
     first: int
@@ -30,7 +32,7 @@ class Numbering(NamedTuple):
     stride: int
 
     def numbers(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """Return the number of each element of a part of `shape`, int64."""
+        """Return the number of each element of a shard of `shape`, int64."""
         index = torch.arange(shape.numel(), dtype=torch.int64, device=device)
         return (self.first + index // self.run * self.stride + index % self.run).view(shape)
 
@@ -39,25 +41,25 @@ WHOLE = Numbering(0, 2**62, 0)
 
 
 def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
-    """Whether `tensor` is spread over processes; it may be the same on all of them."""
+    """Whether `tensor` is a DTensor: sharded, or replicated on all processes."""
     module = sys.modules.get("torch.distributed.tensor")
     kind = getattr(module, "DTensor", None)
     if kind is None or type(tensor) is not kind:
         return False
-    cpu.connect_sharded(kind)
+    native.connect_sharded(kind)
     return True
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor, which may be all of it."""
+    """Return this process's shard of a tensor; a plain tensor is its own shard."""
     if not is_sharded(tensor):
         return tensor
     part: Tensor = tensor._local_tensor
-    return part.wait() if hasattr(part, "wait") else part  # for a collective that is still under way
+    return part.wait() if hasattr(part, "wait") else part  # a collective may still be running
 
 
 def spread_like(param: Tensor, part: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the tensor of `shape` that is spread as `param` is, of which this process holds `part`."""
+    """Return the tensor of `shape` that is sharded like `param`, with `part` as this process's shard."""
     if not is_sharded(param):
         return part
     from torch.distributed.tensor import DTensor
@@ -67,28 +69,28 @@ def spread_like(param: Tensor, part: Tensor, shape: Sequence[int]) -> Tensor:
     same = whole.shape == param.shape and part.stride() == local(param).stride()
     stride = param.stride() if same else whole.stride()
     meta = TensorMeta(whole.shape, stride, part.dtype)
-    # Not from_local(), which moves what lies on the CPU to the mesh's device.
+    # from_local() would move a CPU tensor to the mesh's device.
     spec = DTensorSpec(param.device_mesh, param.placements, tensor_meta=meta)
     return DTensor(part, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def alike(tensor: Tensor, param: Tensor) -> bool:
-    """Whether two tensors are spread in the same way, or both are not."""
+    """Whether two tensors are sharded in the same way, or both are plain."""
     if not is_sharded(tensor) or not is_sharded(param):
         return is_sharded(tensor) == is_sharded(param)
     return tensor.device_mesh == param.device_mesh and tensor.placements == param.placements
 
 
 def part_of(value: Tensor, param: Tensor, what: str) -> Tensor:
-    """Return the part of `value` that this process holds, or would hold if it were spread as `param` is.
+    """Return this process's shard of `value`, sharded like `param`.
 
-    All of a plain tensor is here to choose from; what is spread otherwise is exchanged between the processes, each of
-    which has to ask for it.
+    A plain `value` is cut locally. If `value` is sharded differently, the processes redistribute it, so all of them
+    must call this.
     """
     if alike(value, param):
         return local(value)
     if not is_sharded(param):
-        raise ValueError(f"{what} is spread over processes, but the parameter is not; give its full_tensor()")
+        raise ValueError(f"{what} is sharded, but the parameter is not; give its full_tensor()")
     if not is_sharded(value):
         from torch.distributed.tensor import distribute_tensor
 
@@ -96,28 +98,28 @@ def part_of(value: Tensor, param: Tensor, what: str) -> Tensor:
         return local(parts).to(local(param).device)
     if value.device_mesh != param.device_mesh:
         raise ValueError(
-            f"{what} is spread over {value.device_mesh}, expected {param.device_mesh} like the parameter; "
+            f"{what} is sharded over {value.device_mesh}, expected {param.device_mesh} like the parameter; "
             "load it with torch.distributed.checkpoint, which reshards"
         )
     return local(value.redistribute(placements=param.placements))
 
 
 def whole(value: Tensor) -> Tensor:
-    """Return all of a tensor, which every process that holds a part of it has to ask for."""
+    """Return the whole of a tensor. If it is sharded, every process of its mesh must call this."""
     return value.full_tensor() if is_sharded(value) else value
 
 
 def check_placements(param: Tensor, name: str) -> None:
-    """Raise where the parts of `param` are to be added up before they are its values."""
+    """Raise if `param` has a partial placement: then its local tensors are summands, not values."""
     if is_sharded(param) and any(placement.is_partial() for placement in param.placements):
         raise ValueError(
-            f"{name} is a partial sum on each process (placements {param.placements}), which no step can update; "
+            f"{name} is a partial sum on each process (placements {param.placements}), so no step can update it; "
             "redistribute() it to Replicate() or Shard()"
         )
 
 
 def cuts_blocks(param: Tensor) -> bool:
-    """Whether processes share a block of `param`, or have its scales on another process than its codes."""
+    """Whether two processes share a block of `param`, or the scale of a block is on another process than its codes."""
     if not is_sharded(param):
         return False
     inner = _sharded_dims(param) - {0}
@@ -128,23 +130,23 @@ def cuts_blocks(param: Tensor) -> bool:
         return True
     processes = param.device_mesh.size(over[0])
     own = math.ceil(param.shape[1] / processes) * math.prod(param.shape[2:])
-    return own != math.ceil(codecs.blocks(param.shape) / processes) * codecs.BLOCK
+    return own != math.ceil(codecs.blocks(param.shape) / processes) * BLOCK
 
 
 def check_blocks(param: Tensor, name: str) -> None:
-    """Raise where the codes and scales of `param` cannot be spread as it is."""
+    """Raise if the codes and scales of `param` cannot be sharded like it."""
     if is_sharded(param) and cuts_blocks(param):
         raise ValueError(
-            f'{name} is spread with {param.placements}, which cuts the blocks of {codecs.BLOCK} elements that "8bit" '
-            "gives one scale; shard it by dim 0, or by dim 1 in multiples of a block, or set "
+            f"{name} is sharded with {param.placements}, which cuts the blocks of {BLOCK} elements that share a scale "
+            'under "8bit"; shard it along dim 0, or along dim 1 in multiples of a block, or set '
             'state_format="bf16" for its group'
         )
 
 
 def numbering(param: Tensor, name: str) -> Numbering:
-    """Return which numbers in `param` the elements have that this process holds; raise where they follow no rule.
+    """Return the numbers of this process's elements in `param`; raise if a `Numbering` cannot describe them.
 
-    That depends on the placements alone, so that all processes raise or none does.
+    This depends on the placements alone, so all processes raise or none does.
     """
     if not is_sharded(param):
         return WHOLE
@@ -152,8 +154,8 @@ def numbering(param: Tensor, name: str) -> Numbering:
     pieces = {dim: _pieces(param, dim) for dim in _sharded_dims(param)}
     if len(inner) > 1 or not all(_consecutive(piece) for found in pieces.values() for piece in found):
         raise ValueError(
-            f"{name} is spread with {param.placements}, for which formats that round at random have no numbering; "
-            'set state_format="fp32" for its group, or shard it by at most one dimension besides the first'
+            f"{name} is sharded with {param.placements}, which formats with stochastic rounding do not support; "
+            'set state_format="fp32" for its group, or shard it along at most one dimension besides the first'
         )
     if not local(param).numel():
         return WHOLE
@@ -172,12 +174,12 @@ def _sharded_dims(param: Tensor) -> set[int]:
 
 
 def _levels(param: DTensor, dim: int) -> list[int]:
-    """The dimensions of the mesh over which a dimension of `param` is sharded."""
+    """Return the dimensions of the mesh over which dimension `dim` of `param` is sharded."""
     return [i for i, placement in enumerate(param.placements) if getattr(placement, "dim", None) == dim]
 
 
 def _pieces(param: DTensor, dim: int) -> list[Tensor]:
-    """The indices of a dimension that each process holds, in the order of the places in the mesh."""
+    """Return the indices of dimension `dim` that each process holds, in the order of the mesh coordinates."""
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -195,7 +197,7 @@ def _pieces(param: DTensor, dim: int) -> list[Tensor]:
 
 
 def _own(param: DTensor, dim: int) -> int:
-    """Which of `_pieces` is that of this process."""
+    """Return which of `_pieces` belongs to this process."""
     place = 0
     for level in _levels(param, dim):
         place = place * param.device_mesh.size(level) + param.device_mesh.get_local_rank(level)

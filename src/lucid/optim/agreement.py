@@ -1,8 +1,9 @@
-"""What processes that each hold a part of the model find out together: the norm of all gradients, whether to step."""
+"""What processes that each hold a part of the model decide together: the gradient norm, and whether to skip a step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lucid import engine
-
-from .values import shown
+from lucid.engine.formats import STEP
+from lucid.engine.values import shown
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 
 
 class Finding(IntEnum):
-    """What a process has to tell the others, the worst last."""
+    """What a process reports to the others, the worst last."""
 
     NOTHING = 0
-    BAD = 1  # a gradient that is not finite
+    BAD = 1  # a non-finite gradient, or one that overflows
     FAILED = 2  # an exception before anything was written
 
 
 class _Kind(NamedTuple):
-    """How a parameter is spread: over which mesh, and over which of its dimensions in parts."""
+    """How a parameter is sharded: over which mesh, and for each mesh dimension whether it is sharded along it."""
 
     mesh: DeviceMesh | None = None
     spread: tuple[bool, ...] = ()
@@ -39,11 +40,27 @@ class _Kind(NamedTuple):
         return cls(param.device_mesh, tuple(hasattr(placement, "dim") for placement in param.placements))
 
 
-class Agreement:
-    """The processes over which parameters are spread: those of their meshes, and of a group that has been named.
+class Whole(NamedTuple):
+    """The observation of a sharded parameter: the `engine.Observed` of all its shards together.
 
-    Every process has to ask the same questions in the same order. Each gets the same answers: it adds up what all have
-    sent in the order of their ranks.
+    ``elements``: the number of its elements that were updated; a process without a gradient updates none.
+    ``step``: the step count. ``skipped_more``: how many more steps another process has skipped than this one.
+    """
+
+    gradient: float
+    update: float
+    param: float
+    elements: float
+    ratio: float
+    step: float
+    skipped_more: float
+
+
+class Agreement:
+    """Agreement between the processes of the parameters' meshes, and those of ``group`` (`shard_group`).
+
+    Every process must call the same methods in the same order. All processes get the same results, because each adds
+    the numbers of all processes in the order of their ranks.
     """
 
     def __init__(self, params: Sequence[Tensor], group: ProcessGroup | None) -> None:
@@ -51,25 +68,35 @@ class Agreement:
         self._meshes: list[DeviceMesh] = []
         self._kinds: list[_Kind] = []
         self._kind_of: list[int] = []
-        for param in params:
+        self._spread: list[int] = []  # the rows with sharded parameters
+        known: list[tuple[tuple[int, ...], int]] = []
+        for row, param in enumerate(params):
             kind = _Kind.of(param)
             if kind.mesh is not None and kind.mesh not in self._meshes:
                 self._meshes.append(kind.mesh)
             if kind not in self._kinds:
                 self._kinds.append(kind)
             self._kind_of.append(self._kinds.index(kind))
+            if kind.mesh is not None:
+                self._spread.append(row)
+                known.append((tuple(param.shape), self._meshes.index(kind.mesh)))
+        # Equal on processes that have the same parameters, sharded over the same meshes.
+        self._fingerprint = zlib.crc32(repr(known).encode())
         if group is not None:
             _check_apart(self._meshes, group)
 
     def knows(self, row: int, param: Tensor) -> bool:
-        """Whether a parameter is still spread as it was."""
+        """Whether a parameter is still sharded as before."""
         return self._kinds[self._kind_of[row]] == _Kind.of(param)
 
     def __bool__(self) -> bool:
         return bool(self._meshes) or self._group is not None
 
     def square_sum(self, plan: engine.Plan, finding: Finding) -> tuple[float, Finding]:
-        """Return the sum of the squares of all gradients, of which `plan` has measured its own; the worst finding."""
+        """Return the sum of squares of all gradients on all processes, and the worst finding of any process.
+
+        ``plan`` has measured the gradients of this process; ``finding`` is this process's own.
+        """
         if len(self._kinds) == 1:
             return self._together([plan.square_sum()], finding)
         sums: list[list[float]] = [[] for _ in self._kinds]
@@ -81,23 +108,59 @@ class Agreement:
         """Return the worst finding of any process."""
         return self._together([0.0] * len(self._kinds), finding)[1]
 
-    def observed(self, rows: Sequence[tuple[int, engine.Seen]]) -> list[tuple[int, engine.Seen]]:
-        """Return what the updates of parameters were like, of each by its row number, from what those of parts were."""
+    def observed(
+        self,
+        rows: Iterable[tuple[int, engine.Seen]],
+        params: Sequence[Tensor],
+        state: Mapping[Any, Mapping[str, Any]],
+        skipped: int,
+    ) -> list[tuple[int, engine.Seen]]:
+        """Return (row number, observation of the whole parameter), from the observations of this process's shards.
+
+        If any process has updated a sharded row, all processes get its observation. Observations of plain parameters
+        are returned unchanged. ``params``: the parameters of all rows. ``skipped``: the number of steps that this
+        process has skipped.
+        """
         if not self._meshes:
             return list(rows)
-        table = torch.zeros(len(self._kind_of), 4, dtype=torch.float64, device="cpu")
+        here: list[tuple[int, engine.Seen]] = []
+        table = [[0.0] * len(_COLUMNS) for _ in params]
         for row, seen in rows:
-            table[row] = torch.tensor(list(seen), dtype=torch.float64, device="cpu")
-        for group, kinds in self._levels():
-            own = [row for row, kind in enumerate(self._kind_of) if kind in kinds]
-            parts = torch.stack(_exchanged(table[own].flatten().tolist(), group)).view(len(own), 4, -1)
-            whole = torch.cat([parts[:, :-1].sum(-1), parts[:, -1:].amax(-1)], dim=1)
-            spread = torch.tensor([[kinds[self._kind_of[row]]] for row in own], device="cpu")
-            table[own] = torch.where(spread, whole, parts.amax(-1))
-        return [(row, engine.Observed(*table[row].tolist())) for row, _ in rows]
+            if row not in self._spread:
+                here.append((row, seen))
+                continue
+            gradient, update, param, ratio = seen
+            elements, step = engine.shards.local(params[row]).numel(), float(state[params[row]][STEP])
+            table[row] = [gradient, update, param, elements, ratio, step, 1.0]
+        merged, most = self._merged(torch.tensor(table, dtype=torch.float64, device="cpu"), skipped)
+        more = most - skipped
+        return here + [
+            (row, Whole._make([*merged[row, :-1].tolist(), more])) for row in self._spread if merged[row, -1]
+        ]
+
+    def _merged(self, table: Tensor, skipped: float) -> tuple[Tensor, float]:
+        """Merge the tables of all processes; return the merged table and the largest number of skipped steps.
+
+        ``table``: float64[parameters, `_COLUMNS`].
+        """
+        levels = list(self._levels())
+        alike = [True] * len(levels)
+        for spread in (False, True):  # replicas first, so that each shard is counted once
+            for level, (group, kinds) in enumerate(levels):
+                own = [row for row in self._spread if kinds.get(self._kind_of[row]) is spread]
+                if own:
+                    table[own], most, same = _exchanged_rows(table[own], (skipped, self._fingerprint), group, spread)
+                    skipped, alike[level] = float(most.amax()), bool((same == self._fingerprint).all())
+        # Each mesh has merged only its own parameters. Processes with the same parameters exchange the merged rows.
+        for level, (group, _) in enumerate(levels) if len(self._meshes) > 1 else ():
+            if alike[level]:
+                rows = table[self._spread]
+                table[self._spread], most, _ = _exchanged_rows(rows, (skipped, self._fingerprint), group, False)
+                skipped = float(most.amax())
+        return table, skipped
 
     def _levels(self) -> Iterator[tuple[ProcessGroup, dict[int, bool]]]:
-        """The processes along each dimension of each mesh; the kinds of that, and whether each is spread over it."""
+        """Yield, for each dimension of each mesh, its process group, and {kind: whether it is sharded along it}."""
         for mesh in self._meshes:
             for dim in range(mesh.ndim) if mesh.get_coordinate() is not None else ():
                 own = {number: kind for number, kind in enumerate(self._kinds) if kind.mesh == mesh}
@@ -108,10 +171,10 @@ class Agreement:
             *columns, findings = _exchanged([*(sums[kind] for kind in kinds), finding], group)
             finding = Finding(int(findings.max()))
             for (kind, spread), column in zip(kinds.items(), columns, strict=True):
-                # Replicas have the same; where they have not, all take the same one.
+                # Replicas should have equal sums. If they do not, all take the largest.
                 sums[kind] = engine.ordered_sum(column) if spread else float(column.amax())
         total = sums[0] if len(sums) == 1 else engine.ordered_sum(sums)
-        for group, _ in self._levels() if len(self._meshes) > 1 else ():  # what one mesh knows the others do not
+        for group, _ in self._levels() if len(self._meshes) > 1 else ():  # exchange what only one mesh knows
             totals, findings = _exchanged([total, finding], group)
             total, finding = float(totals.amax()), Finding(int(findings.max()))
         if self._group is not None:
@@ -120,16 +183,35 @@ class Agreement:
         return total, finding
 
 
+_COLUMNS = (*Whole._fields[:-1], "took part")
+_ADDED = _COLUMNS.index("ratio")  # the columns before it are sums over elements
+
+
+def _exchanged_rows(
+    table: Tensor, numbers: tuple[float, float], group: ProcessGroup, added: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge rows of `_COLUMNS` over a group; return them and, for each of two `numbers`, those of all processes.
+
+    ``added``: whether the processes hold different shards, whose sums are added; replicas take the largest.
+    """
+    *columns, first, second = _exchanged([*table.flatten().tolist(), *numbers], group)
+    every = torch.stack(columns).view(*table.shape, -1)
+    merged = every.amax(-1)
+    if added:
+        merged[:, :_ADDED] = every[:, :_ADDED].sum(-1)
+    return merged, first, second
+
+
 def _check_apart(meshes: Sequence[DeviceMesh], group: ProcessGroup) -> None:
-    """Raise where processes would count what they hold of a DTensor twice."""
+    """Raise if `group` would count the shards of a DTensor twice."""
     from torch import distributed
 
     named = set(distributed.get_process_group_ranks(group))
     for mesh in meshes:
         if mesh.get_coordinate() is not None and len(named & set(mesh.mesh.flatten().tolist())) > 1:
             raise ValueError(
-                "shard_group: expected no processes over which DTensor parameters are spread already, got a group that "
-                f"shares some with {mesh}; leave shard_group away, DTensors need none"
+                "shard_group: expected processes that share no DTensor parameter, got a group with several processes "
+                f"of {mesh}; remove shard_group, because DTensors do not need it"
             )
 
 
@@ -141,14 +223,14 @@ def checked_group(value: Any) -> ProcessGroup | None:
 
     if not distributed.is_available() or not isinstance(value, distributed.ProcessGroup):
         raise TypeError(
-            "shard_group: expected None or a torch.distributed.ProcessGroup that this process is in, "
+            "shard_group: expected None or a torch.distributed.ProcessGroup that contains this process, "
             f"got {shown(value)}"
         )
     return value
 
 
 def _exchanged(values: Sequence[float], group: ProcessGroup) -> list[Tensor]:
-    """Return for each of the values what every process gave, float64 on the CPU, in the order of their ranks."""
+    """Return, for each value, the values of all processes in the order of their ranks, as float64 on the CPU."""
     from torch import distributed
 
     kinds = [each.split(":")[0] for each in distributed.get_backend_config(group).split(",")]

@@ -1,8 +1,8 @@
 """Optimizer state in distributed checkpoints (``torch.distributed.checkpoint``) of another optimizer or state format.
 
-What this optimizer has saved, in the format that it keeps, torch's own ``get_optimizer_state_dict`` and
-``set_optimizer_state_dict`` load on any number of processes. They read what the live optimizer has a place for, so
-that a checkpoint of ``torch.optim.AdamW``, or one in another format, needs the two functions here.
+torch's own ``get_optimizer_state_dict`` and ``set_optimizer_state_dict`` save and load this optimizer on any number of
+processes, as long as the state format is the same. They read only the keys that the live optimizer has. For a
+checkpoint in another format, or from or for ``torch.optim.AdamW``, use the two functions of this module.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from torch.distributed.checkpoint.storage import StorageReader
 from lucid import engine
 
 from .distributed_files import Planner, Reader
+from .groups import ParamGroup
+from .matching import taken_over
+from .members import params_of
 from .optimizer import Optimizer
 
 if TYPE_CHECKING:
@@ -39,36 +42,36 @@ def load_optimizer(
     prefix: str = "optimizer",
     process_group: ProcessGroup | None = None,
 ) -> None:
-    """Load the optimizer's state from a distributed checkpoint, whoever saved it in whichever format.
+    """Load optimizer state from a distributed checkpoint in any state format, or of ``torch.optim.AdamW``.
 
-    Reads what the checkpoint says that it holds, state of ``torch.optim.AdamW`` or of this class, flattened or not,
-    then loads and converts as `Optimizer.load_state_dict` does. Every process of the group has to call it.
+    The function reads the keys that the checkpoint has, flattened or not, then loads and converts as
+    `Optimizer.load_state_dict` does. Every process of the group has to call it.
 
     Parameters
     ----------
     model : Module
-        Whose parameters the optimizer updates, sharded or not; by its names the state is found.
+        The model whose parameters the optimizer updates, sharded or not. Its parameter names identify the state.
     optimizer : Optimizer
-        One of ``lucid.optim``.
+        An optimizer of ``lucid.optim``.
     checkpoint_id : path, optional
         The checkpoint's folder.
     storage_reader : StorageReader, optional
-        What reads it, by default files, of which nothing is run that is in them: torch's own readers unpickle the list
-        of contents.
+        Reads the checkpoint. The default reader reads files and never runs code from them; torch's own readers unpickle
+        the ``.metadata`` file, which can run code.
     prefix : str, default "optimizer"
         The key under which the optimizer's state dict was saved; keys within dicts are joined by dots.
     process_group : ProcessGroup, optional
-        The processes that load, by default all.
+        The processes that load; by default all.
 
     Raises
     ------
     FileNotFoundError
-        Where there is no checkpoint, or one whose saving did not end.
+        If there is no checkpoint, or an incomplete one.
     UnpicklingError
-        Where it holds more than tensors and plain values.
+        If it holds anything but tensors and plain values.
     TypeError, ValueError
-        Where the checkpoint does not fit the optimizer: a parameter that it does not know, a shape, a value out of
-        range. Nothing is changed then.
+        If the checkpoint does not fit the optimizer: it lacks a parameter, has another shape or a value out of range,
+        or saved the parameters of one group with different hyperparameters. Nothing is changed then.
     """
     if storage_reader is None:
         if checkpoint_id is None:
@@ -77,13 +80,13 @@ def load_optimizer(
     elif checkpoint_id is not None:
         storage_reader.reset(checkpoint_id)
     names = _names(model, optimizer)
-    params = [param for group in optimizer.param_groups for param in group[_PARAMS]]
+    params = params_of(optimizer.param_groups)
     param_of = dict(zip((name for group in names for name in group), params, strict=True))
     try:
         metadata = storage_reader.read_metadata().state_dict_metadata
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"no whole checkpoint there ({error}): what lists its contents is written last, when all else has been"
+            f"no complete checkpoint there ({error}): .metadata is written last, after all other files"
         ) from error
     places = {key: _Place.of(key.removeprefix(f"{prefix}.")) for key in metadata if key.startswith(f"{prefix}.")}
     if not places:
@@ -96,32 +99,34 @@ def load_optimizer(
         elif place.part == _GROUPS:
             values[key] = _room(None, metadata[key], key)
     load(values, storage_reader=storage_reader, planner=Planner(), process_group=process_group)
-    optimizer.load_state_dict(_assembled(names, [(places[key], value) for key, value in values.items()]))
+    found = [(places[key], value) for key, value in values.items()]
+    optimizer.load_state_dict(_assembled(names, found, optimizer.param_groups))
 
 
 def torch_optimizer_state_dict(model: nn.Module, optimizer: Optimizer, *, flatten: bool = False) -> dict[str, Any]:
-    """Return what ``get_optimizer_state_dict`` would, were the optimizer ``torch.optim.AdamW``.
+    """Return a state dict like that of ``get_optimizer_state_dict`` for ``torch.optim.AdamW``.
 
-    To be saved for training to go on with that: moments as float32, none of what torch has no place for.
+    Save it to continue training with ``torch.optim.AdamW``. Moments are float32, and keys that torch's AdamW does not
+    have are left out.
 
     Parameters
     ----------
     model : Module
-        Whose parameters the optimizer updates, sharded or not.
+        The model whose parameters the optimizer updates, sharded or not.
     optimizer : Optimizer
-        One of ``lucid.optim``, in any state format.
+        An optimizer of ``lucid.optim``, in any state format.
     flatten : bool, default False
-        As ``StateDictOptions(flatten_optimizer_state_dict=...)`` when it will be loaded.
+        Must equal ``StateDictOptions(flatten_optimizer_state_dict=...)`` at loading.
 
     Returns
     -------
     dict
-        By parameter name, with tensors spread over processes as the parameters are.
+        State by parameter name, with tensors sharded as the parameters are.
     """
     names = [name for group in _names(model, optimizer) for name in group]
     saved = optimizer.torch_state_dict()
     state = {names[number]: entry for number, entry in saved[_STATE].items() if entry}
-    own = torch.optim.AdamW([torch.empty(0, device="cpu")]).defaults  # torch looks for these in what it loads
+    own = torch.optim.AdamW([torch.empty(0, device="cpu")]).defaults  # torch expects these keys when it loads
     groups = [own | group | {_PARAMS: [names[number] for number in group[_PARAMS]]} for group in saved[_GROUPS]]
     if not flatten:
         return {_STATE: state, _GROUPS: groups}
@@ -133,7 +138,7 @@ def torch_optimizer_state_dict(model: nn.Module, optimizer: Optimizer, *, flatte
 
 
 class _Place(NamedTuple):
-    """Where a value of a checkpoint belongs: to the state or the group of a parameter, or to a group by its number."""
+    """Where a value of a checkpoint belongs: to a parameter's state or group, or to a group by its number."""
 
     part: str
     name: str
@@ -147,7 +152,7 @@ class _Place(NamedTuple):
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
-    """The names of the parameters of each group, as torch's checkpoints call them."""
+    """The names of each group's parameters, as in torch's checkpoints."""
     name_of = {param: next(iter(_get_fqns(model, name))) for name, param in model.named_parameters()}
     for group in optimizer.param_groups:
         for param in group[_PARAMS]:
@@ -160,7 +165,7 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 
 
 def _room(param: Tensor | None, saved: Any, what: str) -> Tensor | None:
-    """A tensor to read what was `saved` into, spread as the parameter is; None for what is no tensor."""
+    """An empty tensor to read a `saved` tensor into, sharded as the parameter is; None for other values."""
     if not isinstance(saved, TensorStorageMetadata):
         return None
     dtype = saved.properties.dtype
@@ -174,35 +179,42 @@ def _room(param: Tensor | None, saved: Any, what: str) -> Tensor | None:
 
     placements: Sequence[tensor.Placement] = param.placements
     if engine.shards.cuts_blocks(param) and (saved.size != param.shape or dtype == torch.uint8):
-        placements = [tensor.Replicate()] * param.device_mesh.ndim  # codes and scales: of whole blocks
+        placements = [tensor.Replicate()] * param.device_mesh.ndim  # codes and scales need whole blocks
     return tensor.empty(saved.size, dtype=dtype, device_mesh=param.device_mesh, placements=placements)
 
 
-def _assembled(names: list[list[str]], values: list[tuple[_Place, Any]]) -> dict[str, Any]:
-    """A state dict of the optimizer whose groups have parameters of these `names`."""
+def _assembled(
+    names: list[list[str]], values: list[tuple[_Place, Any]], groups: Sequence[ParamGroup]
+) -> dict[str, Any]:
+    """A state dict for an optimizer with these `groups`, whose parameters have these `names`."""
     state: dict[str, dict[str, Any]] = {}
-    saved_groups: dict[str, dict[str, Any]] = {}  # by parameter or, where not flattened, by number
+    parts: dict[str, dict[str, Any]] = {}  # groups by number or, where flattened, by parameter
     for place, value in values:
-        into = state if place.part == _STATE else saved_groups
+        into = state if place.part == _STATE else parts
         into.setdefault(place.name, {})[place.key] = value
-    for group in [group for group in saved_groups.values() if _PARAMS in group]:
-        saved_groups |= {name: {key: group[key] for key in group if key != _PARAMS} for name in group[_PARAMS]}
-    number = itertools.count()
-    assembled: dict[str, Any] = {_STATE: {}, _GROUPS: []}
-    for group_names in names:
-        unknown = [name for name in group_names if name not in saved_groups]
-        if unknown:
-            raise ValueError(f"the checkpoint has no parameter {unknown[0]!r} ({len(unknown)} of them are missing)")
-        options = [{k: v for k, v in saved_groups[name].items() if k != "param_names"} for name in group_names]
-        for name, other in zip(group_names, options, strict=True):
-            if other != options[0]:
-                differing = sorted(key for key in other if other[key] != options[0].get(key))
-                raise ValueError(
-                    f"parameters {group_names[0]!r} and {name!r} are in one group here and were saved with different "
-                    f"{', '.join(differing)}; put them into groups as they were"
-                )
-        numbers = [next(number) for _ in group_names]
-        assembled[_GROUPS].append((options[0] if options else {}) | {_PARAMS: numbers})
-        found = {i: state[name] for i, name in zip(numbers, group_names, strict=True) if name in state}
-        assembled[_STATE] |= found
-    return assembled
+    saved_groups = [part for part in parts.values() if _PARAMS in part] or _as_groups(parts)
+    known = {name for group in saved_groups for name in group[_PARAMS]}
+    unknown = [name for group_names in names for name in group_names if name not in known]
+    if unknown:
+        raise ValueError(f"the checkpoint has no parameter {unknown[0]!r} ({len(unknown)} of them are missing)")
+    called = [[f"parameter {name!r}" for name in group_names] for group_names in names]
+    taken = taken_over(saved_groups, names, groups, called)
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(itertools.chain.from_iterable(names)))}
+    return {
+        _STATE: {number: state[name] for name, number in number_of.items() if name in state},
+        _GROUPS: [
+            {key: value for key, value in group.items() if key != "param_names"}
+            | {_PARAMS: [number_of[name] for name in group_names]}
+            for group, group_names in zip(taken, names, strict=True)
+        ],
+    }
+
+
+def _as_groups(parts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of the parameters that were saved with the same hyperparameters."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, part in parts.items():
+        options = {key: value for key, value in part.items() if key != "param_names"}
+        alike = repr(sorted((key, v.tolist() if isinstance(v, Tensor) else v) for key, v in options.items()))
+        groups.setdefault(alike, options | {_PARAMS: []})[_PARAMS].append(name)
+    return list(groups.values())

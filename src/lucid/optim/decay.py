@@ -1,4 +1,4 @@
-"""Which parameters decay: groups made from a model, and a list of what went where."""
+"""Which parameters get weight decay: parameter groups made from a model, and a table that explains them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import Parameter, is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .values import checked_flag, checked_number
+from lucid.engine.values import checked_flag, checked_number
 
 _BIAS = re.compile(r"(^|_)bias(es)?\d*(_|$)")  # in a parameter's own name: in_proj_bias, bias_hh_l0, bias_k
 _NORM = re.compile(r"norm(ali[sz]ation)?(\d+d)?$", re.IGNORECASE)  # in a class's name, as in all of torch's
@@ -29,7 +29,7 @@ _HEADINGS: dict[Goes, str] = {"decay": "Weight decay", "no decay": "No weight de
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Where one parameter went, and why; `also` are its other names."""
+    """Which group one parameter is in, and why; `also` are its other names."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,13 +39,13 @@ class Placed:
 
 
 class DecayGroups(list[dict[str, Any]]):
-    """What `decay_groups` returns: a list of group dicts that prints what went where.
+    """The list of group dicts that `decay_groups` returns. If you print it, it shows which parameters decay, and why.
 
     Attributes
     ----------
     placed : tuple
-        An entry for each parameter, in the model's order: its ``name``; ``shape``; ``goes``, which is ``"decay"``,
-        ``"no decay"`` or ``"frozen"``; ``why``, in the words that are printed; ``also``, its other names.
+        One entry for each parameter, in the model's order: its ``name``; its ``shape``; ``goes``, which is ``"decay"``,
+        ``"no decay"`` or ``"frozen"``; ``why``, the reason as printed; ``also``, its other names.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]] = (), placed: Iterable[Placed] = ()) -> None:
@@ -75,53 +75,56 @@ def decay_groups(
     decay: str | Iterable[str] = (),
     no_decay: str | Iterable[str] = (),
 ) -> DecayGroups:
-    """Make two parameter groups: weights decay; biases, norms and what else has fewer than 2 dimensions do not.
+    """Make two parameter groups: weights decay; biases, norms and all parameters of fewer than 2 dimensions do not.
 
-    ``print`` of the result shows what went where, and why. Frozen parameters are left out, and shared ones come once.
+    Print the result to see which parameters decay, and why. Frozen parameters are in no group, and a shared parameter
+    is in one group only.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Whose parameters are grouped, after they were frozen, tied or cast, and before the optimizer is made.
+        The model whose parameters to group. Freeze, tie and cast its parameters first, and make the optimizer after.
     weight_decay : float, optional
-        λ of the group that decays, finite and ≥ 0. By default the group has none of its own and takes the
-        ``weight_decay`` that the optimizer is given. The other group's is 0.
+        λ of the group that decays, finite and ≥ 0. By default that group does not set it and uses the optimizer's
+        ``weight_decay``. The other group has 0.
     decay_embeddings : bool, default True
-        Whether embeddings decay. They do in nanoGPT, in timm and with transformers' Trainer, whose users so find what
-        they know; they do not in minGPT and OLMo 2. A row that a batch does not use decays all the same.
+        Whether embeddings decay. They do in nanoGPT, in timm and with transformers' Trainer, hence the default; they do
+        not in minGPT and OLMo 2. A row that a batch does not use decays as well.
     decay, no_decay : str or iterable of str, default ()
-        Patterns of names (``*``, dots included, ``?``, ``[a-z]``) that decide before all else but freezing. Each must
-        match the whole name of some parameter as in ``model.named_parameters()``, case included; of a shared
-        parameter any of its names. No parameter may be matched by both.
+        Patterns of parameter names, with ``*`` (which matches dots too), ``?`` and ``[a-z]``. A pattern overrides every
+        other rule except freezing. Each pattern must match the whole name of at least one parameter, as in
+        ``model.named_parameters()``, case included; for a shared parameter, any of its names. A parameter must not
+        match both `decay` and `no_decay`.
 
     Returns
     -------
     DecayGroups
-        A list of one dict for the parameters that decay and one for those that do not, without any that would be
-        empty. ``"params"`` are (name, Parameter) pairs, so that the optimizer keeps the names.
+        A list of group dicts: one for the parameters that decay and one for the others. A group without parameters is
+        omitted. ``"params"`` are (name, Parameter) pairs, so that the optimizer keeps the names.
 
     Raises
     ------
     TypeError, ValueError
-        Where an argument is not as described; where a pattern matches nothing; where the model has nothing to train, a
-        lazy parameter that no forward pass has initialised, or ``FullyShardedDataParallel`` in it, whose shards have
-        not the parameters' shapes (``fully_shard`` keeps them).
+        If an argument is not as described, a pattern matches nothing, or the model has no parameter to train. Also if
+        the model has a lazy parameter that no forward pass has initialised, or contains ``FullyShardedDataParallel``,
+        which flattens parameters (``fully_shard`` keeps their shapes).
 
     Notes
     -----
-    Without a pattern for it, a parameter is, in this order,
+    A parameter that no pattern matches is, in this order,
 
-    - a bias, where its own name has the word, at any shape: ``bias_hh_l0``, ``in_proj_bias``, ``experts_bias``;
-    - a norm's, where its module's class, or a base of it, is named …Norm, …Norm2d or …Normalization, at any shape;
+    - a bias, if its own name has that word, at any shape: ``bias_hh_l0``, ``in_proj_bias``, ``experts_bias``;
+    - a norm's, if its module's class or a base class is named …Norm, …Norm2d or …Normalization, at any shape;
     - a scalar or 1-dimensional;
-    - an embedding, where its module's class, or a base of it, is named …Embedding, …Embeddings or …EmbeddingBag;
+    - an embedding, if its module's class or a base class is named …Embedding, …Embeddings or …EmbeddingBag;
     - a weight.
 
-    Subclasses of ``nn.Linear`` and of torch's convolutions are neither norm nor embedding, whatever their name.
-    A shared parameter does not decay if any of its uses says so: an embedding tied to the output layer decays unless
-    `decay_embeddings` is False. What a parametrization keeps in place of a tensor goes where that tensor would, so
-    both tensors of ``weight_norm`` decay. Parameters that a model holds itself, such as a position table, go by
-    their shape: timm's exceptions are ``no_decay=model.no_weight_decay() & dict(model.named_parameters()).keys()``.
+    Subclasses of ``nn.Linear`` and of torch's convolutions count as neither norm nor embedding, whatever their name.
+    A shared parameter does not decay if one of its uses does not decay: an embedding tied to the output layer decays
+    unless `decay_embeddings` is False. The tensors that a parametrization stores instead of a weight decay as that
+    weight would, so both tensors of ``weight_norm`` decay. For parameters of the model itself, such as a position
+    table, the shape decides. For timm's exceptions use
+    ``no_decay=model.no_weight_decay() & dict(model.named_parameters()).keys()``.
 
     Examples
     --------
@@ -148,7 +151,7 @@ def decay_groups(
     >>> [group["weight_decay"] for group in optimizer.param_groups]
     [0.1, 0.0]
 
-    Embeddings without decay, and the first norm with it:
+    Here embeddings do not decay, and the first norm does:
 
     >>> groups = optim.decay_groups(model, 0.1, decay_embeddings=False, decay="blocks.0.norm.weight")
     >>> print(groups)
@@ -163,8 +166,8 @@ def decay_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model: expected a torch.nn.Module, got {type(model).__name__}; give the model itself, since its modules "
-            "tell what its parameters are"
+            f"model: expected a torch.nn.Module, got {type(model).__name__}; give the model itself: its modules decide "
+            "which parameters decay"
         )
     own: dict[str, Any] = {} if weight_decay is None else {"weight_decay": checked_number("weight_decay", weight_decay)}
     undecayed = {"bias", "norm", "scalar", "1-dimensional"}
@@ -210,7 +213,7 @@ def _uses(model: nn.Module) -> list[tuple[Parameter, dict[str, str]]]:
             if is_lazy(param):
                 raise ValueError(
                     f"model: expected initialised parameters, got the lazy {name!r}; run the model once on an input "
-                    "before"
+                    "before decay_groups()"
                 )
             owner, dims = module, param.dim()
             if isinstance(module, ParametrizationList):  # its tensors stand for one of the module above

@@ -1,7 +1,8 @@
-"""Folders of ``torch.distributed.checkpoint``, read without running anything that is in them.
+"""Folders of ``torch.distributed.checkpoint``, read without running code from them.
 
-Their list of contents is a pickle, and so is every value that is no tensor. Torch's own reader loads both in a way that
-runs whatever code they name; these load what a checkpoint is made of, and raise for anything else.
+The ``.metadata`` file is a pickle, and so is every value that is not a tensor. torch's own reader unpickles both and
+runs any code that they name. The readers here load only the classes of which a checkpoint consists, and raise for
+anything else.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from . import weights_only
+
 _DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _KNOWN = {
     "torch": {"Size", *_DTYPES},
@@ -41,15 +44,15 @@ _KNOWN = {
 }
 _PATHS = {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"}
 
-_MOST_PLACES = 10_000  # of a list beyond the number of values: a number in the list of contents makes it that long
+_MOST_PLACES = 10_000  # elements of a list beyond the number of values: .metadata could name any length
 
 _InPython: Any = pickle._Unpickler
 
 
 class _Contents(_InPython):  # type: ignore[misc]
-    """Reads what a checkpoint's list of contents is made of.
+    """Unpickles a checkpoint's ``.metadata``.
 
-    In Python: the unpickler in C sets attributes of classes and functions too, in the whole process, if told so.
+    It is Python's unpickler, because the one in C can be told to set attributes of any class or function.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(_InPython.dispatch)
@@ -57,23 +60,23 @@ class _Contents(_InPython):  # type: ignore[misc]
     def load_build(self) -> None:
         built = self.stack[-2]
         if isinstance(built, type) or not dataclasses.is_dataclass(built):
-            raise pickle.UnpicklingError(f"its list of contents changes {built!r}, which is no part of one")
+            raise pickle.UnpicklingError(f"its .metadata changes {built!r}, which does not belong in a checkpoint")
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("pathlib", "pathlib._local") and name in _PATHS:
-            return PurePosixPath if "Posix" in name else PureWindowsPath  # of the machine that saved
+            return PurePosixPath if "Posix" in name else PureWindowsPath  # of the machine that saved it
         if name not in _KNOWN.get(module, ()):
-            raise pickle.UnpicklingError(f"its list of contents names {module}.{name}, which is no part of one")
+            raise pickle.UnpicklingError(f"its .metadata names {module}.{name}, which does not belong in a checkpoint")
         return super().find_class(module, name)
 
 
 class Reader(FileSystemReader):
-    """Reads a checkpoint's folder. A list of contents that names code, or files elsewhere, raises UnpicklingError."""
+    """Reads a checkpoint's folder. Raises UnpicklingError if ``.metadata`` names code or files elsewhere."""
 
-    _read: dict[str, Metadata] | None = None  # by path: a long list takes seconds, and is asked for twice
+    _read: dict[str, Metadata] | None = None  # by path: a long .metadata takes seconds, and torch reads it twice
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         super().reset(checkpoint_id)
@@ -90,13 +93,13 @@ class Reader(FileSystemReader):
         with self.fs.create_stream(path, "rb") as stream:
             metadata = _Contents(stream).load()
         if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"its list of contents is {type(metadata).__name__}, expected Metadata")
+            raise pickle.UnpicklingError(f"its .metadata is {type(metadata).__name__}, expected Metadata")
         for info in (metadata.storage_data or {}).values():
             if not isinstance(info, _StorageInfo):
-                raise pickle.UnpicklingError(f"its list of contents has {type(info).__name__} for a place in a file")
+                raise pickle.UnpicklingError(f"its .metadata has {type(info).__name__} for a place in a file")
             path = str(info.relative_path)
             if path != Path(path).name or path in ("", ".", ".."):
-                raise pickle.UnpicklingError(f"its list of contents names a file elsewhere: {path!r}")
+                raise pickle.UnpicklingError(f"its .metadata names a file elsewhere: {path!r}")
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         assert metadata.storage_meta is not None
@@ -105,17 +108,19 @@ class Reader(FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """Loads into a state dict; reads values that are no tensors as ``torch.load(weights_only=True)`` does."""
+    """Loads into a state dict. Reads values that are not tensors as ``torch.load(weights_only=True)`` does, and also
+    numpy's numbers.
+    """
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), plain)
+        torch.save(weights_only.load(value), plain)
         plain.seek(0)
         super().load_bytes(read_item, plain)
 
 
 class _WholePlanner(Planner, _EmptyStateDictLoadPlanner):
-    """Loads all that there is, into an empty dict; tells how many values of how many it has."""
+    """Loads everything into an empty dict, and reports how many values it has read."""
 
     def __init__(self, tell: Callable[[int, int], object]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -142,29 +147,29 @@ class _WholePlanner(Planner, _EmptyStateDictLoadPlanner):
 def read_whole(
     path: str | os.PathLike[str], tell: Callable[[int, int], object] = lambda there, of: None
 ) -> dict[str, Any]:
-    """Return all that a checkpoint's folder holds, as one process sees it.
+    """Return everything that a checkpoint's folder holds, in one process.
 
     Parameters
     ----------
     path : path
         The folder.
     tell : callable, optional
-        Called with the number of values that are there and of all, as they are read.
+        Called after each value with the number of values read and the number of all values.
 
     Raises
     ------
     FileNotFoundError
-        Where its list of contents, which is written last, or another of its files is missing.
+        If ``.metadata``, which is written last, or another file is missing.
     UnpicklingError
-        Where it holds anything but tensors and plain values.
+        If the folder holds anything but tensors and plain values.
     """
     values: dict[str, Any] = {}
     reader = Reader(path)
-    metadata = reader.read_metadata()  # what it raises, the loader would hide behind another error
+    metadata = reader.read_metadata()  # read it here: the loader would hide its error behind another
     most = _MOST_PLACES + len(metadata.state_dict_metadata)
     for place in (metadata.planner_data or {}).values():
         if any(isinstance(part, int) and part >= most for part in place):
-            raise pickle.UnpicklingError(f"its list of contents has a list of more than {most:,} values")
+            raise pickle.UnpicklingError(f"its .metadata has a list of more than {most:,} values")
     try:
         _load_state_dict(values, storage_reader=reader, planner=_WholePlanner(tell), no_dist=True)
     except CheckpointException as error:

@@ -1,49 +1,160 @@
-"""What a step makes of its gradients before it uses them: unscaled, clipped by their global norm, checked."""
+"""The verdict on a step's gradients: unscaling, clipping by the global norm, skipping. The host or a device decides.
+
+Both follow this rule and get the same bits (`host_verdict`, and the kernel ``decide`` in ``engine/cuda/kernels.py``):
+
+    scale     GradScaler's scale of the gradients, 1 without it
+    norm      = √(the sum of all squares) / scale
+    clip      = 1 if norm + 1e-6 ≤ max_grad_norm, else max_grad_norm / (norm + 1e-6)
+    factor    = clip / scale; the update multiplies each gradient by it
+    skip      if found_inf is not 0, or, under nonfinite="skip", if an entry is NaN or infinite, |g|·factor is too large
+              to be squared, or the norm is not finite
+"""
 
 from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lucid import engine
+from lucid.engine.values import as_float, is_on, number_in, shown
 
-from .values import as_float, number_in, shown
+from .agreement import Agreement, Finding
+from .hyperparameters import Hyperparameters
+from .settings import Settings
 
-NonFinite = Literal["propagate", "skip", "error"]
-NON_FINITE: tuple[NonFinite, ...] = ("propagate", "skip", "error")
-
-# |g| from which on g² overflows, in the two types that steps compute in.
+# From this |g| on, g² overflows, in the two types that steps compute in.
 LIMITS = {torch.float32: 2.0**64, torch.float64: 2.0**512}
 
 
-class Judged(NamedTuple):
-    """What becomes of a step: ``norm`` of the gradients if it was measured, unscaled and unclipped."""
+class Amp(NamedTuple):
+    """The attributes that GradScaler sets on the optimizer, None for those that it has not set."""
 
-    norm: float | None
-    factor: float
-    skip: bool
+    grad_scale: Any
+    found_inf: Any
 
 
-def checked_max_norm(value: Any) -> float | None:
-    """Return `value` as a number or None; raise where it is no bound of a norm."""
-    if value is None:
+NO_AMP = Amp(None, None)
+
+
+class Described(NamedTuple):
+    """A row's name, parameter and gradient, for messages."""
+
+    name: str
+    param: Tensor
+    gradient: Tensor
+
+
+def host_verdict(
+    plan: engine.Plan,
+    agreement: Agreement,
+    settings: Settings,
+    scale: float,
+    found_inf: bool,
+    describe: Callable[[int], Described],
+    untouched: str,
+) -> engine.HostVerdict:
+    """Measure the gradients if the settings need it, and decide this step.
+
+    ``describe``: returns the `Described` of a row number. ``untouched``: the words in the error message for what was
+    not updated.
+    """
+    max_norm, nonfinite = settings.max_grad_norm, settings.nonfinite
+    if not settings.judges or (max_norm is None and found_inf and not agreement):
+        return engine.HostVerdict(1.0 / scale, None, scale, found_inf)
+    plan.measure()
+    square, finding = agreement.square_sum(plan, Finding.BAD if found_inf else Finding.NOTHING)
+    check_others(finding)
+    norm = math.sqrt(square) / scale
+    factor = clip_factor(norm, max_norm) / scale
+    verdict = engine.HostVerdict(factor, norm, scale, finding is Finding.BAD)
+    if verdict.skip or nonfinite == "propagate" or square * factor * factor < 2.0**127:
+        return verdict
+    what = _first_fault(plan, describe, factor)
+    finding = agreement.worst(Finding.BAD if what else Finding.NOTHING)
+    if finding is Finding.NOTHING and math.isfinite(norm):
+        return verdict
+    if nonfinite == "skip":
+        return verdict._replace(skip=True)
+    if what is None and finding is Finding.NOTHING:
+        what = "the gradient norm overflows float64"
+    raise FloatingPointError(
+        f"{what or 'a gradient on another process is not finite'}, so {untouched}; look for the cause "
+        '(torch.autograd.detect_anomaly), or set nonfinite="skip" to skip such steps'
+    )
+
+
+def device_verdict(
+    plan: engine.Plan,
+    counts: engine.StepCounts,
+    settings: Settings,
+    amp: Amp,
+    hyperparameters: Sequence[Hyperparameters],
+    *,
+    alone: bool,
+    fresh: bool,
+) -> engine.DeviceVerdict | None:
+    """Return what the device needs to decide this step, so that the host need not wait; None if the host decides.
+
+    ``alone``: whether no other process takes part in the decision. ``fresh``: whether the step creates state.
+    """
+    device = plan.deciding
+    captured = engine.cuda.is_capturing()
+    if captured:
+        _check_capture(settings, alone=device is not None and alone, ready=plan.begun and not fresh)
+    if device is None or not alone:
         return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"max_grad_norm: expected None or a number, got {shown(value)}")
-    bound = as_float(value)
-    if not bound > 0:
-        raise ValueError(
-            f"max_grad_norm: expected None, a number above 0, or infinity to measure the norm only, got {shown(value)}"
+    given, found_inf = amp
+    told = any(is_on(device, value) for value in (given, found_inf, *(hyper.lr for hyper in hyperparameters)))
+    if not captured and (fresh or settings.nonfinite == "error" or not (told or settings.judges)):
+        return None
+    scale = given if is_on(device, given) else scale_of(given)
+    if found_inf is not None and not is_on(device, found_inf):
+        if found_inf_in(found_inf):
+            return None
+        found_inf = None
+    if not plan.assume():
+        if captured:
+            raise RuntimeError(
+                "step() is being captured in a CUDA graph, but the last step updated other parameters; take a step "
+                "with the same parameters before you capture"
+            )
+        counts.confirm()
+        if not plan.assume():
+            return None
+    return engine.DeviceVerdict(scale, found_inf, settings.max_grad_norm, settings.nonfinite == "skip", captured)
+
+
+def _check_capture(settings: Settings, *, alone: bool, ready: bool) -> None:
+    if not alone:
+        raise RuntimeError(
+            "step() is being captured in a CUDA graph: expected all parameters that have gradients on one GPU, "
+            "updated by the CUDA engine, and not sharded; step without a graph instead"
         )
-    return bound
+    if not ready:
+        raise RuntimeError(
+            "step() is being captured in a CUDA graph before an ordinary step: each replay would initialize its memory "
+            "again; take a step with the same parameters before you capture"
+        )
+    if settings.nonfinite == "error":
+        raise RuntimeError(
+            'step() is being captured in a CUDA graph, which cannot raise an error, so nonfinite="error" does not '
+            'work; set nonfinite="skip"'
+        )
+
+
+def check_others(finding: Finding) -> None:
+    """Raise if another process cannot step."""
+    if finding is Finding.FAILED:
+        raise RuntimeError("another process could not step, so nothing was updated here; its own error says why")
 
 
 def scale_of(value: Any) -> float:
-    """Return the scale that the gradients carry: `grad_scale` as GradScaler sets it, 1 for None."""
+    """Return GradScaler's scale of the gradients as a number, 1 for None; raise unless it is finite and above 0."""
     scale = 1.0 if value is None else _single("grad_scale", value)
     if not 0 < scale < math.inf:
         raise ValueError(f"grad_scale: expected a finite number above 0, got {shown(value)}")
@@ -51,7 +162,7 @@ def scale_of(value: Any) -> float:
 
 
 def found_inf_in(value: Any) -> bool:
-    """Whether GradScaler's check, `found_inf` as it sets it, says that this step must not be taken."""
+    """Whether GradScaler has found a non-finite gradient, so that this step must be skipped."""
     if isinstance(value, Tensor) and value.dtype == torch.bool:
         value = value.int()
     return value is not None and _single("found_inf", value) != 0
@@ -66,19 +177,29 @@ def _single(name: str, value: Any) -> float:
 
 
 def clip_factor(norm: float, max_norm: float | None) -> float:
-    """Return what gradients of this norm are multiplied with, as in ``torch.nn.utils.clip_grad_norm_``.
+    """Return the clip factor for gradients of this norm, as in ``torch.nn.utils.clip_grad_norm_``.
 
-    Never above 1; NaN where the norm is.
+    It is never above 1, and NaN if the norm is NaN.
     """
     if max_norm is None or max_norm == math.inf or norm + 1e-6 <= max_norm:
         return 1.0
     return max_norm / (norm + 1e-6)
 
 
-def fault(gradient: Tensor, square: float, factor: float, dtype: torch.dtype) -> str | None:
-    """Return what is wrong with a gradient that no step can use.
+def _first_fault(plan: engine.Plan, describe: Callable[[int], Described], factor: float) -> str | None:
+    """Return what is wrong with the first gradient of this process that no step can use, or None."""
+    for row, square in plan.squares():
+        name, param, gradient = describe(row)
+        found = fault(gradient, square, factor, param.dtype)
+        if found is not None:
+            return f"the gradient of {name} has {found}"
+    return None
 
-    ``square``: the sum of its squares, by which most are known to be right. ``dtype``: its parameter's.
+
+def fault(gradient: Tensor, square: float, factor: float, dtype: torch.dtype) -> str | None:
+    """Return what is wrong with a gradient that no step can use, or None if nothing is wrong.
+
+    ``square``: the sum of its squares; if it is small enough, no entry need be read. ``dtype``: the parameter's.
     """
     compute = engine.COMPUTE[dtype].to_real()
     limit = LIMITS[compute]

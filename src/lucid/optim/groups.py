@@ -1,14 +1,16 @@
-"""Parameter groups: dicts that store ``beta1`` and ``beta2`` and answer to ``betas`` as well."""
+"""Parameter groups: dicts that store ``beta1`` and ``beta2`` and also accept the key ``betas``."""
 
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterable, KeysView, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import islice
 from typing import Any, Self
 
+import numpy as np
 from torch import Tensor
 
-from .values import shown
+from lucid.engine.values import readable, shown
 
 _MISSING = object()
 
@@ -16,8 +18,8 @@ _MISSING = object()
 class ParamGroup(dict[str, Any]):
     """A parameter group, or the defaults of one.
 
-    ``betas`` is a live virtual key: what torch's schedulers read and write under it is ``beta1`` and ``beta2``.
-    It is not among ``keys()``, so nothing is stored twice.
+    ``betas`` is a virtual key: torch's schedulers read and write ``beta1`` and ``beta2`` through it. It is not in
+    ``keys()``, so nothing is stored twice.
 
     Examples
     --------
@@ -74,7 +76,7 @@ class ParamGroup(dict[str, Any]):
         return value
 
     def update(self, items: Any = (), /, **more: Any) -> None:
-        """Take over all items; ``betas`` wins over ``beta1`` and ``beta2`` given with it."""
+        """Set all items; ``betas`` overrides ``beta1`` and ``beta2`` in the same call."""
         new = {**dict(items), **more}
         betas = new.pop("betas", _MISSING)
         for key, value in new.items():
@@ -102,13 +104,13 @@ class ParamGroup(dict[str, Any]):
         return ParamGroup(self)
 
     def name_of(self, place: int) -> str | None:
-        """Return the name of the parameter at `place`, or None where none was given."""
+        """Return the name of the parameter at `place`, or None if it has no name."""
         names = self.get("param_names")
         return names[place] if isinstance(names, list | tuple) and place < len(names) else None
 
 
 def checked_params(params: Any) -> tuple[list[Tensor], list[str] | None]:
-    """Return the tensors of a group's ``"params"`` and their names, if they have any; raise where it is not so."""
+    """Return the tensors of a group's ``"params"`` and their names, or None if they have none; raise if invalid."""
     if isinstance(params, Tensor):
         params = [params]
     check_ordered(params)
@@ -149,7 +151,7 @@ def check_ordered(params: Any) -> None:
 
 
 def check_distinct(tensors: Sequence[Tensor]) -> None:
-    """Raise if a tensor comes twice: it would be updated twice in a step."""
+    """Raise if a tensor comes twice: a step would update it twice."""
     if len({id(tensor) for tensor in tensors}) != len(tensors):
         raise ValueError(
             "params: a parameter comes more than once, expected each once; model.parameters() lists shared "
@@ -158,7 +160,23 @@ def check_distinct(tensors: Sequence[Tensor]) -> None:
 
 
 def pair(betas: Any) -> tuple[Any, Any]:
-    """Return the two betas, or raise naming what came."""
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise TypeError(f"betas: expected a pair of numbers (beta1, beta2), got {shown(betas)}")
-    return betas[0], betas[1]
+    """Return the two betas of any two numbers in order, or raise naming what came."""
+    two = _in_order(betas)
+    if len(two) != 2:
+        raise TypeError(
+            f"betas: expected a pair of numbers in order, such as (0.9, 0.999), got {shown(betas)}"
+            f"{', which cannot be read' * (isinstance(betas, Tensor) and not readable(betas))}"
+        )
+    return two[0], two[1]
+
+
+def _in_order(values: Any) -> Sequence[Any]:
+    """The items of anything that has them in order, at most 3; none of all else."""
+    if isinstance(values, str | bytes | bytearray | memoryview | Mapping | AbstractSet):
+        return ()
+    try:
+        if isinstance(values, Tensor):
+            return values.tolist() if readable(values) and values.dim() == 1 else ()
+        return list(islice(values.tolist() if isinstance(values, np.ndarray) else values, 3))
+    except Exception:  # of what cannot be iterated over
+        return ()

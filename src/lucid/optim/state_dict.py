@@ -1,65 +1,109 @@
-"""Loading: saved groups and state into a new state, or an exception."""
+"""Converts groups and state to the plain values of a state dict, and back."""
 
 from __future__ import annotations
 
-import numbers
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .formats import KnownAs, StateFormat, copied
+from lucid.engine.conversion import converted_entry, copied
+from lucid.engine.formats import STEP, is_entry, step_is_uncertain
+from lucid.engine.told import warn
+from lucid.engine.values import plain, shown
+
 from .groups import ParamGroup
-from .values import shown
+from .hyperparameters import Reading
+from .matching import OWN_OPTIONS, VERSION, is_name, matched
+from .members import members, params_of
+from .state_box import State
 
-# Of what `state_dict` returns; one that a later release cannot read as this does gets another.
+# The version of what `state_dict` returns. If the layout changes so that older releases cannot read it, increment this.
 STATE_VERSION = 1
-VERSION = "state_version"
 
-OWN_OPTIONS = ("state_format", "master_weights")  # of how state is kept here, whatever was saved
 
-State = defaultdict[Any, Any]
+def as_saved(groups: Sequence[ParamGroup], state: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return groups and state as `Optimizer.state_dict` does: plain values, and the tensors of the state themselves.
+
+    A parameter in several groups has the number of its first place, as in torch.
+    """
+    number_of: dict[int, int] = {}
+    for number, param in enumerate(params_of(groups)):
+        number_of.setdefault(id(param), number)
+    return {
+        "state": {
+            number_of.get(id(key), plain(key)): plain(entry)
+            for key, entry in state.items()
+            if not isinstance(key, Tensor) or id(key) in number_of
+        },
+        "param_groups": [
+            plain({key: value for key, value in group.items() if _is_saved(key, group)})
+            | {"betas": plain(group["betas"]), VERSION: STATE_VERSION}
+            | {"params": [number_of[id(param)] for param in group["params"]]}
+            for group in groups
+        ],
+    }
+
+
+def _is_saved(key: str, group: ParamGroup) -> bool:
+    """Whether `key` is saved unchanged. Names are not saved if there are not as many as parameters: somebody has
+    changed the list of parameters, and a name may belong to another one.
+    """
+    if key != "param_names":
+        return key != "params"
+    names = group[key]
+    return isinstance(names, list | tuple) and len(names) == len(group["params"])
 
 
 def loaded(
     saved: Mapping[str, Any],
     groups: Sequence[ParamGroup],
     defaults: ParamGroup,
-    state_format: Callable[[Tensor, ParamGroup, str], StateFormat],
-    names: Sequence[Sequence[str]],
-    known_as: Callable[[Sequence[ParamGroup]], Iterator[KnownAs]],
+    read: Reading,
+    state_device: torch.device | None,
 ) -> tuple[State, list[ParamGroup]]:
-    """Return the state and groups that `saved` makes of an optimizer with `groups`; nothing given is changed.
+    """Return the new state and groups of an optimizer with `groups` that loads `saved`; no argument is changed.
 
-    ``names`` is how messages call the parameters of each group; ``known_as`` gives what the draws of each parameter
-    are keyed with where that was not saved.
+    ``read``: reads a group. ``state_device``: the device of the state, or None for each parameter's device.
     """
-    saved_groups = _checked_groups(saved, groups)
-    new_groups = [_group(old, own, defaults) for old, own in zip(saved_groups, groups, strict=True)]
-    order = _matched(saved_groups, groups)
+    own = list(members(groups))
+    names = [[member.name for member in own if member.group == number] for number in range(len(groups))]
+    keys, taken = matched(_checked_groups(saved), groups, names)
+    new_groups = [_group(old, group, defaults) for old, group in zip(taken, groups, strict=True)]
+    hyperparameters = [read(group) for group in new_groups]
     state: State = defaultdict(dict)
-    entries = dict(saved["state"])
-    position = 0
-    all_known_as = known_as(new_groups)
-    for number, group in enumerate(new_groups):
-        for index, param in enumerate(group["params"]):
-            name = names[number][index]
-            entry = entries.pop(order[position], {})
-            own_known_as = next(all_known_as)
-            position += 1
-            if not isinstance(entry, Mapping):
-                raise ValueError(f"state of {name}: expected a dict, got {type(entry).__name__}")
-            if entry:
-                own = state_format(param, group, name).converted(param, entry, name, own_known_as)
-                state[param] = own
-    for key, value in entries.items():  # of no parameter: torch keeps it too
+    entries = _entries(saved["state"], [key for group in keys for key in group])
+    uncertain: list[tuple[str, Any]] = []
+    for member in own:
+        param, name = member.param, member.name
+        if param in state:  # in several groups
+            continue
+        entry = entries.pop(keys[member.group][member.place], {})
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"state of {name}: expected a dict, got {type(entry).__name__}")
+        if entry:
+            hyper = hyperparameters[member.group]
+            kept = hyper.format_of(param, name, state_device)
+            state[param] = converted_entry(kept, param, entry, name, member.rounding_key(hyper.seed))
+            if step_is_uncertain(entry[STEP]):
+                uncertain.append((name, entry[STEP]))
+    _check_strays(entries, keys)
+    for key, value in entries.items():  # values that belong to no parameter; torch keeps them too
         state[key] = copied(value)
+    if uncertain:
+        name, step = uncertain[0]
+        more = f" and of {len(uncertain) - 1} more" if len(uncertain) > 1 else ""
+        warn(
+            f"load_state_dict: the step count {float(step):g} of {name}{more} was saved as {step.dtype}, which may "
+            "have rounded it; save step counts as float32, and set the right count in optimizer.state if you know it",
+            UserWarning,
+        )
     return state, new_groups
 
 
-def _checked_groups(saved: Mapping[str, Any], groups: Sequence[ParamGroup]) -> list[Mapping[str, Any]]:
+def _checked_groups(saved: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if not isinstance(saved, Mapping) or "state" not in saved or "param_groups" not in saved:
         raise ValueError("state_dict: expected a dict with the keys 'state' and 'param_groups'")
     if not isinstance(saved["state"], Mapping):
@@ -69,44 +113,78 @@ def _checked_groups(saved: Mapping[str, Any], groups: Sequence[ParamGroup]) -> l
         isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple) for group in saved_groups
     ):
         raise ValueError("state_dict['param_groups']: expected a list of dicts, each with a list 'params'")
-    keys = [key for group in saved_groups for key in group["params"]]
-    if not all(isinstance(key, int | str) for key in keys) or len(set(keys)) != len(keys):
-        raise ValueError("state_dict['param_groups']: expected each parameter's number or name once in 'params'")
-    for group in saved_groups:
+    if not all(isinstance(key, int | str) for group in saved_groups for key in group["params"]):
+        raise ValueError("state_dict['param_groups']: expected numbers or names of parameters in 'params'")
+    bare = [group.keys() <= {"params", VERSION} for group in saved_groups]
+    for index, group in enumerate(saved_groups):
         check_version(group.get(VERSION, STATE_VERSION))
-        names = group.get("param_names")
-        if names is not None and (not isinstance(names, list | tuple) or len(names) != len(group["params"])):
+        keys, names = group["params"], group.get("param_names")
+        if names is not None and not isinstance(names, list | tuple):
             raise ValueError(
-                f"state_dict['param_groups']: expected a list of {len(group['params'])} 'param_names', "
-                f"got {shown(names)}"
+                f"state_dict['param_groups']: expected a list of {len(keys)} 'param_names', got {shown(names)}"
             )
-    sizes = [len(group["params"]) for group in groups]
-    saved_sizes = [len(group["params"]) for group in saved_groups]
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"state_dict: expected groups of {sizes} parameters like the optimizer's, got {saved_sizes}; "
-            "build the optimizer with the groups that it was saved with"
-        )
+        unlike = names is not None and len(names) != len(keys)
+        if any(map(is_name, keys)) and (unlike or (bare[index] and not all(bare))):
+            raise ValueError(
+                f"state_dict['param_groups'][{index}]: expected the group's own hyperparameters and names, got those "
+                "of other groups or none; torch's set_optimizer_state_dict does this if parameters were saved in other "
+                "groups; use lucid.optim.checkpoint.load_optimizer, or build the groups as they were saved"
+            )
     return list(saved_groups)
 
 
+def _entries(state: Mapping[Any, Any], keys: Sequence[int | str]) -> dict[Any, Any]:
+    """Return the saved state by the keys of the groups. A file may have turned numbers into strings, or strings into
+    numbers.
+    """
+    entries, known = dict(state), set(keys)
+    for key in known:
+        other: int | str = str(key)
+        if isinstance(key, str):
+            other = int(key) if key.isdecimal() and len(key) < 20 else key
+        if other in known or other not in entries or str(other) != str(key):
+            continue
+        if key in entries:
+            raise ValueError(
+                f"state_dict['state']: expected the state of parameter {key} once, got it as {key!r} and {other!r}"
+            )
+        entries[key] = entries.pop(other)
+    return entries
+
+
+def _check_strays(entries: Mapping[Any, Any], keys: Sequence[Sequence[int | str]]) -> None:
+    """Raise if a parameter's state is left over, because it would be lost."""
+    strays = [key for key, entry in entries.items() if not isinstance(key, Tensor) and is_entry(entry)]
+    if strays:
+        known = [key for own in keys for key in own]
+        raise ValueError(
+            f"state_dict['state']: expected the keys that groups have in 'params' ({shown(known)}), got state of "
+            f"{shown(strays[0])}{f' and {len(strays) - 1} more' if len(strays) > 1 else ''}; use the same keys in "
+            "'state' and in 'params'"
+        )
+
+
 def check_version(version: Any) -> None:
-    """Raise unless `version` is one of those that this release reads."""
+    """Raise unless this release can read `version`."""
     if type(version) is not int or version < 1:
-        raise ValueError(f"state_dict: expected a whole number from 1 on as {VERSION}, got {shown(version)}")
+        raise ValueError(f"state_dict: expected a whole number of at least 1 as {VERSION}, got {shown(version)}")
     if version > STATE_VERSION:
         raise ValueError(
-            f"state_dict: its state is of version {version}, and this lucid-optim knows those up to {STATE_VERSION}; "
+            f"state_dict: its state has version {version}, but this lucid-optim reads versions up to {STATE_VERSION}; "
             "load it with the release that saved it, or a later one"
         )
 
 
 def _group(saved: Mapping[str, Any], own: ParamGroup, defaults: ParamGroup) -> ParamGroup:
-    """The group's hyperparameters as saved, its parameters as they are."""
-    group = ParamGroup({key: copied(value) for key, value in saved.items() if key not in ("params", VERSION)})
+    """Return a group with the hyperparameters of the saved group, and with the parameters and names of `own`."""
+    without = {"params", "param_names", VERSION}
+    group = ParamGroup({key: copied(value) for key, value in saved.items() if key not in without})
     group["params"] = own["params"]
     if "param_names" in own:
         group["param_names"] = own["param_names"]
+    elif len(names := saved.get("param_names") or ()) == len(own["params"]) and names:
+        keys = saved["params"]
+        group["param_names"] = list(keys) if set(keys) == set(map(str, names)) else copied(names)
     for key in OWN_OPTIONS:
         if key in own:
             group[key] = own[key]
@@ -115,37 +193,10 @@ def _group(saved: Mapping[str, Any], own: ParamGroup, defaults: ParamGroup) -> P
     return group
 
 
-def _matched(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[ParamGroup]) -> list[Any]:
-    """The saved key of each parameter's state, in the order of `groups`."""
-    keys = [key for group in saved_groups for key in group["params"]]
-    saved_names = [name for group in saved_groups for name in group.get("param_names") or ()]
-    names = [name for group in groups for name in group.get("param_names") or ()]
-    if len(names) != len(keys) or len(saved_names) != len(keys):
-        return keys
-    key_of = dict(zip(saved_names, keys, strict=True))
-    if len(key_of) < len(keys) or len(set(names)) < len(names):  # names that do not tell parameters apart
-        return keys
-    if key_of.keys() == set(names):
-        return [key_of[name] for name in names]
-    warnings.warn(
-        "load_state_dict: the saved parameters have other names than the optimizer's, so they are matched by position",
-        UserWarning,
-        stacklevel=4,
-    )
-    return keys
-
-
-def plain(value: Any) -> Any:
-    """Return a hyperparameter as ``torch.load(weights_only=True)`` reads it: numpy's numbers as floats."""
-    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
-        return value
-    return float(value)
-
-
-# Of a group's keys, those that torch has no place for.
+# The keys of a group that torch's AdamW does not have.
 _NOT_TORCH = ("beta1", "beta2", "state_format", "master_weights", "seed", VERSION)
 
 
 def torch_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a saved group as ``torch.optim.AdamW`` keeps it."""
+    """Return a saved group with only the keys of ``torch.optim.AdamW``."""
     return {key: value for key, value in group.items() if key not in _NOT_TORCH}

@@ -1,26 +1,25 @@
-"""What a step was like, as numbers by name."""
+"""The statistics of a step: numbers by name, from what its engines have observed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lucid import engine
 
-from .part import members_of
-
-if TYPE_CHECKING:
-    from .optimizer import Optimizer
+from .agreement import Whole
+from .groups import ParamGroup
+from .members import members
 
 
 class _Sums(NamedTuple):
-    """Of one parameter or several."""
+    """The sums of one parameter, or of several together."""
 
     elements: int
-    gradient: float  # sums of squares
+    gradient: float  # this and the next two: sums of squares
     update: float
     param: float
     ratio: float
@@ -57,32 +56,79 @@ def _together(each: Iterable[_Sums]) -> _Sums:
     )
 
 
-def summed_up(optimizer: Optimizer, seen: Mapping[Tensor, engine.Seen], scale: float) -> dict[str, float]:
-    """Return the statistics of what was `seen` of parameters, whose gradients came `scale` times too large."""
-    state = optimizer._state_box[0]
+class Observations:
+    """The last observation of each parameter, and the scale that the gradients had then (GradScaler's)."""
+
+    def __init__(self) -> None:
+        self.seen: dict[Tensor, engine.Seen] = {}
+        self._scale = 1.0
+        self._scale_there: Tensor | None = None  # if a device decided the last step; 0 before it took its first
+
+    def add(self, seen: dict[Tensor, engine.Seen], scale: float | Tensor | None) -> None:
+        """Add the observations of a step. They replace the earlier ones; if `scale` is None (in backward), only those
+        of the same parameters.
+        """
+        if scale is None:
+            self.seen |= seen
+        elif seen:
+            self.seen = seen
+            if isinstance(scale, Tensor):
+                self._scale_there = scale
+            else:
+                self._scale, self._scale_there = scale, None
+
+    def clear(self) -> None:
+        """Drop all observations."""
+        self.seen, self._scale, self._scale_there = {}, 1.0, None
+
+    @property
+    def scale(self) -> float:
+        """GradScaler's scale of the gradients in the last step; if it is on a device, waits for that."""
+        there = 0.0 if self._scale_there is None else float(self._scale_there)
+        return there or self._scale
+
+
+def summed_up(
+    groups: Sequence[ParamGroup],
+    state: Mapping[Any, Any],
+    observations: Observations,
+    skipped_total: int,
+    skipped_of: Callable[[Tensor], int],
+) -> dict[str, float]:
+    """Return the statistics of the observed parameters in `groups`.
+
+    ``skipped_total``: the skipped steps of this process; ``skipped_of``: those of one parameter.
+    """
     numbers: dict[str, float] = {}
-    groups: dict[int, list[_Sums]] = {}
-    for member in members_of(optimizer.param_groups):
-        if member.param not in seen:
+    sums_of: dict[int, list[_Sums]] = {}
+    skipped_more = 0
+    scale = observations.scale
+    for member in members(groups):
+        observed = observations.seen.get(member.param)
+        if observed is None:
             continue
-        observed = engine.Observed(*seen[member.param])
+        if not isinstance(observed, Whole):
+            gradient, update, param, ratio = observed
+            step = float(state.get(member.param, {}).get("step", 0.0))
+            observed = Whole(gradient, update, param, member.param.numel(), ratio, step, 0)
+        skipped_more = max(skipped_more, int(observed.skipped_more))
         sums = _Sums(
-            member.param.numel(),
+            int(observed.elements),
             observed.gradient,
             observed.update,
             observed.param,
             observed.ratio,
-            float(state.get(member.param, {}).get("step", 0.0)),
-            optimizer._skipped_steps + optimizer._skipped_alone.get(member.param, 0),
+            observed.step,
+            skipped_of(member.param) + int(observed.skipped_more),
         )
-        groups.setdefault(member.group, []).append(sums)
-        if (name := optimizer.param_groups[member.group].name_of(member.place)) is not None:
-            numbers |= sums.named(name, scale)
-    together = {number: _together(each) for number, each in groups.items()}
+        sums_of.setdefault(member.group, []).append(sums)
+        if member.given_name is not None:
+            numbers |= sums.named(member.given_name, scale)
+    together = {number: _together(each) for number, each in sums_of.items()}
     for number, sums in together.items():
         numbers |= sums.named(f"group{number}", scale)
     whole = {
         "grad_norm": math.sqrt(sum(sums.gradient for sums in together.values())) / scale,
-        "skipped_steps": optimizer.skipped_steps,
+        "skipped_steps": skipped_total + skipped_more,
     }
     return whole | numbers

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def quotient(x, y):
-    """The correctly rounded x / y."""
+    """Return the correctly rounded x / y."""
     if x.dtype == tl.float32:
         return tl.div_rn(x, y)
     else:
@@ -17,7 +17,7 @@ def quotient(x, y):
 
 @triton.jit
 def square_root(x):
-    """The correctly rounded square root."""
+    """Return the correctly rounded square root."""
     if x.dtype == tl.float32:
         return tl.sqrt_rn(x)
     else:
@@ -26,7 +26,7 @@ def square_root(x):
 
 @triton.jit
 def mean(a, x, weight, from_average):
-    """a + (1 - beta) (x - a), or x + beta (a - x) where beta < 1/2: `weight` is 1 - beta, or beta."""
+    """Return a + (1 - beta) (x - a), or x + beta (a - x) if beta < 1/2; `weight` is 1 - beta, or beta."""
     base = tl.where(from_average, a, x)
     other = tl.where(from_average, x, a)
     return base + weight * (other - base)
@@ -34,7 +34,7 @@ def mean(a, x, weight, from_average):
 
 @triton.jit
 def maximum(a, b):
-    """The larger; a NaN wins."""
+    """Return the larger of a and b, or NaN if one is NaN."""
     return tl.where((b > a) | (b != b), b, a)
 
 
@@ -42,7 +42,7 @@ def maximum(a, b):
 def adamw(
     weight1, from_average1, weight2, from_average2, d, k, s, e, f, theta, gradient, m, v, w, amsgrad: tl.constexpr
 ):
-    """One step of some elements: the new theta, m, v and w; and for those who observe it the root and the update."""
+    """One step of some elements: return the new theta, m, v and w, and the root and the update for observing."""
     g = f * gradient
     m = mean(m, g, weight1, from_average1)
     v = mean(v, g * g, weight2, from_average2)

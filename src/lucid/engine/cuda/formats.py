@@ -1,18 +1,29 @@
-"""How values are stored in fewer bits, in Triton: line by line as in ``csrc/formats.h``, the same bits."""
+"""How values are stored in fewer bits, in Triton: the same as ``csrc/formats.h``, line by line, with the same bits."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from lucid.engine import numbers
+from lucid.engine.numbers import Dtype, MomentFormat, ParamFormat
+
 from .adamw import quotient
 
-# What a row's kind is made of, numbered as in csrc/kernels.h.
-FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = (tl.constexpr(number) for number in range(4))
-PLAIN, BFLOAT16_ALONE, BFLOAT16_RESIDUAL, FLOAT16_ALONE, FLOAT16_MASTER = (tl.constexpr(number) for number in range(5))
-PLAIN_MOMENTS, BFLOAT16_MOMENTS, EIGHT_BIT = (tl.constexpr(number) for number in range(3))
-
-BLOCK = tl.constexpr(128)  # elements of a row that share a scale
+# Triton reads only constants of the module: these are the numbers of lucid.engine.numbers that make a row's kind.
+FLOAT32 = tl.constexpr(int(Dtype.FLOAT32))
+FLOAT64 = tl.constexpr(int(Dtype.FLOAT64))
+FLOAT16 = tl.constexpr(int(Dtype.FLOAT16))
+BFLOAT16 = tl.constexpr(int(Dtype.BFLOAT16))
+PLAIN = tl.constexpr(int(ParamFormat.PLAIN))
+BFLOAT16_ALONE = tl.constexpr(int(ParamFormat.BFLOAT16))
+BFLOAT16_RESIDUAL = tl.constexpr(int(ParamFormat.BFLOAT16_RESIDUAL))
+FLOAT16_ALONE = tl.constexpr(int(ParamFormat.FLOAT16))
+FLOAT16_MASTER = tl.constexpr(int(ParamFormat.FLOAT16_MASTER))
+PLAIN_MOMENTS = tl.constexpr(int(MomentFormat.PLAIN))
+BFLOAT16_MOMENTS = tl.constexpr(int(MomentFormat.BFLOAT16))
+EIGHT_BIT = tl.constexpr(int(MomentFormat.EIGHT_BIT))
+BLOCK = tl.constexpr(numbers.BLOCK)
 
 _INFINITY = tl.constexpr(0x7F800000)
 _QUIET_NAN = tl.constexpr(0x7FC00000)
@@ -21,7 +32,7 @@ _SIGN = tl.constexpr(0x80000000)
 
 _SHIFT = tl.constexpr(19)
 _SIGNED_LARGEST = tl.constexpr(494.0)  # z from 2 to 496
-_UNSIGNED_OFFSET = tl.constexpr(1.9375)  # so that the lowest code is above zero
+_UNSIGNED_OFFSET = tl.constexpr(1.9375)  # the lowest code decodes to a value above zero
 _UNSIGNED_LARGEST = tl.constexpr(126974.0625)  # z from 2 to 126976
 _LEAST_SCALE = tl.constexpr(2.0**-126)
 
@@ -52,12 +63,12 @@ def store(at, x, mask, masked: tl.constexpr):
         tl.store(at, x)
 
 
-# Draws
+# Random bits
 
 
 @triton.jit
 def mixed(x):
-    """64 bits, each of which depends on all of x: the finalizer of splitmix64."""
+    """Return 64 bits, each of which depends on all bits of x: the finalizer of splitmix64."""
     x = x + 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
@@ -66,9 +77,9 @@ def mixed(x):
 
 @triton.jit
 def draws(key, number):
-    """32 bits for each element, of which the upper 16 are the draw: a number times an odd key plus another key.
+    """Return 32 bits for each element, its number times an odd key plus another key. The upper 16 are random.
 
-    `number`: uint32 where all are below 2^32, else int64.
+    `number`: uint32 if all numbers are below 2^32, else int64.
     """
     if number.dtype == tl.uint32:
         keys = mixed(key)
@@ -84,13 +95,13 @@ def draws(key, number):
 
 @triton.jit
 def load_upper(at, mask, masked: tl.constexpr):
-    """16-bit integers as the upper halves of 32 bits."""
+    """Load 16-bit integers as the upper halves of 32 bits."""
     return load(at, mask, masked).to(tl.uint32) << 16
 
 
 @triton.jit
 def nearest_bfloat16(x):
-    """To the nearest, ties to even, where a NaN becomes a quiet one."""
+    """Round to nearest, ties to even; a NaN becomes a quiet NaN."""
     bits = bits_of(x)
     rounded = tl.where(x != x, _QUIET_NAN, bits + 0x7FFF + ((bits >> 16) & 1))
     return (rounded >> 16).to(tl.uint16)
@@ -98,7 +109,7 @@ def nearest_bfloat16(x):
 
 @triton.jit
 def drawn_bfloat16(x, drawn, positive: tl.constexpr):
-    """Stochastically. A finite value stays finite, and with `positive` one above zero stays so."""
+    """Round stochastically. Finite values stay finite; with `positive`, values above zero stay above zero."""
     bits = bits_of(x)
     magnitude = bits & 0x7FFFFFFF
     rounded = tl.minimum(magnitude + (drawn >> 16), 0x7F7FFFFF)
@@ -109,11 +120,11 @@ def drawn_bfloat16(x, drawn, positive: tl.constexpr):
     return ((rounded | (bits & _SIGN)) >> 16).to(tl.uint16)
 
 
-# How a parameter is loaded and stored. `at`: where it is, `at_lower`: where its residual or master is.
+# How a parameter is loaded and stored. `at`: its address, `at_low_bits`: the address of its residual or master.
 
 
 @triton.jit
-def load_param(at, at_lower, mask, masked: tl.constexpr, form: tl.constexpr):
+def load_param(at, at_low_bits, mask, masked: tl.constexpr, form: tl.constexpr):
     if form == PLAIN:
         return load(at, mask, masked)
     elif form == FLOAT16_ALONE:
@@ -122,12 +133,12 @@ def load_param(at, at_lower, mask, masked: tl.constexpr, form: tl.constexpr):
         return float_of(load_upper(at, mask, masked))
     elif form == BFLOAT16_RESIDUAL:
         alone = load_upper(at, mask, masked)
-        both = alone + load(at_lower, mask, masked).to(tl.int32).to(tl.uint32, bitcast=True)
+        both = alone + load(at_low_bits, mask, masked).to(tl.int32).to(tl.uint32, bitcast=True)
         master = float_of(both)
         return tl.where(master != master, float_of(alone), master)
     else:
         half = load(at, mask, masked)
-        master = load(at_lower, mask, masked)
+        master = load(at_low_bits, mask, masked)
         alone = half.to(tl.float32)
         rounded = master.to(tl.float16)
         same = rounded.to(tl.uint16, bitcast=True) == half.to(tl.uint16, bitcast=True)
@@ -135,7 +146,7 @@ def load_param(at, at_lower, mask, masked: tl.constexpr, form: tl.constexpr):
 
 
 @triton.jit
-def store_param(at, at_lower, theta, mask, masked: tl.constexpr, form: tl.constexpr):
+def store_param(at, at_low_bits, theta, mask, masked: tl.constexpr, form: tl.constexpr):
     if form == PLAIN:
         store(at, theta, mask, masked)
     elif form == FLOAT16_ALONE:
@@ -145,14 +156,14 @@ def store_param(at, at_lower, theta, mask, masked: tl.constexpr, form: tl.conste
     elif form == BFLOAT16_RESIDUAL:
         bits = tl.where(theta != theta, _QUIET_NAN, bits_of(theta))
         store(at, ((bits + 0x8000) >> 16).to(tl.uint16), mask, masked)
-        store(at_lower, bits.to(tl.int16), mask, masked)
+        store(at_low_bits, bits.to(tl.int16), mask, masked)
     else:
-        store(at_lower, theta, mask, masked)
+        store(at_low_bits, theta, mask, masked)
         store(at, theta.to(tl.float16), mask, masked)
 
 
-# Eight bits: of a float32 z the lowest three or four bits of its exponent and the upper four of its mantissa, and for
-# exp_avg the sign. z less an offset is the value, in units of the block's scale.
+# Eight bits. A code is the lowest three (signed) or four (unsigned) exponent bits of a float32 z, the upper four bits
+# of its mantissa, and for exp_avg the sign. The value is z minus an offset, in units of the block's scale.
 
 
 @triton.jit
@@ -169,7 +180,10 @@ def decoded_unsigned(code, scale):
 
 @triton.jit
 def scale_of(bits, largest: tl.constexpr):
-    """The scale of blocks whose magnitudes have these bits, NaN where one is not finite, and its inverse, or 0."""
+    """Return the scales of blocks (NaN if a magnitude is not finite) and their inverses (0 for a scale of 0 or NaN).
+
+    `bits`: the bits of the blocks' magnitudes, uint32[blocks, BLOCK]; results are [blocks, 1].
+    """
     most = tl.max(bits, axis=1, keep_dims=True)
     scale = quotient(float_of(most), tl.full(most.shape, largest, tl.float32))
     scale = tl.where(scale < _LEAST_SCALE, _LEAST_SCALE, scale)
@@ -181,13 +195,13 @@ def scale_of(bits, largest: tl.constexpr):
 
 @triton.jit
 def below_code(drawn):
-    """What is added to the bits of z below a code before they are cut off: 16 random ones and half of the rest."""
+    """Return what is added to the bits of z below a code before they are cut off: 16 random bits and half a unit."""
     return ((drawn >> 13) & 0x7FFF8) | 4
 
 
 @triton.jit
 def encoded_signed(x, drawn):
-    """Codes of the rows of a tile, each a block, and their scales."""
+    """Return the codes and scales of a tile whose rows are blocks."""
     bits = bits_of(x)
     magnitude = bits & 0x7FFFFFFF
     scale, inverse = scale_of(magnitude, _SIGNED_LARGEST)
@@ -199,7 +213,7 @@ def encoded_signed(x, drawn):
 
 @triton.jit
 def encoded_unsigned(x, drawn):
-    """As `encoded_signed`, of values that are not below zero."""
+    """Return codes and scales as `encoded_signed` does, for values >= 0."""
     scale, inverse = scale_of(bits_of(x), _UNSIGNED_LARGEST)
     z = x * inverse + _UNSIGNED_OFFSET
     code = (tl.maximum(bits_of(z), _TWO) + below_code(drawn)) >> _SHIFT

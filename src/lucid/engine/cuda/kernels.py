@@ -1,13 +1,16 @@
-"""The kernels: an update of all rows of one kind, the squares of their gradients, and what is decided by these.
+"""The kernels: they update all rows of one kind, sum the squares of their gradients, and decide a step.
 
-Addresses come from tables, so that one launch is for any number of rows (``table.py`` makes them). Everything that is
-counted in elements is int64: a parameter may have more than 2^31.
+Addresses come from tables (``row_table.py`` makes them), so one launch works for any number of rows. All counts of
+elements are int64, because a parameter may have more than 2^31 elements.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from lucid.engine import numbers
+from lucid.engine.numbers import Column, Operand, Scalar, Told, ToldOfSet
 
 from .adamw import adamw, quotient
 from .formats import (
@@ -38,31 +41,68 @@ from .formats import (
     store_param,
 )
 
-# The columns of the table of rows, as in csrc/plan.h.
-PARAM, GRAD, LOWER, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, EXP_AVG_SCALE, EXP_AVG_SQ_SCALE = (
-    tl.constexpr(number) for number in range(8)
-)
-ELEMENTS, ROW, FIRST, RUN, STRIDE, LAYOUT = (tl.constexpr(number) for number in range(8, 14))
-COLUMNS = tl.constexpr(16)
+# A kernel can read only constants of its own module. lucid.engine.numbers describes each of these.
 
-# What a step's table of scalars holds: whether the step is left out, then a set for each group and step count, in the
-# order of lucid.engine.scalars.Scalars, and the step count.
-BETA1, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, D, K, S, E, F, COUNT = (tl.constexpr(number) for number in range(10))
-SET = tl.constexpr(16)  # float64 of each
+# The columns of the table of rows.
+PARAM = tl.constexpr(int(Operand.PARAM))
+GRAD = tl.constexpr(int(Operand.GRAD))
+LOW_BITS = tl.constexpr(int(Operand.LOW_BITS))
+EXP_AVG = tl.constexpr(int(Operand.EXP_AVG))
+EXP_AVG_SQ = tl.constexpr(int(Operand.EXP_AVG_SQ))
+MAX_EXP_AVG_SQ = tl.constexpr(int(Operand.MAX_EXP_AVG_SQ))
+EXP_AVG_SCALE = tl.constexpr(int(Operand.EXP_AVG_SCALE))
+EXP_AVG_SQ_SCALE = tl.constexpr(int(Operand.EXP_AVG_SQ_SCALE))
+ELEMENTS = tl.constexpr(int(Column.ELEMENTS))
+ROW = tl.constexpr(int(Column.ROW))
+FIRST = tl.constexpr(int(Column.FIRST))
+RUN = tl.constexpr(int(Column.RUN))
+STRIDE = tl.constexpr(int(Column.STRIDE))
+LAYOUT = tl.constexpr(int(Column.LAYOUT))
+COLUMNS = tl.constexpr(numbers.COLUMNS)
 
-# What sets are made of where that is left to the device: as above but for these, and where the numbers 1 - beta^t are.
-LR, WEIGHT_DECAY, SIGN, LR_AT, LR_DOUBLE, POWERS1, LENGTH1, POWERS2, LENGTH2, EPS = (
-    tl.constexpr(number) for number in (4, 5, 6, 7, 8, 10, 11, 12, 13, 14)
-)
+# A table of scalars.
+BETA1 = tl.constexpr(int(Scalar.BETA1))
+BETA2 = tl.constexpr(int(Scalar.BETA2))
+D = tl.constexpr(int(Scalar.D))
+K = tl.constexpr(int(Scalar.K))
+S = tl.constexpr(int(Scalar.S))
+E = tl.constexpr(int(Scalar.E))
+F = tl.constexpr(int(Scalar.F))
+COUNT = tl.constexpr(int(Scalar.COUNT))
+SET = tl.constexpr(numbers.SET)
 
-# A sum of squares is made of chunks, and a chunk's of lanes: element i of it is added to lane i % LANES.
-CHUNK = tl.constexpr(4096)
-LANES = tl.constexpr(32)
+# The input of the kernel that decides.
+SETS = tl.constexpr(int(Told.SETS))
+SUMS = tl.constexpr(int(Told.SUMS))
+MAX_NORM = tl.constexpr(int(Told.MAX_NORM))
+SKIPS = tl.constexpr(int(Told.SKIPS))
+SCALE = tl.constexpr(int(Told.SCALE))
+SCALE_AT = tl.constexpr(int(Told.SCALE_AT))
+SCALE_DOUBLE = tl.constexpr(int(Told.SCALE_DOUBLE))
+FOUND_INF_AT = tl.constexpr(int(Told.FOUND_INF_AT))
+CAPTURED = tl.constexpr(int(Told.CAPTURED))
+LR = tl.constexpr(int(ToldOfSet.LR))
+WEIGHT_DECAY = tl.constexpr(int(ToldOfSet.WEIGHT_DECAY))
+SIGN = tl.constexpr(int(ToldOfSet.SIGN))
+LR_AT = tl.constexpr(int(ToldOfSet.LR_AT))
+LR_DOUBLE = tl.constexpr(int(ToldOfSet.LR_DOUBLE))
+POWERS1 = tl.constexpr(int(ToldOfSet.POWERS1))
+LENGTH1 = tl.constexpr(int(ToldOfSet.LENGTH1))
+POWERS2 = tl.constexpr(int(ToldOfSet.POWERS2))
+LENGTH2 = tl.constexpr(int(ToldOfSet.LENGTH2))
+EPS = tl.constexpr(int(ToldOfSet.EPS))
+CORRECTION = tl.constexpr(int(numbers.Kept.CORRECTION))
+SKIPPED = tl.constexpr(int(numbers.Kept.SKIPPED))
+NORM = tl.constexpr(int(numbers.Kept.NORM))
+SCALE_WAS = tl.constexpr(int(numbers.Kept.SCALE))
+
+CHUNK = tl.constexpr(numbers.CHUNK)
+LANES = tl.constexpr(numbers.LANES)
 
 
 @triton.jit
 def scalar(at, compute: tl.constexpr):
-    """A number of the host's, rounded once to the compute type."""
+    """Load a float64 scalar, rounded once to the compute type."""
     if compute == FLOAT64:
         return tl.load(at)
     else:
@@ -71,7 +111,7 @@ def scalar(at, compute: tl.constexpr):
 
 @triton.jit
 def weight(at, beta: tl.constexpr, compute: tl.constexpr):
-    """What a mean is weighted with, and whether it starts from the average."""
+    """Return the weight of a running average (1 - beta, or beta if beta < 1/2), and whether beta >= 1/2."""
     from_average = tl.load(at + beta) >= 0.5
     return scalar(at + beta + from_average.to(tl.int32), compute), from_average
 
@@ -80,7 +120,7 @@ def weight(at, beta: tl.constexpr, compute: tl.constexpr):
 def place(
     address, kind: tl.constexpr, start, lane, layout, operand: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr
 ):
-    """Where elements `start` + `lane` of an operand are; `dims` 0: one after the other."""
+    """Return the addresses of elements `start` + `lane` of an operand, which is contiguous if `dims` is 0."""
     at = address.to(tl.pointer_type(kind))
     if dims == 0:
         if wide:
@@ -101,7 +141,7 @@ def load_gradient(
     address, start, lane, layout, mask,
     gradient: tl.constexpr, compute: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """In the compute type, each rounded at most once."""
+    """Load elements of a gradient in the compute type, each rounded at most once."""
     if gradient == FLOAT32:
         given: tl.constexpr = tl.float32
     elif gradient == FLOAT64:
@@ -122,8 +162,8 @@ def load_gradient(
 
 
 @triton.jit
-def numbers(row, start, lane, numbered: tl.constexpr):
-    """The numbers by which elements draw."""
+def element_numbers(row, start, lane, numbered: tl.constexpr):
+    """Return the numbers of elements in the whole parameter, on which their random bits depend."""
     first = tl.load(row + FIRST)
     if numbered:
         run = tl.load(row + RUN)
@@ -135,7 +175,7 @@ def numbers(row, start, lane, numbered: tl.constexpr):
 
 @triton.jit
 def largest(x, mask):
-    """The largest of values that are not below zero; a NaN wins."""
+    """Return the largest of values >= 0, or NaN if one is NaN."""
     x = tl.where(mask, x, 0.0)
     if x.dtype == tl.float64:
         return tl.max(tl.ravel(x.to(tl.uint64, bitcast=True)), axis=0).to(tl.float64, bitcast=True)
@@ -150,12 +190,30 @@ def sum_of_squares(x, mask):
 
 @triton.jit
 def update_tile(
-    param_at, gradient_at, lower_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key, observed,
+    param_at, gradient_at, low_bits_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key, observed,
     weight1, from_average1, weight2, from_average2, d, k, s, e, f, start, lane, mask, block, block_mask,
     gradient: tl.constexpr, compute: tl.constexpr, form: tl.constexpr, moments: tl.constexpr, amsgrad: tl.constexpr,
     dims: tl.constexpr, numbered: tl.constexpr, wide: tl.constexpr, observe: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Update elements `start` + `lane` of a row; with eight bits, each row of the tile is a block."""
+    """Update elements `start` + `lane` of a row. With 8-bit moments, each row of the tile is a block.
+
+    Addresses of the row's operands, int64 scalars, 0 if the row has no such operand: ``param_at``, ``gradient_at``,
+    ``low_bits_at`` (residual or float32 master), ``m_at``, ``v_at``, ``w_at`` (amsgrad's maximum), ``m_scale_at``,
+    ``v_scale_at`` (scales of blocks). ``layout``: pointer to the row's layout, int64[1 + SHAPED_OPERANDS, dims], read
+    if `dims` is not 0. ``row``: pointer to the row's columns in the table of rows. ``key``: uint64 scalar, the key of
+    this step's random bits. ``observed``: pointer to float64[4], written if `observe`.
+
+    Scalars in the compute type: ``weight1``, ``weight2``, the weights of the two running averages, with
+    ``from_average1``, ``from_average2``, int1, whether beta >= 1/2; ``d``, ``k``, ``s``, ``e``, ``f`` of the rule.
+
+    Elements: ``start``, int64 scalar; ``lane``, integers [tile], or [tile / BLOCK, BLOCK] with 8-bit moments; ``mask``,
+    int1 of that shape, which of them exist, read if `masked`. For 8-bit moments only: ``block``, int64[tile / BLOCK,
+    1], the numbers of the tile's blocks, and ``block_mask``, int1 of that shape, which of these exist.
+
+    The kind, as in `lucid.engine.cuda.row_table.Kind`: ``gradient``, ``compute`` (`Dtype`), ``form`` (`ParamFormat`),
+    ``moments`` (`MomentFormat`), ``amsgrad``, ``dims`` of the layout, ``numbered``, ``wide``. Then ``observe``, and
+    ``masked``: whether some elements of the tile may not exist.
+    """
     real: tl.constexpr = tl.float64 if compute == FLOAT64 else tl.float32
     if form == PLAIN:
         stored: tl.constexpr = real
@@ -164,18 +222,18 @@ def update_tile(
     else:
         stored: tl.constexpr = tl.float16
     kept: tl.constexpr = real if moments == PLAIN_MOMENTS else (tl.uint16 if moments == BFLOAT16_MOMENTS else tl.uint8)
-    flat: tl.constexpr = 0 if moments == EIGHT_BIT else dims  # codes are one after the other
+    flat: tl.constexpr = 0 if moments == EIGHT_BIT else dims  # codes are always contiguous
 
     at_param = place(param_at, stored, start, lane, layout, PARAM, dims, wide)
     at_m = place(m_at, kept, start, lane, layout, EXP_AVG, flat, wide)
     at_v = place(v_at, kept, start, lane, layout, EXP_AVG_SQ, flat, wide)
-    at_lower = at_param
+    at_low_bits = at_param
     if form == BFLOAT16_RESIDUAL:
-        at_lower = place(lower_at, tl.int16, start, lane, layout, LOWER, dims, wide)
+        at_low_bits = place(low_bits_at, tl.int16, start, lane, layout, LOW_BITS, dims, wide)
     elif form == FLOAT16_MASTER:
-        at_lower = place(lower_at, tl.float32, start, lane, layout, LOWER, dims, wide)
+        at_low_bits = place(low_bits_at, tl.float32, start, lane, layout, LOW_BITS, dims, wide)
 
-    theta = load_param(at_param, at_lower, mask, masked, form)
+    theta = load_param(at_param, at_low_bits, mask, masked, form)
     g = load_gradient(gradient_at, start, lane, layout, mask, gradient, compute, dims, wide, masked)
     if moments == PLAIN_MOMENTS:
         m = load(at_m, mask, masked)
@@ -203,14 +261,14 @@ def update_tile(
         tl.store(observed + 2, sum_of_squares(theta, mask))
         tl.store(observed + 3, largest(ratio, mask))
 
-    store_param(at_param, at_lower, theta, mask, masked, form)
+    store_param(at_param, at_low_bits, theta, mask, masked, form)
     if amsgrad:
         store(at_w, w, mask, masked)
     if moments == PLAIN_MOMENTS:
         store(at_m, m, mask, masked)
         store(at_v, v, mask, masked)
     else:
-        drawn = draws(key, numbers(row, start, lane, numbered))
+        drawn = draws(key, element_numbers(row, start, lane, numbered))
         if moments == BFLOAT16_MOMENTS:
             store(at_m, drawn_bfloat16(m, drawn, False), mask, masked)
             store(at_v, drawn_bfloat16(v, drawn, True), mask, masked)
@@ -233,11 +291,11 @@ def update(
     dims: tl.constexpr, numbered: tl.constexpr, whole_rows: tl.constexpr, wide: tl.constexpr, observe: tl.constexpr,
     tile: tl.constexpr, tiles: tl.constexpr,
 ):  # fmt: skip
-    """Update all rows of one kind, `tiles` tiles of one of them in each program.
+    """Update all rows of one kind. Each program updates `tiles` tiles of one row.
 
-    ``rows``: int64[rows, COLUMNS]. ``step``: int64[3, rows], gradients' addresses, sets of scalars, hashes of streams.
-    ``scalars``: float64. ``programs``: int64, the row in the lower half and which of its parts in the upper.
-    ``layouts``: int64. ``observed``: float64[programs, tiles, 4]. ``gradient`` ... ``wide``: the kind.
+    ``rows``: int64[rows, COLUMNS]. ``step``: int64[3, rows]: gradients' addresses, sets of scalars, hashes of streams.
+    ``scalars``: float64, a table of scalars. ``programs``: int64[programs], the row in the lower half and the part of
+    it in the upper. ``layouts``: int64. ``observed``: float64[programs, tiles, 4]. ``gradient`` ... ``wide``: the kind.
     """
     program = tl.load(programs + tl.program_id(0))
     number = program & 0xFFFFFFFF
@@ -249,7 +307,7 @@ def update(
     row = rows + number * COLUMNS
     elements = tl.load(row + ELEMENTS)
     param_at = tl.load(row + PARAM)
-    lower_at = tl.load(row + LOWER)
+    low_bits_at = tl.load(row + LOW_BITS)
     m_at = tl.load(row + EXP_AVG)
     v_at = tl.load(row + EXP_AVG_SQ)
     w_at = tl.load(row + MAX_EXP_AVG_SQ)
@@ -286,7 +344,7 @@ def update(
             if moments == EIGHT_BIT:
                 block = (first_tile + turn) * (tile // BLOCK) + in_tile
             update_tile(
-                param_at, gradient_at, lower_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key,
+                param_at, gradient_at, low_bits_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key,
                 observed + turn * 4, weight1, from_average1, weight2, from_average2, d, k, s, e, f,
                 start, lane, lane >= 0, block, block,
                 gradient, compute, form, moments, amsgrad, dims, numbered, wide, observe, False,
@@ -299,7 +357,7 @@ def update(
                 mask = start + lane < elements
                 block_mask = mask
                 update_tile(
-                    param_at, gradient_at, lower_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key,
+                    param_at, gradient_at, low_bits_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key,
                     observed + turn * 4, weight1, from_average1, weight2, from_average2, d, k, s, e, f,
                     start, lane, mask, block, block_mask,
                     gradient, compute, form, moments, amsgrad, dims, numbered, wide, observe, True,
@@ -310,7 +368,7 @@ def update(
                 index = block // in_row * length + inner
                 block_mask = block // in_row * length < elements
                 update_tile(
-                    param_at, gradient_at, lower_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key,
+                    param_at, gradient_at, low_bits_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key,
                     observed + turn * 4, weight1, from_average1, weight2, from_average2, d, k, s, e, f,
                     start * 0, index, (inner < length) & block_mask, block, block_mask,
                     gradient, compute, form, moments, amsgrad, dims, numbered, wide, observe, True,
@@ -319,7 +377,7 @@ def update(
 
 @triton.jit
 def folded(lanes, count: tl.constexpr):
-    """The lanes of `count` chunks by halves: 0 and 16, 1 and 17, ... then 0 and 8, ..."""
+    """Add the lanes of `count` chunks by halves: 0 and 16, 1 and 17, ... then 0 and 8, ..."""
     half = tl.sum(tl.reshape(lanes, [count, 2, 16]), axis=1)
     half = tl.sum(tl.reshape(half, [count, 2, 8]), axis=1)
     half = tl.sum(tl.reshape(half, [count, 2, 4]), axis=1)
@@ -332,11 +390,11 @@ def squares(
     rows, step, programs, layouts, sums, row_count, sum_count,
     gradient: tl.constexpr, compute: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr, together: tl.constexpr,
 ):  # fmt: skip
-    """Sum up the squares of rows' gradients, `together` chunks of one in each program, and find the largest entries.
+    """Sum the squares of gradients and find the largest entries. Each program reads `together` chunks of one row.
 
-    ``programs``: int64[2, programs], as above, and where the first chunk's sum belongs. ``sums``:
-    float64[3, sum_count], sums of chunks, the largest |g| of those computed in float32, and of those in float64;
-    infinity where one is no number.
+    ``programs``: int64[2, programs]: the row and part as in `update`, and where the first chunk's sum is written.
+    ``sums``: float64[3, sum_count]: the sums of chunks, the largest |g| of chunks computed in float32, and of chunks
+    computed in float64; a NaN counts as infinity.
     """
     program = tl.load(programs + tl.program_id(0))
     to = tl.load(programs + tl.num_programs(0) + tl.program_id(0))
@@ -372,7 +430,7 @@ def squares(
 
 @triton.jit
 def sum_chunk(values, value_count, order, begin, count, ordered: tl.constexpr):
-    """Sum up a chunk of up to 4,096 sums in the order of their lanes; find the largest of each of the two others."""
+    """Add a chunk of up to 4,096 sums in the order of their lanes; find the largest of the two other columns."""
     lanes = tl.zeros([1, LANES], tl.float64)
     most32 = tl.zeros([1, LANES], tl.float64)
     most64 = tl.zeros([1, LANES], tl.float64)
@@ -391,7 +449,7 @@ def sum_chunk(values, value_count, order, begin, count, ordered: tl.constexpr):
 
 @triton.jit(do_not_specialize=["value_count", "sum_count"])
 def sum_up(values, sums, segments, order, value_count, sum_count, ordered: tl.constexpr):
-    """Sum up segments of up to 4,096 sums; ``segments``: int64[3, programs], where each begins, its count, where to."""
+    """Add segments of up to 4,096 sums; ``segments``: int64[3, programs]: begin, length, where the sum is written."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     begin = tl.load(segments + program)
@@ -403,16 +461,9 @@ def sum_up(values, sums, segments, order, value_count, sum_count, ordered: tl.co
     tl.store(sums + 2 * sum_count + to, most64)
 
 
-# The words of what decides, and of what is kept on the device from step to step.
-SETS, SUMS, MAX_NORM, SKIPS, SCALE, SCALE_AT, SCALE_DOUBLE, FOUND_INF_AT, COUNTS = (
-    tl.constexpr(number) for number in range(9)
-)
-DRIFT, SKIPPED, NORM, SCALE_WAS = (tl.constexpr(number) for number in range(4))
-
-
 @triton.jit
 def number_at(address, double):
-    """A float32 of the device, or a float64 where it is `double`, as float64."""
+    """Load a float32 at an address, or a float64 if `double` is not 0, as float64."""
     if double != 0:
         return tl.load(address.to(tl.pointer_type(tl.float64)))
     else:
@@ -421,14 +472,12 @@ def number_at(address, double):
 
 @triton.jit(do_not_specialize=["sum_count"])
 def decide(config, kept, sums, scalars, sum_count, measured: tl.constexpr):
-    """Decide what becomes of this step, and make its scalars.
+    """Decide whether this step is taken and with which factor, and make its scalars.
 
-    ``config``: int64, words of which some are float64s: SETS, how many sets of scalars follow from word SET on; SUMS,
-    of how many sums (up to 4,096) the sum of squares is made; MAX_NORM; SKIPS, whether gradients that are not finite
-    leave the step out; the scale of gradients, or its address and whether that is of a float64; the address of a
-    float32 found_inf, or 0; COUNTS, whether the host's step counts stand still while this is run again and again.
-    ``kept``: int64, how far the host's step counts are behind and how many steps were left out, and of the last step,
-    as float64, the norm of the gradients and their scale.
+    The rule is that of ``lucid/optim/gradients.py``. ``config``: int64[1 + sets, SET], the input: first the words of
+    `Told`, then those of `ToldOfSet` for each set. ``kept``: int64[KEPT], the words of `Kept`, read and updated.
+    ``sums``: float64[3, sum_count], of which the first SUMS (up to 4,096) are added, read if `measured`. ``scalars``:
+    float64[1 + sets, SET], the table of scalars, written.
     """
     floats = config.to(tl.pointer_type(tl.float64))
     kept_floats = kept.to(tl.pointer_type(tl.float64))
@@ -455,7 +504,7 @@ def decide(config, kept, sums, scalars, sum_count, measured: tl.constexpr):
         skip = skip | ((tl.load(config + SKIPS) != 0) & (fine == 0))
         tl.store(kept_floats + NORM, norm)
 
-    drift = tl.load(kept + DRIFT)
+    correction = tl.load(kept + CORRECTION)
     sets = tl.load(config + SETS)
     for number in range(0, sets):
         at = floats + (number + 1) * SET
@@ -466,12 +515,12 @@ def decide(config, kept, sums, scalars, sum_count, measured: tl.constexpr):
         if lr_at != 0:
             lr = number_at(lr_at, tl.load(words + LR_DOUBLE))
             skip = skip | (lr < 0.0) | (lr == float("inf")) | (lr != lr)
-        count = tl.load(at + COUNT).to(tl.int64) + drift
+        count = tl.load(at + COUNT).to(tl.int64) + correction
         powers1 = tl.load(words + POWERS1).to(tl.pointer_type(tl.float64))
         powers2 = tl.load(words + POWERS2).to(tl.pointer_type(tl.float64))
         power1 = tl.load(powers1 + tl.minimum(count, tl.load(words + LENGTH1) - 1))
         power2 = tl.load(powers2 + tl.minimum(count, tl.load(words + LENGTH2) - 1))
-        for word in tl.static_range(4):
+        for word in tl.static_range(D):
             tl.store(to + word, tl.load(at + word))
         tl.store(to + D, lr * tl.load(at + WEIGHT_DECAY))
         tl.store(to + K, lr / power1)
@@ -483,8 +532,8 @@ def decide(config, kept, sums, scalars, sum_count, measured: tl.constexpr):
     tl.store(scalars, skip.to(tl.float64))
     tl.store(kept_floats + SCALE_WAS, tl.where(skip, tl.load(kept_floats + SCALE_WAS), scale))
     tl.store(kept + SKIPPED, tl.load(kept + SKIPPED) + skip.to(tl.int64))
-    if tl.load(config + COUNTS) != 0:
-        drift += (skip == 0).to(tl.int64)
+    if tl.load(config + CAPTURED) != 0:
+        correction += (skip == 0).to(tl.int64)
     else:
-        drift -= skip.to(tl.int64)
-    tl.store(kept + DRIFT, drift)
+        correction -= skip.to(tl.int64)
+    tl.store(kept + CORRECTION, correction)

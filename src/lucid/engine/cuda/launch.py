@@ -1,4 +1,4 @@
-"""How kernels are launched: compiled by Triton on a GPU, or interpreted on the CPU, where tests compare every bit."""
+"""Launches kernels: compiled by Triton on a GPU, or interpreted on the CPU, where tests compare all bits."""
 
 from __future__ import annotations
 
@@ -10,61 +10,63 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lucid.engine.numbers import MomentFormat
+
 from .kernels import decide, squares, sum_up, update
-from .table import EIGHT_BIT, PLAIN, Geometry, Kind
+from .row_table import Geometry, Kind
 
 __all__ = ["GPU", "Interpreter", "decide", "squares", "sum_up", "update"]
 
-# No multiplication and addition may become one rounding.
+# A fused multiply-add would round once where the contract rounds twice.
 _OPTIONS = {"enable_fp_fusion": False}
 
 
 class GPU:
-    """A GPU: kernels are compiled when they are first wanted, and launched on the current stream."""
+    """Launches kernels on the current stream of a GPU, and compiles each when it is first needed."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def geometry(self, kind: Kind) -> Geometry:
-        """Return how elements are shared out.
+        """Return how elements are divided among programs, as measured on an H100 (benchmarks/RESULTS-gpu.md).
 
-        As measured on an H100 (benchmarks/RESULTS-gpu.md): few elements a thread leave room in its registers, so that
-        enough threads are there to hide the memory's latency; where much comes before drawing and encoding, several
-        tiles share it, and a thread with more elements of a block shares its scales.
+        Few elements per thread need few registers, so enough threads run to hide the latency of memory. Stochastic
+        rounding and encoding need much preparation, so several tiles share it. A thread with more elements of a block
+        shares the block's scales.
         """
-        if kind.moments == PLAIN:
+        if kind.moments == MomentFormat.PLAIN:
             return Geometry(512, 1, 4)
-        if kind.moments == EIGHT_BIT:
-            return Geometry(256 if kind.dims == 0 else 128, 8, 1)  # strides take registers
+        if kind.moments == MomentFormat.EIGHT_BIT:
+            return Geometry(256 if kind.dims == 0 else 128, 8, 1)  # strides need registers
         return Geometry(256, 8, 2)
 
     def current(self) -> AbstractContextManager[Any]:
-        """Make this device the current one, within."""
+        """Return a context manager that makes this device the current one."""
         if torch.cuda.current_device() == self.device.index:
             return nullcontext()
         return torch.cuda.device(self.device)
 
     def stream(self) -> int:
-        """Return what tells the current stream from others."""
+        """Return a number that identifies the current stream."""
         return torch.cuda.current_stream(self.device).cuda_stream
 
     def empty(self, words: int) -> Tensor:
-        """Return memory for so many numbers of 64 bits."""
-        with torch.inference_mode(False):  # what is made in that mode could not be written to outside
+        """Return uninitialized memory for `words` numbers of 64 bits."""
+        with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside of it
             return torch.empty(words, dtype=torch.int64, device=self.device)
 
     def staging(self, words: int) -> Tensor:
-        """Return memory of the host that the device can read by itself."""
+        """Return pinned host memory for `words` numbers, which the device can read directly."""
         with torch.inference_mode(False):
             return torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=True)
 
     def upload(self, target: Tensor, staged: Tensor) -> None:
-        """Copy, in the order of the stream, and wait for nothing."""
+        """Copy in the order of the stream; do not wait."""
         target.copy_(staged, non_blocking=True)
 
     def prepare(self, kernel: Any, args: Sequence[Any], kind: Sequence[Any], warps: int) -> Any:
-        """Return what `launch` takes; whatever can go wrong does so here."""
+        """Return the kernel as `launch` takes it. Everything that can fail (compiling, loading) happens here."""
         key = (kernel, tuple(kind), warps)
         compiled = self._compiled.get(key)
         if compiled is None:
@@ -80,12 +82,12 @@ class GPU:
 
 
 class Interpreter:
-    """Triton's interpreter, on tensors of the CPU."""
+    """Runs kernels in Triton's interpreter, on CPU tensors."""
 
     device = torch.device("cpu")
 
     def geometry(self, kind: Kind) -> Geometry:
-        return Geometry(2048, 2, 1)  # each tile takes as long, whatever its size
+        return Geometry(2048, 2, 1)  # large tiles, because the interpreter's time per tile hardly depends on its size
 
     def current(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -117,7 +119,7 @@ _launchers: dict[tuple[int, int], Launcher] = {}
 
 
 def launcher_for(device: tuple[int, int]) -> Launcher:
-    """Return the launcher of a device, given as DLPack does, (type, index): the same each time."""
+    """Return the launcher of a device, the same at each call; `device` is DLPack's (type, index)."""
     found = _launchers.get(device)
     if found is None:
         kind, index = device

@@ -1,4 +1,4 @@
-"""What kernels are told of the rows of a plan, as tables: where everything is, and which program does what."""
+"""The tables of a plan's rows that kernels read: addresses and sizes, and which program updates which part."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lucid.engine.numbers import BLOCK, CHUNK, COLUMNS, SHAPED_OPERANDS, Column, MomentFormat
+
 if TYPE_CHECKING:
     from lucid.engine import _cpu
 
 Table = NDArray[np.int64]
 
-COLUMNS = 16  # of a row, as in csrc/plan.h
-OPERANDS = 6  # of a parameter's shape
-CHUNK = 4096  # elements whose squares are summed up together, and sums that are
-BLOCK = 128
-PLAIN, BFLOAT16, EIGHT_BIT = range(3)  # how moments are kept, as in csrc/kernels.h
-FLOAT64 = 1
-
 
 class DeviceRow(NamedTuple):
-    """A row that is bound to a device, as ``csrc/plan.h`` has it; types and formats by number."""
+    """A row that is bound to a device, field by field as in ``csrc/rows.h``; types and formats are numbers."""
 
     row: int
     device_type: int
@@ -40,7 +35,7 @@ class DeviceRow(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a kernel is compiled for: how the rows that it updates are stored."""
+    """The constants that an update kernel is compiled for: how its rows are stored."""
 
     gradient: int
     compute: int
@@ -54,8 +49,8 @@ class Kind(NamedTuple):
 
     @classmethod
     def of(cls, row: DeviceRow) -> Kind:
-        """Return the kind of a row: what does not matter to it is the same in all."""
-        draws, blocks = row.moments != PLAIN, row.moments == EIGHT_BIT
+        """Return the kind of a row. Fields that its format does not use get a fixed value, so fewer kernels compile."""
+        draws, blocks = row.moments != MomentFormat.PLAIN, row.moments == MomentFormat.EIGHT_BIT
         return cls(
             row.gradient,
             row.compute,
@@ -70,7 +65,7 @@ class Kind(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """How elements are shared out: how many a program updates at once, how often it does so, by how many warps."""
+    """How elements are divided: elements per tile, tiles per program, and warps per program."""
 
     tile: int
     tiles: int
@@ -78,7 +73,7 @@ class Geometry(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the kernel of squares is compiled for."""
+    """The constants that the kernel of squares is compiled for."""
 
     gradient: int
     compute: int
@@ -92,26 +87,26 @@ class Gradients(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """The programs of a launch: for each the number of its row, and which part of it."""
+    """The programs of a launch: for each, the number of its row, and which part of the row."""
 
     rows: Table
     parts: Table
 
     @classmethod
     def of(cls, rows: Table, parts: Table) -> Programs:
-        """Return one program for each of so many parts of each row."""
+        """Return one program for each part; ``parts`` has the number of parts of each row."""
         ends = np.cumsum(parts)
         first = np.repeat(ends - parts, parts)
         return cls(np.repeat(rows, parts), np.arange(ends[-1] if len(ends) else 0, dtype=np.int64) - first)
 
     @property
     def packed(self) -> Table:
-        """As kernels read them."""
+        """The form that kernels read: the row in the lower 32 bits, the part in the upper."""
         return self.rows | self.parts << 32
 
 
-class Launch(NamedTuple):
-    """An update of rows of one kind."""
+class KindUpdate(NamedTuple):
+    """The update of all rows of one kind."""
 
     kind: Kind
     geometry: Geometry
@@ -119,7 +114,7 @@ class Launch(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Sums to be summed up: where each run of up to CHUNK begins, how many they are, where the result belongs."""
+    """Runs of up to CHUNK values to add: where each begins, its length, and where its sum is written."""
 
     begin: Table
     length: Table
@@ -127,7 +122,10 @@ class Segments(NamedTuple):
 
 
 def cut(counts: Table, begins: Table) -> tuple[Segments, Table, Table]:
-    """Return how to sum up runs of sums by chunks, and how many sums that makes of each run, and where they begin."""
+    """Cut runs of values into chunks; ``counts`` and ``begins`` describe the runs.
+
+    Returns the segments to add, how many sums each run becomes, and where the sums of each run begin.
+    """
     parts = -(-counts // CHUNK)
     ends = np.cumsum(parts)
     programs = Programs.of(np.arange(len(counts), dtype=np.int64), parts)
@@ -140,29 +138,26 @@ def cut(counts: Table, begins: Table) -> tuple[Segments, Table, Table]:
     return segments, parts, ends - parts
 
 
-class Rows:
-    """The rows of a plan that are bound to devices, whichever, and how they are laid out for launches."""
+class RowTable:
+    """The rows of a plan that are bound to devices, on all devices, and the programs that process them."""
 
-    def __init__(self, native: _cpu.Plan) -> None:
+    def __init__(self, native: _cpu.Rows) -> None:
         self.structure: int = native.device_structure
         self.serial: bool = native.serial
         self.rows = [DeviceRow(*row) for row in native.device_rows()]
         dims = sum(row.dims for row in self.rows)
         self.table: Table = np.zeros((len(self.rows), COLUMNS), np.int64)
-        self.layouts: Table = np.zeros(max(1, dims * (1 + OPERANDS)), np.int64)
+        self.layouts: Table = np.zeros(max(1, dims * (1 + SHAPED_OPERANDS)), np.int64)
         native.write_device_rows(self.table.ctypes.data, self.layouts.ctypes.data)
-        # (type, index) of each device that rows are on.
+        # DLPack's (type, index) of each device that has rows.
         self.devices = list(dict.fromkeys((row.device_type, row.device_index) for row in self.rows))
         self._elements: Table = np.array([row.elements for row in self.rows], np.int64)
 
     def _of_device(self, type_and_index: tuple[int, int]) -> list[int]:
         return [n for n, row in enumerate(self.rows) if (row.device_type, row.device_index) == type_and_index]
 
-    def launches(self, device: tuple[int, int], geometry_of: Callable[[Kind], Geometry]) -> list[Launch]:
-        """Return the launches that update the rows of a device, in order: one for each kind.
-
-        Where rows share memory, one for each row.
-        """
+    def updates(self, device: tuple[int, int], geometry_of: Callable[[Kind], Geometry]) -> list[KindUpdate]:
+        """Return the updates of a device's rows, in order: one per kind, or one per row if rows share memory."""
         by_kind: dict[tuple[int, Kind], list[int]] = {}
         for number in self._of_device(device):
             by_kind.setdefault((number if self.serial else 0, Kind.of(self.rows[number])), []).append(number)
@@ -174,18 +169,19 @@ class Rows:
             if kind.whole_rows:
                 parts = -(-self._elements[rows] // part)
             else:
-                length = self.table[rows, 9]
+                length = self.table[rows, Column.ROW]
                 blocks = self._elements[rows] // np.maximum(length, 1) * -(-length // BLOCK)
                 parts = -(-blocks // (part // BLOCK))
             programs = Programs.of(rows, parts)
             if len(programs.rows):
-                found.append(Launch(kind, geometry, programs))
+                found.append(KindUpdate(kind, geometry, programs))
         return found
 
     def squares(self, device: tuple[int, int], together: int) -> tuple[list[tuple[Gradients, Programs, Table]], Table]:
-        """Return the launches that sum up the squares of gradients: their kind, programs, and where sums belong.
+        """Return the launches that sum the squares of gradients, and how many sums each row becomes.
 
-        Also how many sums that makes of each row.
+        A launch is its kind, its programs, and where the sums of each program are written. ``together``: chunks per
+        program.
         """
         own = np.array(self._of_device(device), np.int64)
         chunks = np.zeros(len(self.rows), np.int64)

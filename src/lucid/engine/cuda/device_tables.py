@@ -1,4 +1,4 @@
-"""What of a plan lies on one device: the tables of its rows, and the launches that work on them."""
+"""The tables of a plan's rows on one device, and the kernel launches that use them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lucid.engine.numbers import CHUNK, SET, Scalar, Told, ToldOfSet
 from lucid.engine.observed import Observed
-from lucid.engine.scalars import MAX_STEP, Decision, Recipe, Scalars, powers
+from lucid.engine.scalars import MAX_STEP, Recipe, ScalarTable, powers
+from lucid.engine.verdict import DeviceVerdict
 
 from . import launch
 from .launch import Launcher
-from .table import CHUNK, Rows, Segments, Table, cut
+from .row_table import RowTable, Segments, Table, cut
 
-SET = 16  # words of a set of scalars, and of what comes before the first
-COUNT = 9  # which of them is the step count
-_TOGETHER = 8  # chunks whose squares a program sums up side by side
+_TOGETHER = 8  # chunks that one program sums up side by side
 
 
 class Launch(NamedTuple):
-    """A kernel, ready to be launched."""
+    """A kernel that is ready for launch: what `launch.Launcher.launch` takes."""
 
     prepared: Any
     programs: int
@@ -33,26 +33,35 @@ class Launch(NamedTuple):
 
 
 class Measuring(NamedTuple):
-    """How gradients are measured: the launches, and where the sums of rows come to lie, float64[3, rows]."""
+    """The launches that measure gradients, and their results.
+
+    ``row_sums``: float64[3, rows]: sums of squares, and the largest |g| of rows computed in float32 and in float64.
+    """
 
     launches: list[Launch]
     row_sums: Tensor
 
 
-class Resident:
+class DeviceTables:
     """A plan's rows on one device and stream.
 
-    ``captured``: what is launched is captured, to be run again and again, so that what it copies has to stay.
+    ``captured``: the launches are captured in a CUDA graph, so the host memory that they copy from must stay alive.
     """
 
-    def __init__(self, launcher: Launcher, device: tuple[int, int], rows: Rows, *, captured: bool = False) -> None:
-        self.launcher, self.device, self.rows = launcher, device, rows
-        self._held: list[Tensor] | None = [] if captured else None
-        self._count = max(1, len(rows.rows))
-        self._updates = rows.launches(device, launcher.geometry)
+    def __init__(
+        self, launcher: Launcher, device: tuple[int, int], row_table: RowTable, *, captured: bool = False
+    ) -> None:
+        self.launcher, self.device, self.row_table = launcher, device, row_table
+        self._captured = captured
+        self._alive: list[
+            Tensor
+        ] = []  # other memory that kernels read: kept until the next step, or as long as captured launches
+        self._count = max(1, len(row_table.rows))
+        self._updates = row_table.updates(device, launcher.geometry)
         programs = (each.programs.packed for each in self._updates)
-        self._table, self._layouts, *self._programs = self._put([rows.table, rows.layouts, *programs])
-        # Gradients, sets of scalars and streams of the rows; which take part; how their sums are summed up.
+        self._table, self._layouts, *self._programs = self._put([row_table.table, row_table.layouts, *programs])
+        # One array: gradients' addresses, sets of scalars and streams of the rows; the rows of this step in order; the
+        # segments in which the rows' sums are added.
         self._most_totals = -(-self._count // CHUNK)
         self._order_at = _aligned(3 * self._count)
         self._segments_at = self._order_at + _aligned(self._count)
@@ -62,22 +71,21 @@ class Resident:
         self._scalars = self._config = launcher.empty(0)
         self._update_launches: dict[bool, list[Launch]] = {}  # by whether they observe
         self._measuring: Measuring | None = None
-        self._buffers: list[Tensor] = []  # of what is observed, float64[programs, tiles, 4] of each launch
+        self._buffers: list[Tensor] = []  # observations of each launch, float64[programs, tiles, 4]
         self._observed: list[Observed] = []
-        self._told: list[Tensor] = []
 
-    # To the device
+    # Copies to the device
 
     def _write(self, target: Tensor, array: NDArray[np.int64]) -> Tensor:
         staged = self.launcher.staging(array.size)
         staged.numpy()[:] = array
         self.launcher.upload(target[: array.size], staged)
-        if self._held is not None:
-            self._held.append(staged)
+        if self._captured:
+            self._alive.append(staged)
         return staged
 
     def _put(self, arrays: Sequence[Table]) -> list[Tensor]:
-        """Return the arrays on the device, by one copy."""
+        """Return the arrays on the device, copied in one piece."""
         sizes = [_aligned(array.size) for array in arrays]
         ends = np.cumsum(sizes).tolist()
         joined = np.zeros(ends[-1], np.int64)
@@ -88,7 +96,7 @@ class Resident:
         return [target[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
     def refresh(self, step: Table, version: int) -> None:
-        """Let the device have what `Plan.write_device_step` gives for this step, unless it has this version of it."""
+        """Upload this step's table (``Rows.write_device_step`` in C++), unless the device has this version of it."""
         if version == self._version:
             return
         active = np.flatnonzero(step[0])
@@ -103,8 +111,8 @@ class Resident:
         self._version = version
 
     def active(self, step: Table) -> list[int]:
-        """Return the places in the table of the rows on this device that take part in a step."""
-        rows = self.rows.rows
+        """Return the places in the table of this device's rows that take part in a step."""
+        rows = self.row_table.rows
         places = np.flatnonzero(step[0]).tolist()
         return [place for place in places if (rows[place].device_type, rows[place].device_index) == self.device]
 
@@ -119,68 +127,79 @@ class Resident:
             self._scalars, self._config = self.launcher.empty(size), self.launcher.empty(size)
             self._update_launches.clear()
 
-    def set_scalars(self, scalars: Sequence[Scalars], steps: Sequence[float]) -> None:
-        """Let the device have the scalars of a step that the host has decided."""
-        self._make_room(len(scalars))
-        table = np.zeros((1 + len(scalars), SET), np.float64)
-        for row, each, step in zip(table[1:], scalars, steps, strict=True):
-            row[:COUNT] = each
-            row[COUNT] = step
-        self._write(self._scalars, table.reshape(-1).view(np.int64))
+    def set_scalars(self, table: ScalarTable[float]) -> None:
+        """Upload the scalars of a step that the host has decided."""
+        words = np.frombuffer(table, np.int64)
+        self._make_room(len(words) // SET - 1)
+        self._write(self._scalars, words)
 
-    def decide(self, decision: Decision, recipes: Sequence[Recipe], kept: Tensor) -> tuple[list[Launch], Tensor]:
-        """Return the launches that decide and make the scalars; and where the host has what the device is told."""
+    def decide(self, verdict: DeviceVerdict, recipes: Sequence[Recipe], kept: Tensor) -> tuple[list[Launch], Tensor]:
+        """Return the launches that decide the step and make its scalars, and the host memory with their input.
+
+        ``kept``: int64[KEPT], the words that stay on the device from step to step.
+        """
         self._make_room(len(recipes))
+        if not self._captured:
+            self._alive = []
         config = np.zeros((1 + len(recipes), SET), np.int64)
-        numbers = config.view(np.float64)  # as the kernel has them, word by word
-        self._told = []  # until the kernel has read it
-        config[0, 0:2] = len(recipes), self._totals
-        numbers[0, 2] = np.inf if decision.max_norm is None else decision.max_norm
-        config[0, 3] = decision.skips
-        if isinstance(decision.scale, Tensor):
-            config[0, 5:7] = self._tell(decision.scale)
-        else:
-            numbers[0, 4] = decision.scale
-        if decision.found_inf is not None:
-            found_inf = decision.found_inf
-            config[0, 7], _ = self._tell(found_inf if found_inf.dtype == torch.float32 else (found_inf != 0).float())
-        config[0, 8] = decision.captured
-        for row, words, recipe in zip(numbers[1:], config[1:], recipes, strict=True):
-            row[:4] = recipe.beta1, 1.0 - recipe.beta1, recipe.beta2, 1.0 - recipe.beta2
-            if isinstance(recipe.lr, Tensor):
-                words[7:9] = self._tell(recipe.lr)
-            else:
-                row[4] = recipe.lr
-            row[5:7] = recipe.weight_decay, -1.0 if recipe.maximize else 1.0
-            row[COUNT] = recipe.step
-            for at, beta in ((10, recipe.beta1), (12, recipe.beta2)):
-                if self._held is not None:
-                    table = _powers_on_host(beta, self.launcher)
-                    self._held.append(table)
-                else:  # which comes no further than the host's count
-                    table = _powers(beta, _most_steps(recipe.step), self.launcher, self.launcher.stream())
-                    self._told.append(table)
-                words[at : at + 2] = table.data_ptr(), len(table)
-            row[14] = recipe.eps
+        numbers = config.view(np.float64)  # the same words as float64
+        self._tell_verdict(verdict, len(recipes), config[0], numbers[0])
+        for words, floats, recipe in zip(config[1:], numbers[1:], recipes, strict=True):
+            self._tell_recipe(recipe, words, floats)
         staged = self._write(self._config, config.reshape(-1))
         launches = []
         sums = self._scalars
-        if decision.measures:
+        if verdict.measures:
             row_sums = self.measuring().row_sums
             sums = self._total_sums
             order, segments = self._now[self._order_at :], self._now[self._segments_at :]
             args = (row_sums, sums, segments, order, self._count, self._most_totals)
             launches.append(self._prepared(launch.sum_up, self._totals, args, (True,), 1))
         told = (self._config, kept, _floats(sums), _floats(self._scalars), self._most_totals)
-        launches.append(self._prepared(launch.decide, 1, told, (decision.measures,), 1))
+        launches.append(self._prepared(launch.decide, 1, told, (verdict.measures,), 1))
         return launches, staged
 
+    def _tell_verdict(self, verdict: DeviceVerdict, sets: int, words: Table, floats: NDArray[np.float64]) -> None:
+        words[Told.SETS], words[Told.SUMS] = sets, self._totals
+        floats[Told.MAX_NORM] = np.inf if verdict.max_norm is None else verdict.max_norm
+        words[Told.SKIPS], words[Told.CAPTURED] = verdict.skips, verdict.captured
+        if isinstance(verdict.scale, Tensor):
+            words[Told.SCALE_AT], words[Told.SCALE_DOUBLE] = self._tell(verdict.scale)
+        else:
+            floats[Told.SCALE] = verdict.scale
+        if verdict.found_inf is not None:
+            found_inf = verdict.found_inf
+            in_float32 = found_inf if found_inf.dtype == torch.float32 else (found_inf != 0).float()
+            words[Told.FOUND_INF_AT], _ = self._tell(in_float32)
+
+    def _tell_recipe(self, recipe: Recipe, words: Table, floats: NDArray[np.float64]) -> None:
+        floats[Scalar.BETA1], floats[Scalar.ONE_MINUS_BETA1] = recipe.beta1, 1.0 - recipe.beta1
+        floats[Scalar.BETA2], floats[Scalar.ONE_MINUS_BETA2] = recipe.beta2, 1.0 - recipe.beta2
+        if isinstance(recipe.lr, Tensor):
+            words[ToldOfSet.LR_AT], words[ToldOfSet.LR_DOUBLE] = self._tell(recipe.lr)
+        else:
+            floats[ToldOfSet.LR] = recipe.lr
+        floats[ToldOfSet.WEIGHT_DECAY] = recipe.weight_decay
+        floats[ToldOfSet.SIGN] = -1.0 if recipe.maximize else 1.0
+        floats[ToldOfSet.EPS] = recipe.eps
+        floats[Scalar.COUNT] = recipe.step
+        for at, length, beta in (
+            (ToldOfSet.POWERS1, ToldOfSet.LENGTH1, recipe.beta1),
+            (ToldOfSet.POWERS2, ToldOfSet.LENGTH2, recipe.beta2),
+        ):
+            if self._captured:
+                table = _powers_on_host(beta, self.launcher)
+            else:  # here the true step count is never above the host's
+                table = _powers(beta, _most_steps(recipe.step), self.launcher, self.launcher.stream())
+            self._alive.append(table)
+            words[at], words[length] = table.data_ptr(), len(table)
+
     def _tell(self, value: Tensor) -> tuple[int, bool]:
-        """The address of a number on the device, of a type that the kernel reads, and whether it is a float64."""
+        """Return the address of a number on the device, in a type that the kernel reads, and whether it is float64."""
         number = value.detach()
         if number.dtype not in (torch.float32, torch.float64):
             number = number.double()
-        self._told.append(number)
+        self._alive.append(number)
         return number.data_ptr(), number.dtype == torch.float64
 
     # Updating
@@ -205,7 +224,7 @@ class Resident:
         return self._update_launches[observe]
 
     def observed(self) -> list[Observed]:
-        """Return what the last observed step of each row was like, by place in the table; waits for the device."""
+        """Return the last observation of each row, by place in the table; wait for the device."""
         if not self._observed:
             sums = np.zeros((self._count, 4), np.float64)
             for each, buffer in zip(self._updates, self._buffers, strict=True):
@@ -220,18 +239,18 @@ class Resident:
     # Measuring
 
     def measuring(self) -> Measuring:
-        """Return how the squares of rows' gradients are summed up, in the order that all engines keep."""
+        """Return the launches that sum the squares of the rows' gradients, in the order that all engines keep."""
         if self._measuring is None:
             self._measuring = self._new_measuring()
         return self._measuring
 
     def _new_measuring(self) -> Measuring:
-        kinds, counts = self.rows.squares(self.device, _TOGETHER)
+        kinds, counts = self.row_table.squares(self.device, _TOGETHER)
         begins = np.cumsum(counts) - counts
         sizes, levels = [int(counts.sum())], []
         while True:
             segments, parts, starts = cut(counts, begins)
-            if parts.max(initial=0) <= 1:  # what comes out is one sum of each row that has elements
+            if parts.max(initial=0) <= 1:  # the result is one sum for each row that has elements
                 levels.append(segments._replace(to=np.flatnonzero(parts)))
                 break
             levels.append(segments)
@@ -262,19 +281,19 @@ def _stacked(segments: Segments) -> Table:
 
 
 def _aligned(words: int) -> int:
-    """So many and as few more as keep what comes next at a multiple of 128 bytes."""
+    """Return `words` rounded up, so that the next array begins at a multiple of 128 bytes."""
     return -(-words // 16) * 16
 
 
 def _most_steps(count: float) -> int:
-    """How many steps a table is for that has to have `count`: few different numbers."""
+    """Return for how many steps a table that includes `count` is made: one of few sizes, so that tables are reused."""
     return max(4096, 1 << int(count).bit_length())
 
 
-# One that is no longer kept is freed in the order of its stream, behind the kernels that read it.
+# When the cache drops a table, its memory is freed in the order of its stream, after the kernels that read it.
 @functools.lru_cache(maxsize=256)
 def _powers(beta: float, steps: int, launcher: Launcher, stream: int) -> Tensor:
-    """1 - beta^t for t = 0, 1, ... until it is 1, on the device, for steps on one stream."""
+    """Return 1 - beta^t for t = 0, 1, ... until it is 1, on the device, for steps on one stream."""
     values = powers(beta, steps)
     staged = launcher.staging(len(values))
     _floats(staged).numpy()[:] = values
@@ -284,7 +303,7 @@ def _powers(beta: float, steps: int, launcher: Launcher, stream: int) -> Tensor:
 
 
 def _powers_on_host(beta: float, launcher: Launcher) -> Tensor:
-    """The same of all steps that can be counted, for captured ones, in memory of the host that the device can read."""
+    """Return the same table for every possible step count, for captured steps, in host memory that the device reads."""
     values = powers(beta, MAX_STEP)
     staged = _floats(launcher.staging(len(values)))
     staged.numpy()[:] = values

@@ -1,0 +1,332 @@
+"""State formats: which tensors the optimizer stores for a parameter, with their keys, dtypes and shapes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import codecs, shards
+from .numbers import MomentFormat, ParamFormat
+from .row import COMPUTE, RowFormat, check_param
+from .scalars import MAX_STEP
+from .values import as_float, number_in, plain, shown
+
+STEP = "step"
+STREAM = "stream"
+
+StateFormatName = Literal["fp32", "bf16", "8bit"]
+NAMES: tuple[StateFormatName, ...] = ("fp32", "bf16", "8bit")
+
+# Identifies the random bits of a parameter: the seed, and the parameter's name, or its number over all groups.
+RoundingKey = tuple[int, str | int]
+
+# 8-bit moments are for weights that are large enough to save memory, with rows that are long enough to share a scale.
+# The shape of the whole parameter decides, never the shape of a shard.
+_LEAST_ELEMENTS = 4096
+_LEAST_ROW = 64
+
+_MASTER = {
+    torch.bfloat16: ("residual", torch.bfloat16, ParamFormat.BFLOAT16_RESIDUAL),
+    torch.float16: ("master", torch.float32, ParamFormat.FLOAT16_MASTER),
+}
+_ALONE = {torch.bfloat16: ParamFormat.BFLOAT16, torch.float16: ParamFormat.FLOAT16}
+_MOMENTS: dict[StateFormatName, MomentFormat] = {
+    "fp32": MomentFormat.PLAIN,
+    "bf16": MomentFormat.BFLOAT16,
+    "8bit": MomentFormat.EIGHT_BIT,
+}
+AMSGRAD = "max_exp_avg_sq"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor of a parameter's state: its dtype, and whether it has the parameter's shape, one number per block
+    of 128 elements of a row, or is a single number.
+    """
+
+    dtype: torch.dtype
+    shape: Literal["param", "blocks", "one"] = "param"
+
+    def shape_for(self, param: Tensor) -> tuple[int, ...]:
+        """Return the shape of this slot of `param`."""
+        if self.shape == "one":
+            return ()
+        return tuple(param.shape) if self.shape == "param" else (param.shape[0], codecs.blocks(param.shape))
+
+    def new(self, param: Tensor, device: torch.device, *, contiguous: bool) -> Tensor:
+        """Return zeros on `device`, in the parameter's memory order unless `contiguous`; sharded as `param` is."""
+        part = shards.local(param)
+        with torch.inference_mode(False), torch.no_grad():  # a tensor made in that mode cannot be updated outside of it
+            if self.shape == "param" and not contiguous:
+                slot = torch.empty_like(part, dtype=self.dtype, device=device, requires_grad=False)
+            else:
+                slot = torch.empty(self.shape_for(part), dtype=self.dtype, device=device)
+            if slot.device.type == "cpu":  # torch zeroes in parallel, which hangs in a forked child
+                ctypes.memset(slot.data_ptr(), 0, slot.nbytes)
+            else:
+                slot.zero_()
+            return shards.spread_like(param, slot, self.shape_for(param))
+
+    def check(self, value: Any, param: Tensor, key: str, name: str) -> Tensor:
+        """Return `value`; raise if it is not a dense tensor of this slot's shape and kind of number."""
+        expected = self.shape_for(param)
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"state {key!r} of {name}: expected a tensor of shape {expected}, got "
+                f"{'nothing' if value is None else repr(value)}"
+            )
+        if tuple(value.shape) != expected:
+            like = " like the parameter" if self.shape == "param" else ""
+            raise ValueError(f"state {key!r} of {name} has shape {tuple(value.shape)}, expected {expected}{like}")
+        if value.device.type == "meta":
+            raise ValueError(
+                f"state {key!r} of {name} is on the meta device and has no values; load the checkpoint again"
+            )
+        if value.layout is not torch.strided or not self._is_alike(value):
+            kind = "complex" if self.dtype.is_complex else "floating-point"
+            wanted = f"{kind} numbers" if self.dtype.is_floating_point or self.dtype.is_complex else f"{self.dtype}"
+            raise ValueError(
+                f"state {key!r} of {name} is {value.dtype} with layout {value.layout}, expected dense {wanted}"
+            )
+        return value
+
+    def local_part(self, value: Any, param: Tensor, key: str, name: str) -> Tensor:
+        """Return this process's shard of a checked `value`."""
+        return shards.part_of(self.check(value, param, key, name).detach(), param, f"state {key!r} of {name}")
+
+    def _is_alike(self, value: Tensor) -> bool:
+        if self.dtype.is_complex:
+            return value.is_complex()
+        return value.is_floating_point() if self.dtype.is_floating_point else value.dtype == self.dtype
+
+
+CODES = {
+    "exp_avg_code": Slot(torch.uint8),
+    "exp_avg_scale": Slot(torch.float32, "blocks"),
+    "exp_avg_sq_code": Slot(torch.uint8),
+    "exp_avg_sq_scale": Slot(torch.float32, "blocks"),
+}
+_STREAM = {STREAM: Slot(torch.int64, "one")}
+
+
+def moments(dtype: torch.dtype) -> dict[str, Slot]:
+    return {"exp_avg": Slot(dtype), "exp_avg_sq": Slot(dtype)}
+
+
+_LATER = {AMSGRAD, *(key for key, *_ in _MASTER.values())}  # these may be added to existing state
+_MOST_CERTAIN = 256  # bfloat16 represents every whole number up to this
+# The keys of all formats, which a conversion replaces.
+KEYS = {STEP, STREAM, *CODES, *moments(torch.float32), *_LATER}
+
+
+@dataclass(frozen=True, slots=True)
+class StateFormat:
+    """The state of one kind of parameter.
+
+    ``moments``: the name of the format of the moments. ``row_format``: how engines store moments and parameter.
+    ``slots``: all tensors except the step count and amsgrad's maximum. ``amsgrad_slot``: that maximum. ``device``: the
+    device of these tensors, or None for the parameter's device.
+    """
+
+    moments: StateFormatName
+    row_format: RowFormat
+    slots: Mapping[str, Slot]
+    amsgrad_slot: Slot
+    device: torch.device | None = None
+
+    def device_for(self, param: Tensor) -> torch.device:
+        """Return the device of the state of `param`."""
+        return shards.local(param).device if self.device is None else self.device
+
+    def slots_with(self, amsgrad: bool) -> dict[str, Slot]:
+        """Return the slots of a parameter, in the order in which they are created."""
+        return {**self.slots, AMSGRAD: self.amsgrad_slot} if amsgrad else dict(self.slots)
+
+    def complete(
+        self, param: Tensor, entry: Mapping[str, Any], amsgrad: bool, name: str, rounding_key: RoundingKey
+    ) -> dict[str, Tensor]:
+        """Return new tensors for the keys that `entry`, a parameter's state, lacks; raise if a value in it is invalid.
+
+        A parameter without state gets all tensors. amsgrad's maximum may be added later; it starts from zero. The
+        residual or master may also be added later, if a model is converted to 16 bits; the master weight then starts
+        from the parameter's value.
+        """
+        slots = self.slots_with(amsgrad)
+        if not entry:
+            return {STEP: new_step()} | {
+                key: self.new_slot(key, slot, param, rounding_key) for key, slot in slots.items()
+            }
+        missing: dict[str, Tensor] = {}
+        step = checked_step(entry.get(STEP), name)
+        if step is not entry.get(STEP):
+            missing[STEP] = step
+        for key, slot in slots.items():
+            value = entry.get(key)
+            if value is None and key in _LATER:
+                missing[key] = self.new_slot(key, slot, param, rounding_key)
+                continue
+            if value is None and (others := sorted(KEYS & entry.keys() - slots.keys() - _LATER - {STEP})):
+                raise ValueError(
+                    f"state of {name} is in another format: it has {', '.join(others)} and lacks {key}; set "
+                    "state_format and master_weights before the first step, or use load_state_dict, which converts"
+                )
+            tensor = slot.check(value, param, key, name)
+            device = self.device_for(param)
+            if tensor.dtype != slot.dtype or (tensor.device != device and key != STREAM):
+                raise ValueError(
+                    f"state {key!r} of {name} is {tensor.dtype} on {tensor.device}, expected "
+                    f"{slot.dtype} on {device}; load it with load_state_dict, which converts"
+                )
+            if key != STREAM and not shards.alike(tensor, param):
+                raise ValueError(
+                    f"state {key!r} of {name} is not sharded like the parameter; load it with "
+                    "load_state_dict, or load the checkpoint again after the model is wrapped"
+                )
+            if key in CODES and not shards.local(tensor).is_contiguous():
+                raise ValueError(
+                    f"state {key!r} of {name} has strides {tensor.stride()}, expected contiguous codes and scales; "
+                    "load it with load_state_dict, which makes them contiguous"
+                )
+        return missing
+
+    def new_slot(self, key: str, slot: Slot, param: Tensor, rounding_key: RoundingKey) -> Tensor:
+        if key == STREAM:
+            with torch.inference_mode(False):
+                return torch.tensor(_stream_of(*rounding_key), dtype=torch.int64, device="cpu")
+        return slot.new(param, self.device_for(param), contiguous=key in CODES)
+
+
+def _stream_of(seed: int, called: str | int) -> int:
+    """Return the 64-bit key of a parameter's random bits, a hash of its `RoundingKey`."""
+    digest = hashlib.blake2b(repr((seed, plain(called))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def format_for(
+    param: Tensor,
+    state_format: StateFormatName,
+    master_weights: bool,
+    name: str,
+    device: torch.device | None = None,
+) -> StateFormat:
+    """Return the state format of `param`, with state on `device` if given; raise if its dtype is not supported."""
+    if param.dtype not in COMPUTE:
+        known = ", ".join(str(dtype) for dtype in COMPUTE)
+        raise TypeError(f"{name} has dtype {param.dtype}, expected one of {known}")
+    if state_format == "8bit" and not _is_quantized(param.shape):
+        state_format = "fp32"
+    kept = _format(param.dtype, state_format, master_weights)
+    if device is not None:
+        if shards.is_sharded(param):
+            raise ValueError(
+                f'{name} is sharded, and state_device="cpu" does not work for sharded parameters; remove state_device, '
+                "or use FSDP2's CPUOffloadPolicy, which keeps parameters, gradients and state on the host"
+            )
+        kept = replace(kept, device=device)
+    if kept.moments == "8bit":
+        shards.check_blocks(param, name)
+    if STREAM in kept.slots:
+        shards.numbering(param, name)
+    return kept
+
+
+def checked_format(
+    param: Tensor, state_format: StateFormatName, master_weights: bool, name: str, device: torch.device | None
+) -> StateFormat:
+    """Return the state format of `param`, as `format_for` does; also raise if no step can update `param`."""
+    kept = format_for(param, state_format, master_weights, name, device)
+    check_param(param, name)
+    return kept
+
+
+def state_bytes(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    state_format: StateFormatName,
+    *,
+    master_weights: bool = True,
+    amsgrad: bool = False,
+    ranks: int = 1,
+) -> int:
+    """Return the bytes of a parameter's state; if sharded by rows over `ranks` processes, of the largest shard."""
+    whole = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    kept = format_for(whole, state_format, master_weights, "a parameter")
+    part = whole[: math.ceil(whole.shape[0] / ranks)] if whole.dim() else whole
+    slots = kept.slots_with(amsgrad).values()
+    return new_step().nbytes + sum(slot.dtype.itemsize * math.prod(slot.shape_for(part)) for slot in slots)
+
+
+def _is_quantized(shape: torch.Size) -> bool:
+    return len(shape) >= 2 and shape.numel() >= _LEAST_ELEMENTS and math.prod(shape[1:]) >= _LEAST_ROW
+
+
+def plain_format(dtype: torch.dtype) -> StateFormat:
+    """Return the state format that ``torch.optim.AdamW`` uses for a parameter of this dtype."""
+    return _format(dtype, "fp32", False)
+
+
+@functools.cache
+def _format(dtype: torch.dtype, state_format: StateFormatName, master_weights: bool) -> StateFormat:
+    compute = COMPUTE[dtype]
+    if compute is not torch.float32:
+        state_format = "fp32"  # float64 and complex parameters keep moments in their own precision
+    slots = {"fp32": moments(compute), "bf16": moments(torch.bfloat16) | _STREAM, "8bit": CODES | _STREAM}[state_format]
+    stored = _ALONE.get(dtype, ParamFormat.PLAIN)
+    if dtype in _MASTER and master_weights:
+        key, master_dtype, stored = _MASTER[dtype]
+        slots = slots | {key: Slot(master_dtype)}
+    return StateFormat(state_format, RowFormat(stored, _MOMENTS[state_format]), slots, Slot(compute))
+
+
+def new_step() -> Tensor:
+    """Return a step count of 0."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=torch.float32, device="cpu")
+
+
+def checked_step(value: Any, name: str) -> Tensor:
+    """Return a step count as a 0-dim float32 tensor on the CPU, `value` itself if it already is one."""
+    number = number_in(value) if isinstance(value, Tensor) else value
+    if not isinstance(number, numbers.Real):
+        raise ValueError(f"state 'step' of {name}: expected one number, got {shown(value)}")
+    count = as_float(number)
+    if not (0 <= count < MAX_STEP and count.is_integer()):
+        raise ValueError(
+            f"state 'step' of {name}: expected a whole number from 0 to {MAX_STEP - 1} (float32 cannot count "
+            f"further), got {count}"
+        )
+    if (
+        isinstance(value, Tensor)
+        and type(value) is Tensor
+        and value.dtype == torch.float32
+        and value.dim() == 0
+        and value.device.type == "cpu"
+        and not value.requires_grad
+    ):
+        return value
+    return new_step().fill_(count)
+
+
+def step_is_uncertain(value: Any) -> bool:
+    """Whether a step count may have been rounded: it is in a float of 16 bits or fewer, and too large for that type."""
+    if isinstance(value, np.float16):
+        return float(value) > _MOST_CERTAIN
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype.itemsize > 2:
+        return False
+    number = number_in(value)
+    return number is not None and number > min(_MOST_CERTAIN, 2 / torch.finfo(value.dtype).eps)
+
+
+def is_entry(value: Any) -> bool:
+    """Whether a value of a state dict is the state of a parameter."""
+    return isinstance(value, Mapping) and not value.keys().isdisjoint(KEYS - {STEP, STREAM})

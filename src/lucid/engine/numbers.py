@@ -1,0 +1,129 @@
+"""The numbers that Python shares with ``csrc/`` and with the Triton kernels; each has a name here."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Dtype(IntEnum):
+    """The type of a real number, the same as ``Type`` in csrc/kernels.h."""
+
+    FLOAT32 = 0
+    FLOAT64 = 1
+    FLOAT16 = 2
+    BFLOAT16 = 3
+
+
+class ParamFormat(IntEnum):
+    """How a parameter is stored: alone, or with a residual or master that completes the float32 master weight."""
+
+    PLAIN = 0
+    BFLOAT16 = 1
+    BFLOAT16_RESIDUAL = 2
+    FLOAT16 = 3
+    FLOAT16_MASTER = 4
+
+
+class MomentFormat(IntEnum):
+    """How moments are stored: in the compute type, stochastically rounded to bfloat16, or as codes with scales."""
+
+    PLAIN = 0
+    BFLOAT16 = 1
+    EIGHT_BIT = 2
+
+
+class Operand(IntEnum):
+    """The tensors of a row, the same as ``Operand`` in csrc/kernels.h. The last two have a shape of their own."""
+
+    PARAM = 0
+    GRAD = 1
+    LOW_BITS = 2  # a residual, or a float32 master
+    EXP_AVG = 3
+    EXP_AVG_SQ = 4
+    MAX_EXP_AVG_SQ = 5
+    EXP_AVG_SCALE = 6
+    EXP_AVG_SQ_SCALE = 7
+
+
+SHAPED_OPERANDS = 6
+STEP_ROLE, STREAM_ROLE = -1, -2  # the roles of a row's other two tensors, the same as in csrc/rows.h
+
+BLOCK = 128  # elements of a row that share a scale
+CHUNK = 4096  # values that are summed up together: squares of elements, and then the sums of chunks
+LANES = 32  # value i of a chunk is added to lane i % LANES
+
+
+class Column(IntEnum):
+    """The columns after the addresses in the table of device rows, the same as ``DeviceColumn`` in csrc/rows.h."""
+
+    ELEMENTS = 8
+    ROW = 9  # elements with the same index of the first dimension
+    FIRST = 10  # this and the next two: a `lucid.engine.shards.Numbering`
+    RUN = 11
+    STRIDE = 12
+    LAYOUT = 13  # where its layout begins in the table of layouts
+
+
+COLUMNS = 16
+
+
+class Scalar(IntEnum):
+    """The words of a set in a table of scalars, float64. The table's first word is not 0 if the step is skipped."""
+
+    BETA1 = 0
+    ONE_MINUS_BETA1 = 1
+    BETA2 = 2
+    ONE_MINUS_BETA2 = 3
+    D = 4
+    K = 5
+    S = 6
+    E = 7
+    F = 8
+    COUNT = 9  # the step count after this step
+
+
+SET = 16  # words of a set
+
+
+class Told(IntEnum):
+    """What the host tells a device that decides: the words before the first set, int64 unless marked float64."""
+
+    SETS = 0  # the number of sets
+    SUMS = 1  # the number of partial sums in the sum of all squares
+    MAX_NORM = 2  # float64, infinity for no bound
+    SKIPS = 3  # whether a non-finite gradient skips the step
+    SCALE = 4  # float64, GradScaler's scale of the gradients
+    SCALE_AT = 5  # the address of the scale if it is on the device, else 0
+    SCALE_DOUBLE = 6  # whether it is a float64 there
+    FOUND_INF_AT = 7  # the address of a float32 found_inf, or 0
+    CAPTURED = 8  # whether the step is captured: then the host does not count its replays
+
+
+class ToldOfSet(IntEnum):
+    """The words of a set that the host gives to a device that decides.
+
+    The words up to ONE_MINUS_BETA2, and COUNT, are those of `Scalar`; these are the others.
+    """
+
+    LR = 4  # float64
+    WEIGHT_DECAY = 5  # float64
+    SIGN = 6  # float64, -1 if the objective is maximized
+    LR_AT = 7  # the address of lr if it is on the device, else 0
+    LR_DOUBLE = 8  # whether it is a float64 there
+    POWERS1 = 10  # the address of the numbers 1 - beta1^t, float64
+    LENGTH1 = 11  # how many they are
+    POWERS2 = 12
+    LENGTH2 = 13
+    EPS = 14  # float64
+
+
+class Kept(IntEnum):
+    """The words that stay on a device from step to step; the last two describe the last step, as float64."""
+
+    CORRECTION = 0  # to add to the host's step counts
+    SKIPPED = 1  # skipped steps that the host has not counted yet
+    NORM = 2  # the gradient norm
+    SCALE = 3  # GradScaler's scale of the gradients
+
+
+KEPT = 4

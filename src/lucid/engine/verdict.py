@@ -1,0 +1,45 @@
+"""The verdict on a step: the host's decision, or what the device needs to decide itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class HostVerdict(NamedTuple):
+    """The decision of the host.
+
+    ``factor``: the factor for the gradients, which clips and unscales them. ``norm``: the gradient norm, unscaled and
+    before clipping, or None if it was not measured. ``scale``: GradScaler's scale of the gradients, 1 without it.
+    ``skip``: whether the step is skipped.
+    """
+
+    factor: float
+    norm: float | None
+    scale: float
+    skip: bool
+
+
+class DeviceVerdict(NamedTuple):
+    """What the device needs to decide by the same rule, so that the host does not wait for it.
+
+    ``scale``: GradScaler's scale of the gradients, a number or a one-element tensor on the device. ``found_inf``: a
+    one-element tensor on the device, not 0 if the step must be skipped, or None. ``max_norm``: the bound of the
+    gradient norm, or None. ``skips``: whether a non-finite gradient skips the step. ``captured``: whether the step is
+    captured in a CUDA graph; each replay then counts as a step.
+    """
+
+    scale: Tensor | float
+    found_inf: Tensor | None
+    max_norm: float | None
+    skips: bool
+    captured: bool
+
+    @property
+    def measures(self) -> bool:
+        """Whether the decision depends on the gradients."""
+        return self.max_norm is not None or self.skips
+
+
+Verdict = HostVerdict | DeviceVerdict

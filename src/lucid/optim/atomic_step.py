@@ -1,0 +1,366 @@
+"""The all-or-nothing step: gather, check, judge, adopt, write.
+
+It updates all parameters of an optimizer or, in backward, one. It does not know the optimizer: it reads `Inputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lucid import engine
+from lucid.engine.formats import STEP
+from lucid.engine.scalars import MAX_STEP
+from lucid.engine.values import checked_lr, is_on
+
+from .agreement import Agreement, Finding
+from .gradients import Amp, Described, check_others, device_verdict, found_inf_in, host_verdict, scale_of
+from .groups import ParamGroup, checked_params
+from .hyperparameters import Hyperparameters, Reading, checked_groups
+from .members import Member, member_at, members, params_of
+from .settings import Settings
+from .state_box import StateBox
+
+
+class Inputs(NamedTuple):
+    """What a step reads from its optimizer, each time.
+
+    ``groups``: ``param_groups``; plain dicts in it are wrapped again. ``read``: the function that reads a group.
+    ``state``: the box for new state. ``amp``: the values that GradScaler has set. ``skipped``: the number of steps
+    skipped so far.
+    """
+
+    groups: list[ParamGroup]
+    read: Reading
+    settings: Settings
+    state: StateBox
+    amp: Amp
+    skipped: int
+
+
+class Outcome(NamedTuple):
+    """The result of an update: whether it was skipped, the gradient norm if it was measured, GradScaler's scale of the
+    gradients, and the observations.
+
+    If the device decided, norm and scale are tensors on the device, and ``skipped`` is False: the host learns of a
+    skipped step when the step counts are confirmed.
+    """
+
+    skipped: bool
+    norm: float | Tensor | None
+    scale: float | Tensor
+    observed: dict[Tensor, engine.Seen]
+
+
+class _NewEntry(NamedTuple):
+    """New state of one parameter that users do not see yet."""
+
+    param: Tensor
+    gradient: Tensor
+    entry: dict[str, Any]
+    missing: dict[str, Tensor]
+
+
+class _NewState:
+    """The new state of a step, which is adopted after all checks have passed."""
+
+    def __init__(self, boxes: list[StateBox]) -> None:
+        self.entries: list[_NewEntry] = []
+        self._boxes = boxes
+        self._before: list[tuple[bool, dict[str, Any]]] = []
+
+    def adopt(self) -> None:
+        """Add it to the optimizer's state, where users see it."""
+        if not self.entries:
+            return
+        self._before = [(item.param in self._boxes[0].peek(), dict(item.entry)) for item in self.entries]
+        states = [box.open() for box in self._boxes[1:]] + [self._boxes[0].peek()]
+        for item in self.entries:
+            item.entry.update(item.missing)
+            for state in states:
+                state[item.param] = item.entry
+
+    def abandon(self) -> None:
+        """Remove it from the optimizer's state again."""
+        states = [box.open() for box in self._boxes[1:]] + [self._boxes[0].peek()]
+        for item, (known, before) in zip(self.entries, self._before, strict=bool(self._before)):
+            item.entry.clear()
+            item.entry.update(before)
+            if not known:
+                for state in states:
+                    state.pop(item.param, None)
+
+
+class _Gathered(NamedTuple):
+    """A gathered step: the plan with all rows bound, and for each group its parameters and hyperparameters."""
+
+    plan: engine.Plan
+    agreement: Agreement
+    params: list[list[Tensor]]
+    hyperparameters: list[Hyperparameters]
+
+
+class AtomicStep:
+    """The step of a set of parameters, which updates all or none, with its plan that is kept from step to step.
+
+    ``only``: the (group, place) of the one parameter ``param``, or None for all parameters.
+    """
+
+    def __init__(self, only: tuple[int, int] | None = None, param: Tensor | None = None) -> None:
+        self.only, self.param = only, param
+        self.counts = engine.StepCounts()
+        self.written = False  # whether the last update raised (an interrupt) after it had written
+        self.plan: engine.Plan | None = None
+        self._first_group = 0 if only is None else only[0]  # the optimizer's number of the plan's first group
+        self._agreement: Agreement | None = None
+        self._planned: list[Any] = []  # for each group, the hyperparameters on which its slots depend
+        self._checked: dict[int, Tensor] = {}  # gradients of the rows that were checked in this step
+
+    def update(self, inputs: Inputs, box: StateBox) -> Outcome:
+        """Update the parameters that have gradients, unless the verdict is to skip.
+
+        ``box``: the box with all state, or with that of the one parameter.
+        """
+        self.written = False
+        if box is inputs.state:
+            box = box.now()
+            new = _NewState([box])
+        else:
+            new = _NewState([box, inputs.state])
+        try:
+            try:
+                gathered = self._gather(inputs, box, new)
+                verdict = self._left_to_device(inputs, gathered, new)
+                scale = 1.0 if verdict else scale_of(inputs.amp.grad_scale)
+                found_inf = not verdict and found_inf_in(inputs.amp.found_inf)
+                recipes = self._recipes(gathered, verdict)
+            except Exception:
+                self._tell_others(inputs)
+                raise
+            if verdict is None:
+                judged = self._judge(inputs, gathered, scale, found_inf)
+                # If gradients are judged, all processes skip together. Otherwise others may step and exchange
+                # observations, so this process must take part in that exchange.
+                if judged.skip:
+                    observed = {} if inputs.settings.judges else self._observed(inputs, gathered, box, skips=True)
+                    return Outcome(True, judged.norm, scale, observed)
+                if self._is_initialising(gathered, box, new):
+                    new.adopt()
+                    return Outcome(False, judged.norm, scale, {})
+                return self._write(inputs, gathered, box, new, recipes, judged)
+            return self._write(inputs, gathered, box, new, recipes, verdict)
+        except BaseException:
+            self.written = self.plan is not None and self.plan.written
+            raise
+        finally:
+            if self.plan is not None:
+                self.plan.release()
+            self._checked.clear()
+
+    # Gather
+
+    def _gather(self, inputs: Inputs, box: StateBox, new: _NewState) -> _Gathered:
+        groups = checked_groups(inputs.groups, inputs.read, None if self.only is None else self.only[0])
+        hyperparameters = [inputs.read(group, reads=False) for group in groups]
+        depends_on = [hyper.slots_depend_on for hyper in hyperparameters]
+        params = [group["params"] for group in groups]
+        if self.only is not None:
+            place = self.only[1]
+            params = [params[0][place : place + 1]]
+        changed = None
+        if self.plan is not None and self._planned == depends_on:
+            changed = self.plan.gather(params, box.cells)
+        if self.plan is None or changed is None:
+            checked_params(_flat(params))
+            agreement, plan = Agreement(_flat(params), inputs.settings.shard_group), engine.Plan(params, self.counts)
+            self.plan = None  # only now, because an exception above must leave the plan together with its counts
+            self.counts.retire()
+            self._agreement, self._planned, self.plan = agreement, depends_on, plan
+            changed = self.plan.gather(params, box.cells)
+        assert self._agreement is not None
+        if changed:
+            for row in self._rows(inputs, changed, box, hyperparameters, new):
+                self.plan.bind(row)
+            every = _flat(params)
+            if not all(self._agreement.knows(row, every[row]) for row in changed):
+                self._agreement = Agreement(every, inputs.settings.shard_group)
+            self.plan.compare()
+        return _Gathered(self.plan, self._agreement, params, hyperparameters)
+
+    # Check
+
+    def _members(self, groups: list[ParamGroup]) -> list[Member]:
+        """Return the parameters in the order of the plan's rows."""
+        return list(members(groups)) if self.only is None else [member_at(groups, *self.only)]
+
+    def _rows(
+        self,
+        inputs: Inputs,
+        changed: Iterable[int],
+        box: StateBox,
+        hyperparameters: list[Hyperparameters],
+        new: _NewState,
+    ) -> Iterator[engine.Row]:
+        """Check the changed rows and make state for those that have none; raise if one is invalid."""
+        own = self._members(inputs.groups)
+        for index in changed:
+            member = own[index]
+            group, param, name = member.group - self._first_group, member.param, member.name
+            hyper = hyperparameters[group]
+            kept = hyper.format_of(param, name, inputs.settings.state_device)
+            gradient = self._checked[index] = engine.checked_gradient(param, name)
+            entry = box.entry(param, name)
+            missing = kept.complete(param, entry, hyper.amsgrad, name, member.rounding_key(hyper.seed))
+            if missing:
+                new.entries.append(_NewEntry(param, gradient, entry, missing))
+            whole: dict[str, Any] = entry | missing
+            slots = {key: whole[key] for key in kept.slots_with(hyper.amsgrad)}
+            form = kept.row_format
+            numbering = engine.shards.numbering(param, name) if form.draws else engine.shards.WHOLE
+            row = engine.Row(index, group, name, param, gradient, entry, whole[STEP], slots, form, numbering)
+            engine.check_memory(row)
+            yield row
+
+    def _left_to_device(self, inputs: Inputs, gathered: _Gathered, new: _NewState) -> engine.DeviceVerdict | None:
+        """Return what the device needs if it decides this step, else None; confirm step counts if the host decides."""
+        plan, counts = gathered.plan, self.counts
+        captured = counts.captured
+        if captured and plan.steps() and plan.leaves_captured_alone():
+            raise RuntimeError(
+                "step() updates other parameters than the steps captured in CUDA graphs, whose step counts would then "
+                "be wrong; give gradients to all parameters of the captured steps, or release these steps with "
+                "optimizer.release_captured() and capture again"
+            )
+        verdict = device_verdict(
+            plan,
+            counts,
+            inputs.settings,
+            inputs.amp,
+            gathered.hyperparameters,
+            alone=not gathered.agreement,
+            fresh=bool(new.entries),
+        )
+        waits = verdict is None or (captured and not verdict.captured)
+        if waits and (plan.on_device or captured):
+            counts.confirm()
+        return verdict
+
+    def _recipes(self, gathered: _Gathered, verdict: engine.DeviceVerdict | None) -> list[engine.Recipe]:
+        """Return the recipes of this step's scalars; learning rate tensors are read unless the device reads them."""
+        plan, hyperparameters = gathered.plan, gathered.hyperparameters
+        for group, hyper in enumerate(hyperparameters):
+            if isinstance(hyper.lr, Tensor) and (verdict is None or not is_on(plan.deciding, hyper.lr)):
+                hyperparameters[group] = hyper._replace(lr=checked_lr(hyper.lr))
+        return [
+            hyperparameters[group].recipe(group, _checked_count(step, group + self._first_group))
+            for group, step in plan.steps()
+        ]
+
+    # Judge
+
+    def _judge(self, inputs: Inputs, gathered: _Gathered, scale: float, found_inf: bool) -> engine.HostVerdict:
+        def describe(row: int) -> Described:
+            member = self._members(inputs.groups)[row]
+            gradient = self._checked.get(row)
+            if gradient is None:
+                gradient = engine.checked_gradient(member.param, member.name)
+            return Described(member.name, member.param, gradient)
+
+        untouched = "nothing was updated" if self.only is None else "it was not updated"
+        return host_verdict(gathered.plan, gathered.agreement, inputs.settings, scale, found_inf, describe, untouched)
+
+    def _is_initialising(self, gathered: _Gathered, box: StateBox, new: _NewState) -> bool:
+        """Whether torch's checkpoint tools are calling this step to create the optimizer's state.
+
+        They step a new optimizer with lr 0 and zero gradients. This must not count as a step.
+        """
+        if self.only is not None or (not new.entries and not gathered.agreement):
+            return False
+        if not all(hyper.lr == 0 for hyper in gathered.hyperparameters):
+            return False
+        counts = any(box.peek().values()) or any(bool(item.gradient.any()) for item in new.entries)
+        if not gathered.agreement:
+            return not counts
+        finding = gathered.agreement.worst(Finding.BAD if counts else Finding.NOTHING)
+        check_others(finding)
+        return finding is Finding.NOTHING
+
+    # Adopt, write
+
+    def _write(
+        self,
+        inputs: Inputs,
+        gathered: _Gathered,
+        box: StateBox,
+        new: _NewState,
+        recipes: list[engine.Recipe],
+        verdict: engine.Verdict,
+    ) -> Outcome:
+        plan = gathered.plan
+        observe = inputs.settings.observing
+        try:
+            new.adopt()
+            table = engine.table(recipes, verdict.factor) if isinstance(verdict, engine.HostVerdict) else None
+            threads = torch.get_num_threads()
+            counts = isinstance(verdict, engine.HostVerdict) or not verdict.captured
+            seen = plan.write(engine.StepOrder(recipes, table, verdict, box.cells, threads, observe, counts))
+        except BaseException as error:
+            if not plan.written:
+                new.abandon()
+            if isinstance(error, Exception):
+                with suppress(Exception):
+                    self._observed(inputs, gathered, box)
+            raise
+        observed = self._observed(inputs, gathered, box, seen) if observe else {}
+        if isinstance(verdict, engine.HostVerdict):
+            return Outcome(False, verdict.norm, verdict.scale, observed)
+        if verdict.captured:  # each replay writes to the tensors that are the state now
+            self.counts.hold([dict(entry) for entry in box.peek().values() if isinstance(entry, dict)])
+        norm, scale = plan.decided()
+        return Outcome(False, norm if verdict.measures else None, scale, observed)
+
+    def _observed(
+        self,
+        inputs: Inputs,
+        gathered: _Gathered,
+        box: StateBox,
+        seen: Iterable[tuple[int, engine.Seen]] = (),
+        *,
+        skips: bool = False,
+    ) -> dict[Tensor, engine.Seen]:
+        """Return the observations of all processes together. If observing is on, every process must call this."""
+        if not inputs.settings.observing:
+            return {}
+        every = _flat(gathered.params)
+        state: Mapping[Any, Any] = box.peek()
+        rows = gathered.agreement.observed(seen, every, state, inputs.skipped + skips)
+        return {every[row]: values for row, values in rows}
+
+    def _tell_others(self, inputs: Inputs) -> None:
+        """Tell the processes that wait for this one that it cannot step."""
+        with suppress(Exception):  # the caller raises the error that made the step fail
+            groups = [group for group in inputs.groups if isinstance(group, dict)]
+            params = params_of(groups)
+            agreement = Agreement(params, inputs.settings.shard_group)
+            if inputs.settings.judges or all(group["lr"] == 0 for group in groups):
+                agreement.worst(Finding.FAILED)
+            elif inputs.settings.observing:  # the others have stepped and exchange observations
+                agreement.observed([], params, {}, inputs.skipped)
+
+
+def _flat(groups: list[list[Tensor]]) -> list[Tensor]:
+    return [param for group in groups for param in group]
+
+
+def _checked_count(step: float, group: int) -> float:
+    """Return a parameter's step count after this step; raise unless it is a whole number that float32 can count."""
+    if not (1 <= step < MAX_STEP and step.is_integer()):
+        raise ValueError(
+            f"step count of a parameter in group {group}: expected a whole number from 1 to {MAX_STEP - 1} "
+            f"(float32 cannot count beyond {MAX_STEP}), got {step}"
+        )
+    return step

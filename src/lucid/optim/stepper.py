@@ -1,0 +1,176 @@
+"""Lets one step run at a time, and keeps the results. A wrapper that copies an optimizer's attributes shares this."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from lucid import engine
+
+from .atomic_step import AtomicStep, Inputs, Outcome
+from .backward import StepInBackward
+from .state_box import StateBox
+from .statistics import Observations
+
+
+class SkippedSteps:
+    """The numbers of skipped steps: of the whole optimizer, and in backward of single parameters."""
+
+    def __init__(self) -> None:
+        self.whole = 0
+        self.in_backward = 0
+        self.alone: dict[Tensor, int] = {}  # those in backward, by parameter
+
+    @property
+    def total(self) -> int:
+        """The number of all skipped steps; in backward, each skipped update of a parameter counts."""
+        return self.whole + self.in_backward
+
+    def count(self, step: AtomicStep, left_out: int) -> None:
+        """Count skipped steps."""
+        if step.param is None:
+            self.whole += left_out
+        elif left_out:
+            self.in_backward += left_out
+            self.alone[step.param] = self.alone.get(step.param, 0) + left_out
+
+    def of(self, param: Tensor) -> int:
+        """Return how many skipped steps concern a parameter."""
+        return self.whole + self.alone.get(param, 0)
+
+
+class Stepper:
+    """Lets one step run at a time, of the whole optimizer or of one parameter in backward, and keeps its results."""
+
+    def __init__(self) -> None:
+        self.whole = AtomicStep()
+        self.alone: weakref.WeakMethod[Callable[[Tensor], None]]  # the optimizer's method that updates one parameter
+        self.backward: StepInBackward | None = None
+        self.accumulating = 0
+        self.skipped = SkippedSteps()
+        self.grad_norm: float | Tensor | None = None
+        self.observations = Observations()
+        self._unconfirmed: dict[AtomicStep, None] = {}  # steps with assumed counts, in the order of insertion
+        self._unlock()
+
+    def _unlock(self) -> None:
+        self._lock = threading.RLock()
+        self._stepping = False
+        self._process = os.getpid()
+
+    # Stepping
+
+    def step(self, inputs: Inputs, failed: Callable[[], None]) -> None:
+        """Update every parameter that has a gradient, all of them or none. ``failed``: called if the step raises."""
+        outcome = self._run(self.whole, inputs, inputs.state, failed)
+        in_backward = self.backward is not None
+        self.grad_norm = None if in_backward else outcome.norm
+        self.observations.add(outcome.observed, None if in_backward else outcome.scale)
+
+    def step_alone(self, param: Tensor, inputs: Callable[[], Inputs], failed: Callable[[], None]) -> None:
+        """Update one parameter, whose gradient is complete in this backward, and free the gradient."""
+        if self.backward is None or self.accumulating or param.grad is None or self.backward.leaves_to_step():
+            return
+        read = inputs()
+        step = self.backward.step_of(param, read.groups, self.confirm)
+        if step is None:
+            return
+        box = StateBox.of_one(param, read.state.peek().get(param))
+        try:
+            outcome = self._run(step, read, box, failed)
+        except BaseException:
+            if step.written:
+                param.grad = None  # the update has used it, even if it raised afterwards
+            raise
+        param.grad = None
+        self.observations.add(outcome.observed, None)
+
+    def _run(self, step: AtomicStep, inputs: Inputs, box: StateBox, failed: Callable[[], None]) -> Outcome:
+        """Run a step under the lock; raise, without ``failed``, if a step of this thread is already running."""
+        if self._process != os.getpid():  # a fork may have happened while another thread held the lock
+            self._unlock()
+        with self._lock:
+            if self._stepping:
+                raise RuntimeError("step() was called within a running step(), perhaps by a signal handler")
+            self._stepping = True
+            try:
+                if self._unconfirmed:
+                    self._confirm_others(step)
+                try:
+                    outcome = step.update(inputs, box)
+                finally:
+                    if step in self._unconfirmed or step.counts.assumed or step.counts.left_out:
+                        self._count(step)
+                if outcome.skipped:
+                    self.skipped.count(step, 1)
+                return outcome
+            except BaseException:
+                failed()
+                raise
+            finally:
+                self._stepping = False
+
+    # Steps that a device decides
+
+    def _confirm_others(self, step: AtomicStep) -> None:
+        for other in [other for other in self._unconfirmed if other is not step]:
+            if other is self.whole or step is self.whole:  # only these share parameters
+                other.counts.confirm()
+                self._count(other)
+
+    def _count(self, step: AtomicStep) -> None:
+        """Count the steps that a device has skipped; remember the step if its counts are assumed."""
+        left_out, step.counts.left_out = step.counts.left_out, 0
+        self.skipped.count(step, left_out)
+        if step.counts.assumed:
+            self._unconfirmed[step] = None
+        else:
+            self._unconfirmed.pop(step, None)
+
+    def confirm(self) -> None:
+        """Confirm all assumed step counts, waiting for the devices that decide steps."""
+        if not self._unconfirmed or engine.cuda.is_capturing():
+            return
+        with self._lock:
+            for step in list(self._unconfirmed):
+                step.counts.confirm()
+                self._count(step)
+
+    def stop_counting_captured(self) -> None:
+        """Stop counting captured steps, because the state that they write to is replaced."""
+        self.confirm()
+        for step in self._unconfirmed:
+            step.counts.stop_counting()
+        self._unconfirmed.clear()
+
+    def release_captured(self) -> None:
+        """Release captured steps and the memory that they need."""
+        self.stop_counting_captured()
+        for step in self._steps():
+            step.counts.release_captured()
+
+    def _steps(self) -> Iterator[AtomicStep]:
+        yield self.whole
+        if self.backward is not None:
+            yield from self.backward.steps.values()
+
+    # In backward
+
+    @contextmanager
+    def accumulated(self) -> Iterator[None]:
+        """Return a context manager in which backward only accumulates gradients."""
+        self.accumulating += 1
+        try:
+            yield
+        finally:
+            self.accumulating -= 1
+
+    def forget(self, param: Tensor) -> None:
+        """Drop the results of a parameter that is no longer in the optimizer."""
+        self.observations.seen.pop(param, None)
+        self.skipped.alone.pop(param, None)
