@@ -1,4 +1,5 @@
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/function.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -7,7 +8,9 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "parallel.h"
 #include "rows.h"
+#include "team.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
@@ -133,6 +136,12 @@ NB_MODULE(_cpu, m) {
   m.def("simd_levels", &lucid::simd_levels);
   m.def("simd_level", &lucid::simd_level);
   m.def("set_simd_level", &lucid::set_simd_level, "name"_a);
+  m.def("find_team", &lucid::find_team, "torch_library"_a, "torch_threads"_a, "inherited"_a);
+  m.def("set_thread_budget", &lucid::set_thread_budget, "own"_a, "budget"_a);
+  m.def("teams", &lucid::teams);
+  m.def("team", &lucid::team);
+  m.def("preferred_team", &lucid::preferred_team);
+  m.def("set_preferred_team", &lucid::set_preferred_team, "name"_a);
   m.def("batch_elements", &lucid::batch_elements);
   m.def("set_batch_elements", &lucid::set_batch_elements, "elements"_a);
   m.def(

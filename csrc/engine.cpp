@@ -4,7 +4,8 @@
 #include <atomic>
 
 #include "dispatch.h"
-#include "pool.h"
+#include "float_mode.h"
+#include "parallel.h"
 
 namespace lucid {
 namespace {

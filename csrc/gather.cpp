@@ -2,7 +2,7 @@
 #include "rows.h"
 
 #include "engine.h"
-#include "pool.h"
+#include "parallel.h"
 
 namespace lucid {
 namespace {

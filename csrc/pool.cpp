@@ -8,6 +8,8 @@
 #include <mutex>
 #include <thread>
 
+#include "float_mode.h"
+
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
@@ -16,19 +18,6 @@
 #endif
 
 namespace lucid {
-
-#if defined(__x86_64__)
-FloatMode::FloatMode() noexcept : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80u); }
-FloatMode::~FloatMode() { _mm_setcsr(static_cast<unsigned>(saved_)); }
-#elif defined(__aarch64__)
-FloatMode::FloatMode() noexcept {
-  asm volatile("mrs %0, fpcr" : "=r"(saved_));
-  asm volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
-}
-FloatMode::~FloatMode() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
-#else
-#error "lucid.optim's CPU engine knows the floating-point mode of x86-64 and arm64 only"
-#endif
 
 namespace {
 
@@ -176,16 +165,10 @@ Pool& the_pool() {
 
 }  // namespace
 
-void expect_work(int threads) {
-  if (threads > 1) the_pool().alert(threads);
-}
+void alert_pool(int threads) { the_pool().alert(threads); }
 
-void parallel_for(int threads, int64_t batches, BatchFn run, void* context, bool more) {
-  if (threads <= 1 || batches <= 1) {
-    for (int64_t batch = 0; batch < batches; ++batch) run(context, batch);
-  } else {
-    the_pool().share(threads, batches, run, context, more);
-  }
+void share_in_pool(int threads, int64_t batches, BatchFn run, void* context, bool more) {
+  the_pool().share(threads, batches, run, context, more);
 }
 
 }  // namespace lucid

@@ -1,31 +1,16 @@
-// A small thread pool. We do not use libgomp, because a forked child would hang in its first parallel region.
+// A small pool of threads of our own, for where torch's team cannot be used: its workers can be replaced after a fork.
 #pragma once
 
-#include <cstdint>
+#include "parallel.h"
 
 namespace lucid {
 
-using BatchFn = void (*)(void* context, int64_t batch) noexcept;
+// parallel_for() in the pool. When another thread is using the pool, the caller does it all. The pool's own threads run
+// in FloatMode; the caller's mode is the caller's business. `more`: another follows at once, so that the threads stay
+// awake for it.
+void share_in_pool(int threads, int64_t batches, BatchFn run, void* context, bool more);
 
-// Calls run(context, batch) for every batch in [0, batches), on at most `threads` threads including the caller's, and
-// returns when all are done. If another thread is using the pool, the caller runs all batches. The threads of the pool
-// run in FloatMode; the caller sets its own mode. `more`: another call follows at once, so the threads stay awake.
-void parallel_for(int threads, int64_t batches, BatchFn run, void* context, bool more = false);
-
-// Wakes the threads for a parallel_for that comes within half a millisecond.
-void expect_work(int threads);
-
-// While an object exists, its thread has the floating-point mode of the numerics contract: round to nearest, subnormals
-// kept.
-class FloatMode {
- public:
-  FloatMode() noexcept;
-  ~FloatMode();
-  FloatMode(const FloatMode&) = delete;
-  FloatMode& operator=(const FloatMode&) = delete;
-
- private:
-  uint64_t saved_;
-};
+// Wakes the threads that a share_in_pool within the next half millisecond will want.
+void alert_pool(int threads);
 
 }  // namespace lucid

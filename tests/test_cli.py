@@ -27,6 +27,7 @@ from lucid.bench import machine, steps
 from lucid.bench.contenders import FORMATS, FUSED, LIMIT, Contender, Format
 from lucid.bench.shapes import MODELS, elements, read_shapes
 from lucid.cli import app, bench, info, main, output, plan, shapes
+from lucid.engine import cpu
 from lucid.engine.formats import NAMES, state_bytes
 
 COMMANDS = ["info", "bench", "plan", "inspect", "convert"]
@@ -231,6 +232,30 @@ def test_info_tells_what_runs_here(capsys):
     assert status == 0
     assert f"torch {torch.__version__}" in re.sub(" +", " ", out)
     assert "GB/s" not in out
+
+
+def test_info_tells_whose_threads_run_the_step_and_why(capsys):
+    _, found = run_json(capsys, "info", "--no-measure")
+    assert (found["team"], found["team_reason"]) == cpu.team()
+    assert found["team"] == "torch"
+    out = run(capsys, "info", "--no-measure")[1].replace("\n", "")
+    assert f"torch's OpenMP threads: {cpu.team()[1][:20]}" in re.sub(" +", " ", out)
+    with cpu.forced_team("pool"):
+        assert run_json(capsys, "info", "--no-measure")[1]["team"] == "pool"
+        assert "lucid's own, not torch's: it was asked for" in run(capsys, "info", "--no-measure")[1]
+
+
+def test_info_tells_a_share_of_the_cores(capsys, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("lucid.engine.native._OWN_THREADS", torch.get_num_threads() + 1)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    monkeypatch.setattr("lucid.engine.threads.cpus", lambda: (8, 8, 3.5))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    _, found = run_json(capsys, "info", "--no-measure")
+    assert found["threads"] == 1
+    assert "LOCAL_WORLD_SIZE" in found["threads_reason"]
+    assert "3.5" in found["threads_reason"]
 
 
 def test_info_without_the_cpu_engine_says_why_and_that_it_is_bad(capsys, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import lucid
-from lucid.engine import cpu
+from lucid.engine import cpu, threads
 
 
 def description(build: str = lucid.__version__) -> dict[str, str]:
@@ -101,9 +101,7 @@ def cpu_model() -> str:
 
 def cores() -> int:
     """Return how many cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return threads.usable_cpus()
 
 
 def _governor() -> str:

@@ -18,7 +18,7 @@ import lucid
 from lucid.bench import machine
 from lucid.bench.contenders import BYTES_MOVED, Copy, Step, mover
 from lucid.bench.paired import Quartiles, sampler
-from lucid.engine import cpu, cuda
+from lucid.engine import cpu, cuda, threads
 
 from . import output
 
@@ -37,13 +37,19 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What `lucid info` reports. `limits`: GB/s that the CPU and each GPU moved, by name."""
+    """What `lucid info` reports.
+
+    `threads`: of a large step. `team`: what they are, torch's OpenMP threads ("torch") or our own ("pool"). `limits`:
+    GB/s that the CPU and each GPU moved, by name.
+    """
 
     engines: list[Engine]
     simd_level: str | None
     simd_levels: list[str]
     threads: int
     threads_reason: str
+    team: str | None
+    team_reason: str | None
     cpu: str
     devices: list[str]
     memory_bytes: float
@@ -54,6 +60,7 @@ class Info:
 def gathered(*, measure: bool = True) -> Info:
     """Return what this machine has; `measure`: with its memory bandwidth, which takes some seconds."""
     found = cpu.missing is None
+    team, team_reason = cpu.team() if found else (None, None)
     return Info(
         [
             Engine("cpu", "C++, for parameters on a CPU", cpu.missing),
@@ -62,8 +69,10 @@ def gathered(*, measure: bool = True) -> Info:
         ],
         cpu.simd_level() if found else None,
         cpu.simd_levels() if found else [],
-        torch.get_num_threads(),
+        cpu.step_threads() if found else torch.get_num_threads(),
         _threads_reason(),
+        team,
+        team_reason,
         machine.cpu_model(),
         [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         machine.total_memory(),
@@ -84,6 +93,14 @@ def _threads_reason() -> str:
     """Return why steps use this number of threads."""
     number, cores = torch.get_num_threads(), machine.cores()
     set_by = next((name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ), None)
+    if cpu.missing is None and cpu.step_threads() < number:
+        usable, _, quota = threads.cpus()
+        limit = f", of which its cgroup limits it to {quota:.3g}" if quota < usable else ""
+        reason = (
+            f"this process's share of {usable} usable cores{limit}; {threads.local_ranks()} processes of this job run "
+            f"on this machine (LOCAL_WORLD_SIZE). torch's kernels use {number}"
+        )
+        return f"{reason}. OMP_NUM_THREADS or torch.set_num_threads sets another number for both"
     if set_by is not None and os.environ[set_by] == str(number):
         reason = f"{set_by}={number}, which launchers such as torchrun set; {cores} cores are usable"
     elif number == cores:
@@ -150,6 +167,9 @@ def run(*, json: bool, measure: bool) -> int:
     if info.simd_level is not None:
         found["SIMD level"] = f"{info.simd_level}, of {', '.join(info.simd_levels)}"
     found["threads"] = f"{info.threads}: {info.threads_reason}"
+    if info.team is not None:
+        team = "torch's OpenMP threads" if info.team == "torch" else "lucid's own, not torch's"
+        found["run in"] = f"{team}: {info.team_reason}"
     found["memory"] = output.size(info.memory_bytes)
     for name, limit in info.limits.items():
         what = f"the fastest float32 step takes {BYTES_MOVED / limit:.2g} ns per parameter"

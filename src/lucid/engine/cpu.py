@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .native import forced_batch_elements, forced_simd_level, missing, new_rows, simd_level, simd_levels
+from .native import (
+    forced_batch_elements,
+    forced_simd_level,
+    forced_team,
+    missing,
+    new_rows,
+    simd_level,
+    simd_levels,
+    step_threads,
+    team,
+    teams,
+)
 from .observed import Observed, Seen
 from .protocol import StepOrder
 from .row import Row
@@ -20,10 +31,14 @@ __all__ = [
     "bind",
     "forced_batch_elements",
     "forced_simd_level",
+    "forced_team",
     "missing",
     "new_rows",
     "simd_level",
     "simd_levels",
+    "step_threads",
+    "team",
+    "teams",
 ]
 
 _NO_SCALARS = bytes(0)

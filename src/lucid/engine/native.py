@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from . import threads
 
 try:
     from . import _cpu
@@ -21,9 +25,40 @@ else:
     )
 
 
+def _is_forked() -> bool:
+    """Whether this process was forked, so that it lacks threads of its parent that torch may take for its own.
+
+    A fork has its parent's auxiliary vector, whose addresses are random. Only Linux's libgomp has this problem.
+    """
+    try:
+        own, parents = (Path(f"/proc/{process}/auxv").read_bytes() for process in ("self", os.getppid()))
+    except OSError:
+        return False
+    return own == parents
+
+
+_OWN_THREADS = torch.get_num_threads()  # torch's choice, if nobody has set another number before
+
+if missing is None:
+    _cpu.find_team(torch._C.__file__, torch.get_num_threads, _is_forked())
+
+
 def new_rows(groups: list[list[Tensor]]) -> _cpu.Rows:
     """Return the rows of an optimizer; ``groups`` is the list of parameters of each group."""
+    set_thread_budget()
     return _cpu.Rows(groups)
+
+
+def set_thread_budget() -> None:
+    """Limit the threads of steps to this process's share of the CPUs, unless you have set torch's number of threads."""
+    budget = threads.budget()
+    _cpu.set_thread_budget(_OWN_THREADS, _OWN_THREADS if budget is None else budget)
+
+
+def step_threads() -> int:
+    """Return how many threads a large step of this thread uses at most."""
+    number, budget = torch.get_num_threads(), threads.budget()
+    return number if budget is None or number != _OWN_THREADS else min(number, budget)
 
 
 def connect_sharded(kind: type) -> None:
@@ -52,6 +87,28 @@ def forced_simd_level(name: str) -> Iterator[None]:
         yield
     finally:
         _cpu.set_simd_level(before)
+
+
+def team() -> tuple[str, str]:
+    """Return which threads run a large step of this thread, and why: torch's OpenMP team or our own pool."""
+    return _cpu.team()
+
+
+def teams() -> list[str]:
+    """Return those that this process has, the preferred one last."""
+    return _cpu.teams()
+
+
+@contextmanager
+def forced_team(name: str) -> Iterator[None]:
+    """Prefer ``"torch"`` or ``"pool"`` inside; the bits are the same."""
+    before = _cpu.preferred_team()
+    if not _cpu.set_preferred_team(name):
+        raise ValueError(f"team {name!r}: expected 'torch' or 'pool'")
+    try:
+        yield
+    finally:
+        _cpu.set_preferred_team(before)
 
 
 @contextmanager
