@@ -11,13 +11,18 @@ namespace lucid {
   namespace level {                \
   extern const Kernels kernels;    \
   }
+#ifdef LUCID_HAS_baseline
+LUCID_DECLARE_LEVEL(baseline)
+#endif
 #ifdef LUCID_HAS_v3
 LUCID_DECLARE_LEVEL(v3)
 #endif
 #ifdef LUCID_HAS_v4
 LUCID_DECLARE_LEVEL(v4)
 #endif
-LUCID_DECLARE_LEVEL(baseline)
+#ifdef LUCID_HAS_neon
+LUCID_DECLARE_LEVEL(neon)
+#endif
 #undef LUCID_DECLARE_LEVEL
 
 namespace {
@@ -52,12 +57,18 @@ struct Level {
 
 const std::vector<Level>& levels() {
   static const std::vector<Level> available = [] {
-    std::vector<Level> found = {{"baseline", &baseline::kernels}};
+    std::vector<Level> found;
+#ifdef LUCID_HAS_baseline
+    found.push_back({"baseline", &baseline::kernels});
+#endif
 #ifdef LUCID_HAS_v3
     if (x86_64_level() >= 3) found.push_back({"v3", &v3::kernels});
 #endif
 #ifdef LUCID_HAS_v4
     if (x86_64_level() >= 4) found.push_back({"v4", &v4::kernels});
+#endif
+#ifdef LUCID_HAS_neon
+    found.push_back({"neon", &neon::kernels});
 #endif
     return found;
   }();

@@ -4,11 +4,12 @@
 // It includes C headers only: see kernels.h.
 #pragma once
 
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#else
+#include <arm_neon.h>
 #endif
 
 namespace lucid::LUCID_LEVEL {
@@ -25,7 +26,6 @@ constexpr int lanes = vector_bytes / 4;
 
 using Float = float __attribute__((vector_size(vector_bytes)));
 using Double = double __attribute__((vector_size(vector_bytes)));
-using HalfFloat = float __attribute__((vector_size(vector_bytes / 2)));  // as many elements as Double has
 using Bits = uint32_t __attribute__((vector_size(vector_bytes)));
 // As many 16-bit and 8-bit integers as Bits has lanes, as they are in memory.
 using Halves = uint16_t __attribute__((vector_size(2 * lanes)));
@@ -203,8 +203,7 @@ inline uint32_t largest(Bits x) {
   y = _mm_max_epu32(y, _mm_shuffle_epi32(y, 0x4e));
   return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(y, _mm_shuffle_epi32(y, 0xb1))));
 }
-#else
-#if defined(__x86_64__)
+#elif defined(__x86_64__)
 inline Float square_root(Float x) { return _mm_sqrt_ps(x); }
 inline Double square_root(Double x) { return _mm_sqrt_pd(x); }
 inline Bits widened(Halves x) {
@@ -244,51 +243,45 @@ inline Bits interleaved(Words upper, Words lower, int first) {
                            : _mm_unpackhi_epi16((__m128i)lower, (__m128i)upper));
 }
 inline PackedBytes packed(Words a, Words b) { return (PackedBytes)_mm_packus_epi16((__m128i)a, (__m128i)b); }
-#else
-inline Words low_halves(Bits a, Bits b) {
-  Words x;
-  for (int k = 0; k < lanes; ++k) {
-    x[k] = static_cast<uint16_t>(a[k]);
-    x[lanes + k] = static_cast<uint16_t>(b[k]);
-  }
-  return x;
-}
-inline Words high_halves(Bits a, Bits b) { return low_halves(a >> 16, b >> 16); }
-inline Bits interleaved(Words upper, Words lower, int first) {
-  Bits x;
-  for (int k = 0; k < lanes; ++k) x[k] = static_cast<uint32_t>(upper[first + k]) << 16 | lower[first + k];
-  return x;
-}
-inline PackedBytes packed(Words a, Words b) {
-  PackedBytes x;
-  for (int k = 0; k < 2 * lanes; ++k) {
-    x[k] = static_cast<uint8_t>(a[k]);
-    x[2 * lanes + k] = static_cast<uint8_t>(b[k]);
-  }
-  return x;
-}
-inline Float square_root(Float x) {
-  for (int k = 0; k < lanes; ++k) x[k] = sqrtf(x[k]);
-  return x;
-}
-inline Double square_root(Double x) {
-  for (int k = 0; k < lanes / 2; ++k) x[k] = sqrt(x[k]);
-  return x;
-}
-template <class Short>
-inline Bits widened(Short x) {
-  return __builtin_convertvector(x, Bits);
-}
-inline Bits widened_signed(Halves x) { return (widened(x) ^ 0x8000u) - 0x8000u; }
-inline Bits widened_signed(Bytes x) { return (widened(x) ^ 0x80u) - 0x80u; }
-inline Halves low_halves(Bits x) { return __builtin_convertvector(x, Halves); }
-inline Bytes low_bytes(Bits x) { return __builtin_convertvector(x, Bytes); }
-#endif
 inline uint32_t largest(Bits x) {
   uint32_t most = 0;
   for (int k = 0; k < lanes; ++k) most = x[k] > most ? x[k] : most;
   return most;
 }
+#else
+inline Float square_root(Float x) { return (Float)vsqrtq_f32((float32x4_t)x); }
+inline Double square_root(Double x) { return (Double)vsqrtq_f64((float64x2_t)x); }
+// The four bytes of a word of memory where `to` has their numbers, zeros where it has none.
+inline Bits placed(Bytes x, PackedBytes to) {
+  uint32_t raw;
+  memcpy(&raw, &x, sizeof raw);
+  return (Bits)vqtbl1q_u8((uint8x16_t)vdupq_n_u32(raw), (uint8x16_t)to);
+}
+inline Bits widened(Bytes x) {
+  return placed(x, PackedBytes{0, 16, 16, 16, 1, 16, 16, 16, 2, 16, 16, 16, 3, 16, 16, 16});
+}
+inline Bits widened_signed(Bytes x) {
+  const Bits highest = placed(x, PackedBytes{16, 16, 16, 0, 16, 16, 16, 1, 16, 16, 16, 2, 16, 16, 16, 3});
+  return (Bits)vshrq_n_s32((int32x4_t)highest, 24);
+}
+inline Bits widened(Halves x) { return (Bits)vmovl_u16((uint16x4_t)x); }
+inline Bits widened_signed(Halves x) { return (Bits)vmovl_s16((int16x4_t)x); }
+inline Halves low_halves(Bits x) { return (Halves)vmovn_u32((uint32x4_t)x); }
+inline Bytes low_bytes(Bits x) {
+  const uint16x4_t halves = vmovn_u32((uint32x4_t)x);
+  const uint32_t raw = vget_lane_u32((uint32x2_t)vmovn_u16(vcombine_u16(halves, halves)), 0);
+  Bytes bytes;
+  memcpy(&bytes, &raw, sizeof bytes);
+  return bytes;
+}
+inline Words high_halves(Bits a, Bits b) { return (Words)vuzp2q_u16((uint16x8_t)a, (uint16x8_t)b); }
+inline Words low_halves(Bits a, Bits b) { return (Words)vuzp1q_u16((uint16x8_t)a, (uint16x8_t)b); }
+inline Bits interleaved(Words upper, Words lower, int first) {
+  return (Bits)(first == 0 ? vzip1q_u16((uint16x8_t)lower, (uint16x8_t)upper)
+                           : vzip2q_u16((uint16x8_t)lower, (uint16x8_t)upper));
+}
+inline PackedBytes packed(Words a, Words b) { return (PackedBytes)vuzp1q_u8((uint8x16_t)a, (uint8x16_t)b); }
+inline uint32_t largest(Bits x) { return vmaxvq_u32((uint32x4_t)x); }
 #endif
 
 // The same numbers in float64, in order.
@@ -303,9 +296,8 @@ inline void widen(Float x, Double (&wide)[2]) {
   wide[0] = _mm_cvtps_pd(x);
   wide[1] = _mm_cvtps_pd(_mm_movehl_ps(x, x));
 #else
-  HalfFloat half[2];
-  memcpy(half, &x, sizeof x);
-  for (int k = 0; k < 2; ++k) wide[k] = __builtin_convertvector(half[k], Double);
+  wide[0] = (Double)vcvt_f64_f32(vget_low_f32((float32x4_t)x));
+  wide[1] = (Double)vcvt_high_f64_f32((float32x4_t)x);
 #endif
 }
 
@@ -318,9 +310,7 @@ inline bool any_not_within(Float a, Float b) {
 #elif defined(__x86_64__)
   return _mm_movemask_ps(_mm_cmpnle_ps(a, b)) != 0;
 #else
-  bool any = false;
-  for (int k = 0; k < lanes; ++k) any |= !(a[k] <= b[k]);
-  return any;
+  return vminvq_u32(vcleq_f32((float32x4_t)a, (float32x4_t)b)) == 0;
 #endif
 }
 inline bool any_not_within(Double a, Double b) {
@@ -342,6 +332,9 @@ inline Halves half_of_float(Float x) { return (Halves)_mm512_cvtps_ph(x, _MM_FRO
 #elif defined(__AVX2__) && defined(__F16C__)
 inline Float float_of_half(Halves x) { return _mm256_cvtph_ps((__m128i)x); }
 inline Halves half_of_float(Float x) { return (Halves)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__aarch64__)
+inline Float float_of_half(Halves x) { return (Float)vcvt_f32_f16((float16x4_t)x); }
+inline Halves half_of_float(Float x) { return (Halves)vcvt_f16_f32((float32x4_t)x); }
 #else
 // In integers. A subnormal half is normal in float32: its value is its significand times 2^-24, which the float32 that
 // begins at 2^-1 counts off.
@@ -373,6 +366,8 @@ inline Bits selected(uint32_t mask, Bits a, Bits b) { return (a & mask) | (b & ~
 inline Words selected(uint16_t mask, Words a, Words b) {
 #if defined(__AVX512F__)
   return (Words)_mm512_ternarylogic_epi32(_mm512_set1_epi16(static_cast<short>(mask)), (__m512i)a, (__m512i)b, 0xca);
+#elif defined(__aarch64__)
+  return (Words)vbslq_u16(vdupq_n_u16(mask), (uint16x8_t)a, (uint16x8_t)b);
 #else
   return (a & mask) | (b & static_cast<uint16_t>(~mask));
 #endif
