@@ -3,7 +3,8 @@
 ``python tools/arm64.py tests/test_engine_bits.py --quick`` after ``apt-get install qemu-user-static
 g++-aarch64-linux-gnu``, with the project's environment, whose Python is the distribution's version. Arguments go to
 pytest; without any, ``tests/smoke.py`` runs. ``CXX=clang++`` compiles with Clang. The first run puts the distribution's
-Python and PyPI's wheels for arm64 into ``build/arm64``: 0.7 GB to download, 2 GB unpacked.
+Python and PyPI's wheels for arm64 into ``build/arm64``: 0.7 GB to download, 2 GB unpacked. On a busy machine hypothesis
+may fail a test because its input came too slowly: that is the emulator, run the test again alone.
 """
 
 import os
