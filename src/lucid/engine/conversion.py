@@ -24,6 +24,7 @@ from .formats import (
     plain_format,
 )
 from .row import COMPUTE
+from .values import plain
 
 
 def converted_entry(
@@ -55,7 +56,8 @@ def converted_entry(
     if STREAM in own and STREAM in saved:
         own[STREAM].copy_(kept.slots[STREAM].check(saved[STREAM], param, STREAM, name))
     _convert_master(parts, saved, param, name)
-    return own | {key: copied(value) for key, value in saved.items() if key not in KEYS}
+    others: dict[str, Any] = plain({key: copied(value) for key, value in saved.items() if key not in KEYS})
+    return own | others
 
 
 def _convert_master(parts: dict[str, Tensor], saved: Mapping[str, Any], param: Tensor, name: str) -> None:
