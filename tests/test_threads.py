@@ -61,6 +61,7 @@ def run_python(script, seconds=90, **environment):
 # Which threads
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LINUX, reason="/proc is Linux's")
 def test_a_step_after_torchs_kernels_starts_no_threads():
     script = """
@@ -103,6 +104,7 @@ def test_a_thread_other_than_the_main_one_uses_the_pool():
     assert "main thread" in why
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["torch's", "none"])
 def test_a_library_that_torchs_number_does_not_follow_is_not_used(library):
     """As with an OpenMP linked statically or under other names: another one may be found, and is not torch's."""
@@ -304,6 +306,7 @@ def test_two_optimizers_in_two_threads_one_of_them_the_main_one(count, wanted):
         assert_same(results(world.optimizer), wanted["float32"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [1, 2])
 def test_steps_inside_a_parallel_region(levels):
     """Each thread of a team steps an optimizer of its own; with two levels each has a team of its own inside."""
@@ -339,6 +342,7 @@ def other_libgomp():
     return str(found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LINUX, reason="the other library is Linux's")
 @pytest.mark.parametrize("how", ["before", "after", "before, global", "after, global", "preloaded"])
 def test_another_openmp_runtime_in_the_process(how):
@@ -428,6 +432,7 @@ def test_the_share_of_a_process(cpus, ranks, budget, monkeypatch):
     assert threads.budget() is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LINUX, reason="/proc is Linux's")
 @pytest.mark.parametrize(
     ("environment", "number", "helpers"),
