@@ -148,6 +148,7 @@ def test_the_number_of_threads_changes_between_steps(team, wanted):
     assert_same(results(world.optimizer), wanted["float32"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [
@@ -233,6 +234,7 @@ def test_a_forked_child_uses_the_pool(before, count, wanted):
     assert_same(results(world.optimizer), wanted["float32"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LINUX, reason="/proc is Linux's")
 @pytest.mark.parametrize("team_has_run", [True, False])
 def test_a_child_that_imports_lucid_itself(team_has_run):
