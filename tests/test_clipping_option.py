@@ -169,6 +169,7 @@ def test_checkpoints_know_nothing_of_it():
     assert (clipping.max_grad_norm, clipping.nonfinite) == (0.5, "skip")
 
 
+@pytest.mark.filterwarnings("ignore:param_groups")
 def test_a_group_has_no_bound_of_its_own():
     """Unknown keys are kept and do nothing, as torch's optimizers have it."""
     optimizer = optim.AdamW([{"params": [Parameter(torch.ones(1))], "max_grad_norm": 1e-9}], betas=(0.0, 0.0))

@@ -105,6 +105,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize(("value", "wanted"), VALUES, ids=repr)
+@pytest.mark.filterwarnings("ignore:param_groups")
 def test_what_is_saved_is_plain_in_every_key(value, wanted):
     net, optimizer = trained()
     optimizer.param_groups[0] |= {"mine": value, "nested": [{"deep": (value,)}]}

@@ -1,18 +1,47 @@
-"""Parameter groups: dicts that store ``beta1`` and ``beta2`` and also accept the key ``betas``."""
+"""Parameter groups: dicts that store ``beta1`` and ``beta2``, accept the key ``betas``, and tell of unknown keys."""
 
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterable, KeysView, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from difflib import get_close_matches
 from itertools import islice
 from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
 
+from lucid.engine.told import warn
 from lucid.engine.values import readable, shown
 
 _MISSING = object()
+
+_read: set[str] = set()  # the names of hyperparameters, from `add_read`
+# Keys that are read or written elsewhere: by this package, torch's optimizers and schedulers, Lightning, Transformers.
+_KNOWN = {
+    *("params", "param_names", "state_version", "name"),
+    *("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"),
+    *("initial_lr", "base_lr", "min_lr", "max_lr", "swa_lr", "momentum", "base_momentum", "max_momentum"),
+}
+_told: set[str] = set()  # keys of which a warning has told
+
+
+def add_read(keys: Iterable[str]) -> None:
+    """Add keys that an optimizer reads in its groups."""
+    _read.update(keys)
+
+
+def _tell(key: object) -> None:
+    """Warn, once for each key, that nothing reads it."""
+    if not isinstance(key, str) or key in _KNOWN or key in _told:
+        return
+    _told.add(key)
+    nearest = get_close_matches(key, {*_read, "betas"}, 1)
+    warn(
+        f"param_groups: the optimizer keeps the key {key!r} but does not read it; expected a hyperparameter, "
+        + (f"perhaps {nearest[0]!r}" if nearest else "or a key that another tool reads; then ignore this warning"),
+        UserWarning,
+    )
 
 
 class ParamGroup(dict[str, Any]):
@@ -49,6 +78,8 @@ class ParamGroup(dict[str, Any]):
             super().__setitem__("beta1", beta1)
             super().__setitem__("beta2", beta2)
         else:
+            if key not in _read:
+                _tell(key)
             super().__setitem__(key, value)
 
     def __delitem__(self, key: str) -> None:

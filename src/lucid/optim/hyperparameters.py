@@ -11,7 +11,7 @@ from lucid import engine
 from lucid.engine.formats import StateFormat, StateFormatName, checked_format
 from lucid.engine.values import shown
 
-from .groups import ParamGroup, checked_params
+from .groups import ParamGroup, add_read, checked_params
 
 
 class Hyperparameters(NamedTuple):
@@ -43,6 +43,9 @@ class Hyperparameters(NamedTuple):
     def recipe(self, group: int, step: float) -> engine.Recipe:
         """Return the recipe of a step's scalars; ``step`` is counted from 1."""
         return engine.Recipe(group, self.lr, self.beta1, self.beta2, self.eps, self.weight_decay, self.maximize, step)
+
+
+add_read(Hyperparameters._fields)
 
 
 class Reading(Protocol):

@@ -1,0 +1,92 @@
+"""Guards the warning about keys of a group that nothing reads: a misspelt option would change nothing, silently."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import Parameter
+from torch.optim import lr_scheduler, swa_utils
+
+import lucid.optim as optim
+from lucid.optim import groups
+
+MISSPELT = [("weigth_decay", "weight_decay"), ("betas2", "betas"), ("learning_lr", None), ("lr_scale", None)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_told(monkeypatch):
+    monkeypatch.setattr(groups, "_told", set())
+
+
+def group(**more):
+    return {"params": [Parameter(torch.ones(2))], **more}
+
+
+WAYS = {
+    "constructor": lambda optimizer, key: type(optimizer)([group(**{key: 1})]),
+    "added group": lambda optimizer, key: optimizer.add_param_group(group(**{key: 1})),
+    "assignment": lambda optimizer, key: optimizer.param_groups[0].__setitem__(key, 1),
+    "update": lambda optimizer, key: optimizer.param_groups[0].update({key: 1}),
+    "setdefault": lambda optimizer, key: optimizer.param_groups[0].setdefault(key, 1),
+    "plain dict": lambda optimizer, key: replaced(optimizer, key),
+    "load": lambda optimizer, key: loaded(optimizer, key),
+}
+
+
+def replaced(optimizer, key):
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], key: 1}
+    optimizer.step()
+
+
+def loaded(optimizer, key):
+    saved = optimizer.state_dict()
+    saved["param_groups"][0][key] = 1
+    optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("key", "nearest"), MISSPELT)
+def test_a_key_that_nothing_reads_is_told_once_with_the_nearest_name(key, nearest, way):
+    optimizer = optim.AdamW([group()])
+    with pytest.warns(UserWarning, match=f"does not read it.*{nearest or 'another tool'}") as told:
+        WAYS[way](optimizer, key)
+    assert [key in str(each.message) for each in told] == [True]
+    assert told[0].filename == __file__
+    for again in WAYS.values():
+        again(optim.AdamW([group()]), key)
+
+
+def test_the_key_is_kept():
+    optimizer = optim.AdamW([group()])
+    with pytest.warns(UserWarning, match="lr_scale"):
+        optimizer.param_groups[0]["lr_scale"] = 0.5
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)), optim.AdamW([group()])):
+        twin.load_state_dict(optimizer.state_dict())
+        assert twin.param_groups[0]["lr_scale"] == 0.5
+
+
+def test_keys_of_torchs_tools_are_known():
+    net = nn.Linear(2, 1)
+    theirs = torch.optim.AdamW(net.named_parameters())
+    schedulers = [
+        lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
+        lambda o: lr_scheduler.CyclicLR(o, 0.1, 0.2, cycle_momentum=True),
+        lambda o: swa_utils.SWALR(o, 0.1),
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for made in schedulers:
+            optimizer = optim.AdamW(net.named_parameters())
+            optimizer.load_state_dict(theirs.state_dict())
+            made(optimizer)
+            optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_keys_that_are_not_text_are_kept_without_a_word():
+    optimizer = optim.AdamW([group()])
+    optimizer.param_groups[0][7] = 1
+    assert optimizer.param_groups[0][7] == 1
