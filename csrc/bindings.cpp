@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "callbacks.h"
 #include "dispatch.h"
 #include "parallel.h"
 #include "rows.h"
@@ -137,6 +138,8 @@ NB_MODULE(_cpu, m) {
   m.def("simd_level", &lucid::simd_level);
   m.def("set_simd_level", &lucid::set_simd_level, "name"_a);
   m.def("find_team", &lucid::find_team, "torch_library"_a, "torch_threads"_a, "inherited"_a);
+  m.def("find_callbacks", &lucid::find_callbacks, "torch_library"_a);
+  m.def("recorded", &lucid::recorded);
   m.def("set_thread_budget", &lucid::set_thread_budget, "own"_a, "budget"_a);
   m.def("teams", &lucid::teams);
   m.def("team", &lucid::team);

@@ -41,6 +41,12 @@ _OWN_THREADS = torch.get_num_threads()  # torch's choice, if nobody has set anot
 
 if missing is None:
     _cpu.find_team(torch._C.__file__, torch.get_num_threads, _is_forked())
+    _cpu.find_callbacks(torch._C.__file__)
+    is_recorded = _cpu.recorded  # whether a profiler or the like records what this thread runs
+else:
+
+    def is_recorded() -> bool:
+        return True
 
 
 def new_rows(groups: list[list[Tensor]]) -> _cpu.Rows:

@@ -22,6 +22,7 @@ from .members import params_of
 from .settings import NON_FINITE, NonFinite, Settings, checked_max_norm
 from .stateful import Params, StatefulOptimizer
 from .statistics import summed_up
+from .unheard import hooked
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -66,7 +67,8 @@ class Optimizer(StatefulOptimizer):
 
     # The step
 
-    @_disable_dynamo
+    profile_hook_step = staticmethod(hooked)  # torch wraps the ``step`` of each class with it
+
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Update every parameter that has a gradient: all of them or none.
 
