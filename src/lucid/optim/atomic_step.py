@@ -18,9 +18,9 @@ from lucid.engine.scalars import MAX_STEP
 from lucid.engine.values import checked_lr, is_on
 
 from .agreement import Agreement, Finding
-from .gradients import Amp, Described, check_others, device_verdict, found_inf_in, host_verdict, scale_of
+from .gradients import NO_AMP, Amp, Described, check_others, device_verdict, found_inf_in, host_verdict, scale_of
 from .groups import ParamGroup, checked_params
-from .hyperparameters import Hyperparameters, Reading, checked_groups
+from .hyperparameters import Hyperparameters, Reading, checked_groups, known
 from .members import Member, member_at, members, params_of
 from .settings import Settings
 from .state_box import StateBox
@@ -135,8 +135,9 @@ class AtomicStep:
             try:
                 gathered = self._gather(inputs, box, new)
                 verdict = self._left_to_device(inputs, gathered, new)
-                scale = 1.0 if verdict else scale_of(inputs.amp.grad_scale)
-                found_inf = not verdict and found_inf_in(inputs.amp.found_inf)
+                told = verdict is None and inputs.amp is not NO_AMP  # by GradScaler
+                scale = scale_of(inputs.amp.grad_scale) if told else 1.0
+                found_inf = told and found_inf_in(inputs.amp.found_inf)
                 recipes = self._recipes(gathered, verdict)
             except Exception:
                 self._tell_others(inputs)
@@ -165,7 +166,7 @@ class AtomicStep:
 
     def _gather(self, inputs: Inputs, box: StateBox, new: _NewState) -> _Gathered:
         groups = checked_groups(inputs.groups, inputs.read, None if self.only is None else self.only[0])
-        hyperparameters = [inputs.read(group, reads=False) for group in groups]
+        hyperparameters = [known(group, inputs.read) for group in groups]
         depends_on = [hyper.slots_depend_on for hyper in hyperparameters]
         params = [group["params"] for group in groups]
         if self.only is not None:
@@ -229,6 +230,8 @@ class AtomicStep:
         """Return what the device needs if it decides this step, else None; confirm step counts if the host decides."""
         plan, counts = gathered.plan, self.counts
         captured = counts.captured
+        if not (plan.on_device or captured or engine.cuda.is_capturing()):
+            return None
         if captured and plan.steps() and plan.leaves_captured_alone():
             raise RuntimeError(
                 "step() updates other parameters than the steps captured in CUDA graphs, whose step counts would then "

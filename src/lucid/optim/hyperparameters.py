@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import is_, itemgetter
 from typing import NamedTuple, Protocol
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lucid import engine
 from lucid.engine.formats import StateFormat, StateFormatName, checked_format
-from lucid.engine.values import shown
+from lucid.engine.values import checked_lr, shown
 
 from .groups import ParamGroup, checked_params
 
@@ -53,6 +54,27 @@ class Reading(Protocol):
 
         `reads`: whether to read the value of a learning rate tensor, which waits for the tensor's device.
         """
+
+
+_ALL_BUT_LR = itemgetter(*Hyperparameters._fields[1:])
+_CONSTANT = (float, int, bool, str)  # a value of these types stays what it is
+
+
+def known(group: ParamGroup, read: Reading) -> Hyperparameters:
+    """Return the group's hyperparameters, without checking again what is still the same object; lr may be a tensor."""
+    try:
+        lr, values = group["lr"], _ALL_BUT_LR(group)
+    except KeyError:
+        return read(group, reads=False)  # it raises and says what is missing
+    if group.known is None or not all(map(is_, values, group.known[0])):
+        found = read(group, reads=False)
+        group.known = (values, found) if all(type(value) in _CONSTANT for value in values) else None
+        return found
+    found = group.known[1]
+    if lr is not found.lr:  # as a scheduler sets it at each step
+        found = Hyperparameters(lr if isinstance(lr, Tensor) else checked_lr(lr), *found[1:])
+        group.known = values, found
+    return found
 
 
 def checked_groups(groups: list[ParamGroup], read: Reading, only: int | None = None) -> list[ParamGroup]:

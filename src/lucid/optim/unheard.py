@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torchs
 
@@ -24,9 +25,10 @@ def hooked(step: Callable[..., R]) -> Callable[..., R]:
     Torch's wrapper runs if there are hooks, of the optimizer or global, or if anything records the step (a profiler, an
     execution trace).
     """
-    heard = torch.optim.Optimizer.profile_hook_step(step)
+    import torch._dynamo  # as torch does when it adds the first group
 
-    @_disable_dynamo
+    heard = _disable_dynamo(torch.optim.Optimizer.profile_hook_step(step))
+
     @functools.wraps(step)
     def unheard(self: Optimizer, *args: Any, **kwargs: Any) -> R:
         if (
@@ -35,8 +37,9 @@ def hooked(step: Callable[..., R]) -> Callable[..., R]:
             or torchs._global_optimizer_pre_hooks
             or torchs._global_optimizer_post_hooks
             or engine.cpu.is_recorded()
+            or get_eval_frame_callback() is not None
         ):
             return heard(self, *args, **kwargs)
         return step(self, *args, **kwargs)
 
-    return unheard
+    return torch._dynamo.decorators.skip(unheard)
