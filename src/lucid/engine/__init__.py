@@ -5,6 +5,7 @@ engine defines the bits: every other engine gives the same. The device of a row'
 """
 
 from . import cpu, cuda, shards
+from .cpu import hold
 from .observed import Observed, Seen
 from .plan import Plan, name_for, only
 from .protocol import StepOrder
@@ -34,6 +35,7 @@ __all__ = [
     "cpu",
     "cuda",
     "has_memory",
+    "hold",
     "is_plain",
     "name_for",
     "only",

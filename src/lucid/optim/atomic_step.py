@@ -20,7 +20,7 @@ from lucid.engine.values import checked_lr, is_on
 from .agreement import Agreement, Finding
 from .gradients import NO_AMP, Amp, Described, check_others, device_verdict, found_inf_in, host_verdict, scale_of
 from .groups import ParamGroup, checked_params
-from .hyperparameters import Hyperparameters, Reading, checked_groups, known
+from .hyperparameters import Hyperparameters, Reading, Readings
 from .members import Member, member_at, members, params_of
 from .settings import Settings
 from .state_box import StateBox
@@ -116,6 +116,7 @@ class AtomicStep:
         self.written = False  # whether the last update raised (an interrupt) after it had written
         self.plan: engine.Plan | None = None
         self._first_group = 0 if only is None else only[0]  # the optimizer's number of the plan's first group
+        self._readings = Readings(None if only is None else only[0])
         self._agreement: Agreement | None = None
         self._planned: list[Any] = []  # for each group, the hyperparameters on which its slots depend
         self._checked: dict[int, Tensor] = {}  # gradients of the rows that were checked in this step
@@ -165,22 +166,21 @@ class AtomicStep:
     # Gather
 
     def _gather(self, inputs: Inputs, box: StateBox, new: _NewState) -> _Gathered:
-        groups = checked_groups(inputs.groups, inputs.read, None if self.only is None else self.only[0])
-        hyperparameters = [known(group, inputs.read) for group in groups]
-        depends_on = [hyper.slots_depend_on for hyper in hyperparameters]
-        params = [group["params"] for group in groups]
+        read = self._readings
+        read.renew(inputs.groups, inputs.read)
+        params, hyperparameters = read.params, read.hyperparameters.copy()
         if self.only is not None:
             place = self.only[1]
             params = [params[0][place : place + 1]]
         changed = None
-        if self.plan is not None and self._planned == depends_on:
+        if self.plan is not None and self._planned == read.slots_depend_on:
             changed = self.plan.gather(params, box.cells)
         if self.plan is None or changed is None:
             checked_params(_flat(params))
             agreement, plan = Agreement(_flat(params), inputs.settings.shard_group), engine.Plan(params, self.counts)
             self.plan = None  # only now, because an exception above must leave the plan together with its counts
             self.counts.retire()
-            self._agreement, self._planned, self.plan = agreement, depends_on, plan
+            self._agreement, self._planned, self.plan = agreement, read.slots_depend_on, plan
             changed = self.plan.gather(params, box.cells)
         assert self._agreement is not None
         if changed:

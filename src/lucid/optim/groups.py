@@ -29,14 +29,9 @@ class ParamGroup(dict[str, Any]):
     (0.8, True, ['beta1', 'beta2'])
     """
 
-    known: Any = None  # what the last step read from the group, see `lucid.optim.hyperparameters.known`
-
     def __init__(self, items: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /) -> None:
         super().__init__()
         self.update(items)
-
-    def __getstate__(self) -> None:
-        """Of a group, only its items are copied and pickled."""
 
     def __contains__(self, key: object) -> bool:
         if key == "betas":
