@@ -13,10 +13,11 @@ from .reference import ordered_sum
 from .row import COMPUTE, Row, RowFormat, check_memory, check_param, checked_gradient, has_memory, is_plain
 from .scalars import Recipe, Scalars, table
 from .step_counts import StepCounts
-from .verdict import DeviceVerdict, HostVerdict, Verdict
+from .verdict import UNJUDGED, DeviceVerdict, HostVerdict, Verdict
 
 __all__ = [
     "COMPUTE",
+    "UNJUDGED",
     "DeviceVerdict",
     "HostVerdict",
     "Observed",

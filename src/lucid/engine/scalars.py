@@ -35,7 +35,6 @@ class Scalars(NamedTuple):
     @classmethod
     def of(
         cls,
-        *,
         lr: float,
         beta1: float,
         beta2: float,
@@ -56,6 +55,8 @@ class Scalars(NamedTuple):
 class Recipe(NamedTuple):
     """What one set of scalars is computed from: the hyperparameters of ``group``, and the step count after this step.
 
+    All but the group are the arguments of `Scalars.of`.
+
     ``lr`` may be a one-element tensor on the device if the device makes the scalars.
     """
 
@@ -68,20 +69,6 @@ class Recipe(NamedTuple):
     maximize: bool
     step: float
 
-    def scalars(self, factor: float) -> Scalars:
-        """Return the scalars; `factor` clips and unscales the gradients."""
-        assert not isinstance(self.lr, Tensor)
-        return Scalars.of(
-            lr=self.lr,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            maximize=self.maximize,
-            step=self.step,
-            factor=factor,
-        )
-
 
 ScalarTable = array  # float64[1 + recipes, SET]: the first row belongs to the device, then one set for each recipe
 
@@ -93,7 +80,8 @@ def table(recipes: Sequence[Recipe], factor: float) -> ScalarTable[float]:
     """Return the scalars of all recipes in the form that every engine reads; `factor` clips and unscales gradients."""
     words = array("d", bytes(_BYTES * (1 + len(recipes))))
     for number, recipe in enumerate(recipes, 1):
-        _USED.pack_into(words, _BYTES * number, *recipe.scalars(factor), recipe.step)
+        scalars = Scalars.of(*recipe[1:], factor)  # type: ignore[arg-type]  # lr is a number, as the host makes them
+        _USED.pack_into(words, _BYTES * number, *scalars, recipe.step)
     return words
 
 

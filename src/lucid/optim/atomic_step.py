@@ -136,9 +136,9 @@ class AtomicStep:
             try:
                 gathered = self._gather(inputs, box, new)
                 verdict = self._left_to_device(inputs, gathered, new)
-                told = verdict is None and inputs.amp is not NO_AMP  # by GradScaler
-                scale = scale_of(inputs.amp.grad_scale) if told else 1.0
-                found_inf = told and found_inf_in(inputs.amp.found_inf)
+                scale, found_inf = 1.0, False
+                if verdict is None and inputs.amp is not NO_AMP:
+                    scale, found_inf = scale_of(inputs.amp.grad_scale), found_inf_in(inputs.amp.found_inf)
                 recipes = self._recipes(gathered, verdict)
             except Exception:
                 self._tell_others(inputs)
@@ -257,15 +257,20 @@ class AtomicStep:
         plan, hyperparameters = gathered.plan, gathered.hyperparameters
         for group, hyper in enumerate(hyperparameters):
             if isinstance(hyper.lr, Tensor) and (verdict is None or not is_on(plan.deciding, hyper.lr)):
-                hyperparameters[group] = hyper._replace(lr=checked_lr(hyper.lr))
-        return [
-            hyperparameters[group].recipe(group, _checked_count(step, group + self._first_group))
-            for group, step in plan.steps()
-        ]
+                hyperparameters[group] = hyper.with_lr(checked_lr(hyper.lr))
+        recipes = []
+        for group, step in plan.steps():
+            if not (1 <= step < MAX_STEP and step.is_integer()):
+                raise _bad_count(step, group + self._first_group)
+            recipes.append(hyperparameters[group].recipe(group, step))
+        return recipes
 
     # Judge
 
     def _judge(self, inputs: Inputs, gathered: _Gathered, scale: float, found_inf: bool) -> engine.HostVerdict:
+        if inputs.amp is NO_AMP and not inputs.settings.judges:
+            return engine.UNJUDGED
+
         def describe(row: int) -> Described:
             member = self._members(inputs.groups)[row]
             gradient = self._checked.get(row)
@@ -359,11 +364,8 @@ def _flat(groups: list[list[Tensor]]) -> list[Tensor]:
     return [param for group in groups for param in group]
 
 
-def _checked_count(step: float, group: int) -> float:
-    """Return a parameter's step count after this step; raise unless it is a whole number that float32 can count."""
-    if not (1 <= step < MAX_STEP and step.is_integer()):
-        raise ValueError(
-            f"step count of a parameter in group {group}: expected a whole number from 1 to {MAX_STEP - 1} "
-            f"(float32 cannot count beyond {MAX_STEP}), got {step}"
-        )
-    return step
+def _bad_count(step: float, group: int) -> ValueError:
+    return ValueError(
+        f"step count of a parameter in group {group}: expected a whole number from 1 to {MAX_STEP - 1} "
+        f"(float32 cannot count beyond {MAX_STEP}), got {step}"
+    )

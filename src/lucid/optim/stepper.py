@@ -18,6 +18,18 @@ from .state_box import StateBox
 from .statistics import Observations
 
 
+_forks = 0  # that made this process
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_fork)  # os.getpid() would ask the system at each step
+
+
 class SkippedSteps:
     """The numbers of skipped steps: of the whole optimizer, and in backward of single parameters."""
 
@@ -61,7 +73,7 @@ class Stepper:
     def _unlock(self) -> None:
         self._lock = threading.RLock()
         self._stepping = False
-        self._process = os.getpid()
+        self._forks = _forks
 
     # Stepping
 
@@ -92,7 +104,7 @@ class Stepper:
 
     def _run(self, step: AtomicStep, inputs: Inputs, box: StateBox, failed: Callable[[], None]) -> Outcome:
         """Run a step under the lock; raise, without ``failed``, if a step of this thread is already running."""
-        if self._process != os.getpid():  # a fork may have happened while another thread held the lock
+        if self._forks != _forks:  # a fork may have happened while another thread held the lock
             self._unlock()
         with self._lock:
             if self._stepping:
