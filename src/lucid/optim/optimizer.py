@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from lucid import engine
 from lucid.engine.values import checked_flag, one_of, shown
@@ -63,7 +62,7 @@ class Optimizer(StatefulOptimizer):
 
     def _begin(self, settings: Settings) -> None:
         super()._begin(settings)
-        self._stepper.alone = weakref.WeakMethod(self._step_alone)  # of this object: a wrapper may live shorter
+        self._stepper.alone = weakref.ref(self)  # this object: a wrapper may live shorter
 
     # The step
 
@@ -125,7 +124,6 @@ class Optimizer(StatefulOptimizer):
         vars(self).pop("grad_scale", None)
         vars(self).pop("found_inf", None)
 
-    @_disable_dynamo
     def _step_alone(self, param: Tensor) -> None:
         """Update `param`, whose gradient is complete in this backward."""
         self._stepper.step_alone(param, self._inputs, self._drop_amp)

@@ -13,10 +13,9 @@ from torch import Tensor
 from lucid import engine
 
 from .atomic_step import AtomicStep, Inputs, Outcome
-from .backward import StepInBackward
+from .backward import StepInBackward, UpdatesAlone
 from .state_box import StateBox
 from .statistics import Observations
-
 
 _forks = 0  # that made this process
 
@@ -61,7 +60,7 @@ class Stepper:
 
     def __init__(self) -> None:
         self.whole = AtomicStep()
-        self.alone: weakref.WeakMethod[Callable[[Tensor], None]]  # the optimizer's method that updates one parameter
+        self.alone: weakref.ref[UpdatesAlone]  # the optimizer
         self.backward: StepInBackward | None = None
         self.accumulating = 0
         self.skipped = SkippedSteps()
@@ -100,7 +99,8 @@ class Stepper:
                 param.grad = None  # the update has used it, even if it raised afterwards
             raise
         param.grad = None
-        self.observations.add(outcome.observed, None)
+        if outcome.observed:
+            self.observations.add(outcome.observed, None)
 
     def _run(self, step: AtomicStep, inputs: Inputs, box: StateBox, failed: Callable[[], None]) -> Outcome:
         """Run a step under the lock; raise, without ``failed``, if a step of this thread is already running."""
