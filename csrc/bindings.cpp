@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "callbacks.h"
 #include "dispatch.h"
 #include "parallel.h"
 #include "rows.h"
@@ -31,6 +32,25 @@ std::vector<lucid::HostScalars> sets_in(nb::handle table) {
   }
   PyBuffer_Release(&buffer);
   return found;
+}
+
+// Whether these dicts, each of this very class, still hold these values under these keys, object by object.
+bool hold(nb::list dicts, nb::handle kind, nb::tuple keys, nb::list values) {
+  const size_t n = dicts.size();
+  if (n != values.size()) return false;
+  for (size_t i = 0; i < n; ++i) {
+    PyObject* const dict = PyList_GetItem(dicts.ptr(), static_cast<Py_ssize_t>(i));
+    PyObject* const wanted = PyList_GetItem(values.ptr(), static_cast<Py_ssize_t>(i));
+    if (Py_TYPE(dict) != reinterpret_cast<PyTypeObject*>(kind.ptr()) || !PyDict_Check(dict)) return false;
+    for (size_t k = 0; k < keys.size(); ++k) {
+      const auto at = static_cast<Py_ssize_t>(k);
+      if (PyDict_GetItemWithError(dict, PyTuple_GetItem(keys.ptr(), at)) != PyTuple_GetItem(wanted, at)) {
+        if (PyErr_Occurred() != nullptr) throw nb::python_error();
+        return false;
+      }
+    }
+  }
+  return true;
 }
 
 // lucid.engine.cuda.row_table.DeviceRow, the same as lucid::DeviceRow field by field.
@@ -137,6 +157,11 @@ NB_MODULE(_cpu, m) {
   m.def("simd_level", &lucid::simd_level);
   m.def("set_simd_level", &lucid::set_simd_level, "name"_a);
   m.def("find_team", &lucid::find_team, "torch_library"_a, "torch_threads"_a, "inherited"_a);
+  m.def("hold", &hold, "dicts"_a, "kind"_a, "keys"_a, "values"_a,
+        nb::sig("def hold(dicts: list[typing.Any], kind: type, keys: tuple[str, ...], "
+                "values: list[tuple[typing.Any, ...]]) -> bool"));
+  m.def("find_callbacks", &lucid::find_callbacks, "torch_library"_a);
+  m.def("recorded", &lucid::recorded);
   m.def("set_thread_budget", &lucid::set_thread_budget, "own"_a, "budget"_a);
   m.def("teams", &lucid::teams);
   m.def("team", &lucid::team);

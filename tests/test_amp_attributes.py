@@ -278,10 +278,10 @@ def test_a_step_within_a_step_leaves_the_outer_one_its_scale(monkeypatch):
     scaler.scale(torch.zeros(()))  # makes its tensors
     original = engine.Scalars.of
 
-    def stepping(**numbers):
+    def stepping(*numbers):
         with pytest.raises(RuntimeError, match="within a running step"):
             optimizer.step()
-        return original(**numbers)
+        return original(*numbers)
 
     monkeypatch.setattr(engine.Scalars, "of", staticmethod(stepping))
     param.grad = torch.full((3,), 8.0)

@@ -73,7 +73,7 @@ PLACES = {
     "new step": (formats, "new_step"),
     "check": (hyperparameters, "checked_format"),
     "hyperparameters": (optim.AdamW, "_hyperparameters"),
-    "groups": (atomic_step, "checked_groups"),
+    "groups": (hyperparameters, "checked_groups"),
 }
 
 

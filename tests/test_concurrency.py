@@ -126,11 +126,11 @@ def test_state_that_is_read_in_the_middle_of_a_step(monkeypatch):
     original = engine.Scalars.of
     read = []
 
-    def reading(**numbers):
+    def reading(*numbers):
         thread = threading.Thread(target=lambda: read.append(dict(world.optimizer.state)))
         thread.start()
         thread.join()
-        return original(**numbers)
+        return original(*numbers)
 
     monkeypatch.setattr(engine.Scalars, "of", staticmethod(reading))
     world.run(1)
@@ -159,14 +159,14 @@ def test_state_that_is_replaced_in_the_middle_of_a_step(warm, monkeypatch):
     twin.run(3)
     original = engine.Scalars.of
 
-    def of(**numbers):
+    def of(*numbers):
         if replacing:
             given = dict(replacing)
             replacing.clear()
             thread = threading.Thread(target=lambda: setattr(world.optimizer, "state", given))
             thread.start()
             thread.join()
-        return original(**numbers)
+        return original(*numbers)
 
     def act():
         monkeypatch.setattr(engine.Scalars, "of", staticmethod(of))
@@ -197,11 +197,11 @@ def test_a_first_step_of_a_state_that_another_thread_changes_in_its_middle(chang
                 world.optimizer.state[param].update(entry)
         given.clear()
 
-    def of(**numbers):
+    def of(*numbers):
         thread = threading.Thread(target=give)
         thread.start()
         thread.join()
-        return original(**numbers)
+        return original(*numbers)
 
     def act():
         with monkeypatch.context() as patch:

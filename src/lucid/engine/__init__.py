@@ -5,6 +5,7 @@ engine defines the bits: every other engine gives the same. The device of a row'
 """
 
 from . import cpu, cuda, shards
+from .cpu import hold
 from .observed import Observed, Seen
 from .plan import Plan, name_for, only
 from .protocol import StepOrder
@@ -12,10 +13,11 @@ from .reference import ordered_sum
 from .row import COMPUTE, Row, RowFormat, check_memory, check_param, checked_gradient, has_memory, is_plain
 from .scalars import Recipe, Scalars, table
 from .step_counts import StepCounts
-from .verdict import DeviceVerdict, HostVerdict, Verdict
+from .verdict import UNJUDGED, DeviceVerdict, HostVerdict, Verdict
 
 __all__ = [
     "COMPUTE",
+    "UNJUDGED",
     "DeviceVerdict",
     "HostVerdict",
     "Observed",
@@ -34,6 +36,7 @@ __all__ = [
     "cpu",
     "cuda",
     "has_memory",
+    "hold",
     "is_plain",
     "name_for",
     "only",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,16 @@ _OWN_THREADS = torch.get_num_threads()  # torch's choice, if nobody has set anot
 
 if missing is None:
     _cpu.find_team(torch._C.__file__, torch.get_num_threads, _is_forked())
+    _cpu.find_callbacks(torch._C.__file__)
+    is_recorded = _cpu.recorded  # whether a profiler or the like records what this thread runs
+    hold = _cpu.hold
+else:
+
+    def is_recorded() -> bool:
+        return True
+
+    def hold(dicts: list[Any], kind: type, keys: tuple[str, ...], values: list[tuple[Any, ...]]) -> bool:
+        return False
 
 
 def new_rows(groups: list[list[Tensor]]) -> _cpu.Rows:

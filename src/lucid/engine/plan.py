@@ -168,6 +168,8 @@ class Plan:
     def steps(self) -> list[tuple[int, float]]:
         """Return (group, step count after this step) for each set of scalars that the rows of this step need."""
         found = self._rows.steps()
+        if len(self._engines) == 1:
+            return found
         for engine in (self._reference, self._offload):
             if engine is not None and engine.rows:
                 engine.first_set = len(found)

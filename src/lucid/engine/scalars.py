@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -34,7 +35,6 @@ class Scalars(NamedTuple):
     @classmethod
     def of(
         cls,
-        *,
         lr: float,
         beta1: float,
         beta2: float,
@@ -45,21 +45,17 @@ class Scalars(NamedTuple):
         factor: float = 1.0,
     ) -> Scalars:
         """Return the scalars of step `step`, counted from 1; `factor` clips and unscales the gradients."""
-        return cls(
-            beta1=beta1,
-            one_minus_beta1=1.0 - beta1,
-            beta2=beta2,
-            one_minus_beta2=1.0 - beta2,
-            d=lr * weight_decay,
-            k=lr / one_minus_power(beta1, step),
-            s=1.0 / math.sqrt(one_minus_power(beta2, step)),
-            e=eps,
-            f=-factor if maximize else factor,
-        )
+        d = lr * weight_decay
+        k = lr / one_minus_power(beta1, step)
+        s = 1.0 / math.sqrt(one_minus_power(beta2, step))
+        f = -factor if maximize else factor
+        return cls(beta1, 1.0 - beta1, beta2, 1.0 - beta2, d, k, s, eps, f)
 
 
 class Recipe(NamedTuple):
     """What one set of scalars is computed from: the hyperparameters of ``group``, and the step count after this step.
+
+    All but the group are the arguments of `Scalars.of`.
 
     ``lr`` may be a one-element tensor on the device if the device makes the scalars.
     """
@@ -73,40 +69,27 @@ class Recipe(NamedTuple):
     maximize: bool
     step: float
 
-    def scalars(self, factor: float) -> Scalars:
-        """Return the scalars; `factor` clips and unscales the gradients."""
-        assert not isinstance(self.lr, Tensor)
-        return Scalars.of(
-            lr=self.lr,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            maximize=self.maximize,
-            step=self.step,
-            factor=factor,
-        )
-
 
 ScalarTable = array  # float64[1 + recipes, SET]: the first row belongs to the device, then one set for each recipe
 
-_BEFORE = [0.0] * SET
-_AFTER = [0.0] * (SET - len(Scalar))
+_BYTES = 8 * SET
+_USED = struct.Struct(f"{len(Scalar)}d")  # the words of a set that are used: the scalars and the step count
 
 
 def table(recipes: Sequence[Recipe], factor: float) -> ScalarTable[float]:
     """Return the scalars of all recipes in the form that every engine reads; `factor` clips and unscales gradients."""
-    words = _BEFORE.copy()
-    for recipe in recipes:
-        words += recipe.scalars(factor)
-        words.append(recipe.step)
-        words += _AFTER
-    return array("d", words)
+    words = array("d", bytes(_BYTES * (1 + len(recipes))))
+    for number, recipe in enumerate(recipes, 1):
+        scalars = Scalars.of(*recipe[1:], factor)  # type: ignore[arg-type]  # lr is a number, as the host makes them
+        _USED.pack_into(words, _BYTES * number, *scalars, recipe.step)
+    return words
 
 
 def table_of(scalars: Scalars) -> ScalarTable[float]:
     """Return a table with one set, whose step count is 0, for an engine that does not read it."""
-    return array("d", [*_BEFORE, *scalars, 0.0, *_AFTER])
+    words = array("d", bytes(2 * _BYTES))
+    _USED.pack_into(words, _BYTES, *scalars, 0.0)
+    return words
 
 
 def scalars_in(scalars: ScalarTable[float], number: int) -> Scalars:

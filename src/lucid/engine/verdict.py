@@ -21,6 +21,9 @@ class HostVerdict(NamedTuple):
     skip: bool
 
 
+UNJUDGED = HostVerdict(1.0, None, 1.0, False)  # nothing is measured, clipped, unscaled or skipped
+
+
 class DeviceVerdict(NamedTuple):
     """What the device needs to decide by the same rule, so that the host does not wait for it.
 

@@ -18,9 +18,9 @@ from lucid.engine.scalars import MAX_STEP
 from lucid.engine.values import checked_lr, is_on
 
 from .agreement import Agreement, Finding
-from .gradients import Amp, Described, check_others, device_verdict, found_inf_in, host_verdict, scale_of
+from .gradients import NO_AMP, Amp, Described, check_others, device_verdict, found_inf_in, host_verdict, scale_of
 from .groups import ParamGroup, checked_params
-from .hyperparameters import Hyperparameters, Reading, checked_groups
+from .hyperparameters import Hyperparameters, Reading, Readings
 from .members import Member, member_at, members, params_of
 from .settings import Settings
 from .state_box import StateBox
@@ -116,6 +116,7 @@ class AtomicStep:
         self.written = False  # whether the last update raised (an interrupt) after it had written
         self.plan: engine.Plan | None = None
         self._first_group = 0 if only is None else only[0]  # the optimizer's number of the plan's first group
+        self._readings = Readings(None if only is None else only[0])
         self._agreement: Agreement | None = None
         self._planned: list[Any] = []  # for each group, the hyperparameters on which its slots depend
         self._checked: dict[int, Tensor] = {}  # gradients of the rows that were checked in this step
@@ -135,8 +136,9 @@ class AtomicStep:
             try:
                 gathered = self._gather(inputs, box, new)
                 verdict = self._left_to_device(inputs, gathered, new)
-                scale = 1.0 if verdict else scale_of(inputs.amp.grad_scale)
-                found_inf = not verdict and found_inf_in(inputs.amp.found_inf)
+                scale, found_inf = 1.0, False
+                if verdict is None and inputs.amp is not NO_AMP:
+                    scale, found_inf = scale_of(inputs.amp.grad_scale), found_inf_in(inputs.amp.found_inf)
                 recipes = self._recipes(gathered, verdict)
             except Exception:
                 self._tell_others(inputs)
@@ -164,22 +166,21 @@ class AtomicStep:
     # Gather
 
     def _gather(self, inputs: Inputs, box: StateBox, new: _NewState) -> _Gathered:
-        groups = checked_groups(inputs.groups, inputs.read, None if self.only is None else self.only[0])
-        hyperparameters = [inputs.read(group, reads=False) for group in groups]
-        depends_on = [hyper.slots_depend_on for hyper in hyperparameters]
-        params = [group["params"] for group in groups]
+        read = self._readings
+        read.renew(inputs.groups, inputs.read)
+        params, hyperparameters = read.params, read.hyperparameters.copy()
         if self.only is not None:
             place = self.only[1]
             params = [params[0][place : place + 1]]
         changed = None
-        if self.plan is not None and self._planned == depends_on:
+        if self.plan is not None and self._planned == read.slots_depend_on:
             changed = self.plan.gather(params, box.cells)
         if self.plan is None or changed is None:
             checked_params(_flat(params))
             agreement, plan = Agreement(_flat(params), inputs.settings.shard_group), engine.Plan(params, self.counts)
             self.plan = None  # only now, because an exception above must leave the plan together with its counts
             self.counts.retire()
-            self._agreement, self._planned, self.plan = agreement, depends_on, plan
+            self._agreement, self._planned, self.plan = agreement, read.slots_depend_on, plan
             changed = self.plan.gather(params, box.cells)
         assert self._agreement is not None
         if changed:
@@ -229,6 +230,8 @@ class AtomicStep:
         """Return what the device needs if it decides this step, else None; confirm step counts if the host decides."""
         plan, counts = gathered.plan, self.counts
         captured = counts.captured
+        if not (plan.on_device or captured or engine.cuda.is_capturing()):
+            return None
         if captured and plan.steps() and plan.leaves_captured_alone():
             raise RuntimeError(
                 "step() updates other parameters than the steps captured in CUDA graphs, whose step counts would then "
@@ -254,15 +257,20 @@ class AtomicStep:
         plan, hyperparameters = gathered.plan, gathered.hyperparameters
         for group, hyper in enumerate(hyperparameters):
             if isinstance(hyper.lr, Tensor) and (verdict is None or not is_on(plan.deciding, hyper.lr)):
-                hyperparameters[group] = hyper._replace(lr=checked_lr(hyper.lr))
-        return [
-            hyperparameters[group].recipe(group, _checked_count(step, group + self._first_group))
-            for group, step in plan.steps()
-        ]
+                hyperparameters[group] = hyper.with_lr(checked_lr(hyper.lr))
+        recipes = []
+        for group, step in plan.steps():
+            if not (1 <= step < MAX_STEP and step.is_integer()):
+                raise _bad_count(step, group + self._first_group)
+            recipes.append(hyperparameters[group].recipe(group, step))
+        return recipes
 
     # Judge
 
     def _judge(self, inputs: Inputs, gathered: _Gathered, scale: float, found_inf: bool) -> engine.HostVerdict:
+        if inputs.amp is NO_AMP and not inputs.settings.judges:
+            return engine.UNJUDGED
+
         def describe(row: int) -> Described:
             member = self._members(inputs.groups)[row]
             gradient = self._checked.get(row)
@@ -356,11 +364,8 @@ def _flat(groups: list[list[Tensor]]) -> list[Tensor]:
     return [param for group in groups for param in group]
 
 
-def _checked_count(step: float, group: int) -> float:
-    """Return a parameter's step count after this step; raise unless it is a whole number that float32 can count."""
-    if not (1 <= step < MAX_STEP and step.is_integer()):
-        raise ValueError(
-            f"step count of a parameter in group {group}: expected a whole number from 1 to {MAX_STEP - 1} "
-            f"(float32 cannot count beyond {MAX_STEP}), got {step}"
-        )
-    return step
+def _bad_count(step: float, group: int) -> ValueError:
+    return ValueError(
+        f"step count of a parameter in group {group}: expected a whole number from 1 to {MAX_STEP - 1} "
+        f"(float32 cannot count beyond {MAX_STEP}), got {step}"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from lucid.engine.told import warn
 from .atomic_step import AtomicStep
 from .groups import ParamGroup
 from .members import members, params_of
+from .unheard import outside_graphs
 
 
 def no_norm_in_backward(bound: float) -> str:
@@ -24,14 +26,21 @@ def no_norm_in_backward(bound: float) -> str:
     )
 
 
+class UpdatesAlone(Protocol):
+    """An optimizer, as hooks see it."""
+
+    def _step_alone(self, param: Tensor) -> None:
+        """Update a parameter whose gradient is complete."""
+
+
 class StepInBackward:
     """The hooks on an optimizer's parameters, and an `AtomicStep` for each parameter.
 
-    ``ready``: called with a parameter whose gradient is complete. Neither a hook nor this object holds a reference to
-    the optimizer; when this object is deleted, its hooks are removed.
+    ``ready``: the optimizer, which updates a parameter whose gradient is complete. Neither a hook nor this object holds
+    a reference to it; when this object is deleted, its hooks are removed.
     """
 
-    def __init__(self, ready: weakref.WeakMethod[Callable[[Tensor], None]]) -> None:
+    def __init__(self, ready: weakref.ref[UpdatesAlone]) -> None:
         self._ready = ready
         self._handles: dict[Tensor, RemovableHandle] = {}
         self.steps: dict[Tensor, AtomicStep] = {}
@@ -50,10 +59,11 @@ class StepInBackward:
             self.steps.pop(param, None)
         ready = self._ready
 
+        @outside_graphs
         def hook(param: Tensor) -> None:
-            update = ready()
-            if update is not None:
-                update(param)
+            optimizer = ready()
+            if optimizer is not None:
+                optimizer._step_alone(param)
 
         for param in params:
             if param.requires_grad and param.is_leaf and param not in self._handles:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lucid import engine
 from lucid.engine.formats import StateFormat, StateFormatName, checked_format
-from lucid.engine.values import shown
+from lucid.engine.values import checked_lr, shown
 
 from .groups import ParamGroup, add_read, checked_params
 
@@ -39,6 +40,10 @@ class Hyperparameters(NamedTuple):
         ``device``: the device of the state, or None for the parameter's.
         """
         return checked_format(param, self.state_format, self.master_weights, name, device)
+
+    def with_lr(self, lr: Any) -> Hyperparameters:
+        """Return these hyperparameters with another learning rate; raise if it is out of range."""
+        return Hyperparameters(lr if isinstance(lr, Tensor) else checked_lr(lr), *self[1:])
 
     def recipe(self, group: int, step: float) -> engine.Recipe:
         """Return the recipe of a step's scalars; ``step`` is counted from 1."""
@@ -76,3 +81,44 @@ def checked_groups(groups: list[ParamGroup], read: Reading, only: int | None = N
         else:
             groups[index] = wrapped
     return groups if only is None else [groups[only]]
+
+
+class Readings:
+    """What a step reads from its groups, kept from step to step: a value that a group still holds is not checked again.
+
+    ``only``: the number of the one group that is read, or None for all. For each group, ``params`` has the list of its
+    parameters, ``hyperparameters`` its hyperparameters (lr may be a tensor), and ``slots_depend_on`` those that decide
+    which slots its parameters have.
+    """
+
+    def __init__(self, only: int | None) -> None:
+        self._only = only
+        self._held: list[tuple[Any, ...]] = []  # for each group, the values of _HELD; empty if they cannot be trusted
+        self.params: list[list[Tensor]] = []
+        self.hyperparameters: list[Hyperparameters] = []
+        self.slots_depend_on: list[tuple[bool, StateFormatName, bool]] = []
+
+    def renew(self, groups: list[ParamGroup], read: Reading) -> None:
+        """Read what the groups hold now; raise if a value is out of range."""
+        own = groups if self._only is None or type(groups) is not list else groups[self._only : self._only + 1]
+        if not (self._held and engine.hold(own, ParamGroup, _HELD, self._held)):
+            self._read(checked_groups(groups, read, self._only), read)
+            return
+        for index, group in enumerate(own):  # schedulers set another lr at each step
+            lr, known = dict.get(group, "lr"), self.hyperparameters[index]
+            if lr is not known.lr:
+                self.hyperparameters[index] = read(group, reads=False) if lr is None else known.with_lr(lr)
+
+    def _read(self, own: list[ParamGroup], read: Reading) -> None:
+        self._held = []
+        self.params = [group["params"] for group in own]
+        self.hyperparameters = [read(group, reads=False) for group in own]
+        self.slots_depend_on = [hyper.slots_depend_on for hyper in self.hyperparameters]
+        held = [_held(group) for group in own]
+        if all(type(value) in _CONSTANT for values in held for value in values[1:]):
+            self._held = held
+
+
+_HELD = ("params", *Hyperparameters._fields[1:])  # all that a step reads but lr
+_held = itemgetter(*_HELD)
+_CONSTANT = (float, int, bool, str)  # a value of these types does not change as long as it is the same object

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from lucid import engine
 from lucid.engine.values import checked_flag, one_of, shown
@@ -22,6 +21,7 @@ from .members import params_of
 from .settings import NON_FINITE, NonFinite, Settings, checked_max_norm
 from .stateful import Params, StatefulOptimizer
 from .statistics import summed_up
+from .unheard import hooked
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -62,11 +62,12 @@ class Optimizer(StatefulOptimizer):
 
     def _begin(self, settings: Settings) -> None:
         super()._begin(settings)
-        self._stepper.alone = weakref.WeakMethod(self._step_alone)  # of this object: a wrapper may live shorter
+        self._stepper.alone = weakref.ref(self)  # this object: a wrapper may live shorter
 
     # The step
 
-    @_disable_dynamo
+    profile_hook_step = staticmethod(hooked)  # torch wraps the ``step`` of each class with it
+
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Update every parameter that has a gradient: all of them or none.
 
@@ -123,7 +124,6 @@ class Optimizer(StatefulOptimizer):
         vars(self).pop("grad_scale", None)
         vars(self).pop("found_inf", None)
 
-    @_disable_dynamo
     def _step_alone(self, param: Tensor) -> None:
         """Update `param`, whose gradient is complete in this backward."""
         self._stepper.step_alone(param, self._inputs, self._drop_amp)

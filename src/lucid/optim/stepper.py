@@ -13,9 +13,20 @@ from torch import Tensor
 from lucid import engine
 
 from .atomic_step import AtomicStep, Inputs, Outcome
-from .backward import StepInBackward
+from .backward import StepInBackward, UpdatesAlone
 from .state_box import StateBox
 from .statistics import Observations
+
+_forks = 0  # that made this process
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_fork)  # os.getpid() would ask the system at each step
 
 
 class SkippedSteps:
@@ -49,7 +60,7 @@ class Stepper:
 
     def __init__(self) -> None:
         self.whole = AtomicStep()
-        self.alone: weakref.WeakMethod[Callable[[Tensor], None]]  # the optimizer's method that updates one parameter
+        self.alone: weakref.ref[UpdatesAlone]  # the optimizer
         self.backward: StepInBackward | None = None
         self.accumulating = 0
         self.skipped = SkippedSteps()
@@ -61,7 +72,7 @@ class Stepper:
     def _unlock(self) -> None:
         self._lock = threading.RLock()
         self._stepping = False
-        self._process = os.getpid()
+        self._forks = _forks
 
     # Stepping
 
@@ -88,11 +99,12 @@ class Stepper:
                 param.grad = None  # the update has used it, even if it raised afterwards
             raise
         param.grad = None
-        self.observations.add(outcome.observed, None)
+        if outcome.observed:
+            self.observations.add(outcome.observed, None)
 
     def _run(self, step: AtomicStep, inputs: Inputs, box: StateBox, failed: Callable[[], None]) -> Outcome:
         """Run a step under the lock; raise, without ``failed``, if a step of this thread is already running."""
-        if self._process != os.getpid():  # a fork may have happened while another thread held the lock
+        if self._forks != _forks:  # a fork may have happened while another thread held the lock
             self._unlock()
         with self._lock:
             if self._stepping:
