@@ -12,15 +12,13 @@ PyObject* is_conj_name = nullptr;
 PyObject* local_name = nullptr;
 PyObject* spec_name = nullptr;
 
-// torch keeps up to 5 sizes in the tensor itself. In front of them lie the addresses of its storage and of what autograd
-// keeps of it. connect() looks whether that is so.
+// torch keeps up to 5 sizes in the tensor itself. In front of them lie the addresses of its storage and of what
+// autograd keeps of it. connect() looks whether that is so.
 constexpr int inline_dims = 5;
 constexpr int storage_before_shape = 6, autograd_before_shape = 5;  // in words
 bool knows_words = false;
 
-uintptr_t word_before_shape(const DLTensor& tensor, int words) {
-  return static_cast<uintptr_t>(tensor.shape[-words]);
-}
+uintptr_t word_before_shape(const DLTensor& tensor, int words) { return static_cast<uintptr_t>(tensor.shape[-words]); }
 
 bool finds_storage(PyObject* tensor) {
   DLTensor found;
