@@ -107,10 +107,11 @@ void Rows::gather_gradient(Row& row) {
     row.wide = false;
     ++device_structure_;
   }
-  row.near_gradient = reinterpret_cast<uintptr_t>(tensor.shape);
+  row.last_gradient = row.gradient;
+  row.near_gradient = near(tensor);
   row.changed =
       !read(param, &tensor) || !same_tensor(tensors_[row.first], tensor) || (row.is_complex && is_lazy_view(param));
-  row.near_param = reinterpret_cast<uintptr_t>(tensor.shape);
+  if (!row.changed) row.near_param = near(tensor);
 }
 
 nb::object Rows::gather(nb::list groups, nb::list state_box) try {
@@ -129,9 +130,9 @@ nb::object Rows::gather(nb::list groups, nb::list state_box) try {
     if (i + rows_ahead < rows_.size()) {
       const Row& ahead = rows_[i + rows_ahead];
       __builtin_prefetch(ahead.param);
-      for (const uintptr_t near : {ahead.near_param, ahead.near_gradient}) {
-        for (const uintptr_t at : {near - 64, near, near + 64}) __builtin_prefetch(reinterpret_cast<const void*>(at));
-      }
+      __builtin_prefetch(ahead.last_gradient);
+      ahead.near_param.prefetch();
+      ahead.near_gradient.prefetch();
     }
     gather_gradient(rows_[i]);
   }

@@ -138,20 +138,15 @@ class Rows {
     nb::object spec, gradient_spec;
   };
 
-  struct Row {
+  // What every pass over the rows reads comes first, in one cache line.
+  struct alignas(64) Row {
     PyObject* param;  // this and the next are compared by identity; param is owned from gather() to release()
     PyTypeObject* param_type;
-    PyObject* entry = nullptr;
     PyObject* gradient = nullptr;
-    std::unique_ptr<Shard> shard;  // if the parameter is sharded
     float* step = nullptr;
     const int64_t* stream = nullptr;
-    Work work = {};
-    Numbering numbering = {};
-    size_t first = 0;  // in tensors_: parameter, gradient, step, then the other slots
-    int tensors = 0;
     int group;
-    uintptr_t near_param = 0, near_gradient = 0;  // the addresses of torch's shapes, only to prefetch
+    int tensors = 0;
     bool bound = false;
     bool active = false;   // takes part in this step
     bool changed = false;  // since it was bound, so it must be checked
@@ -161,6 +156,13 @@ class Rows {
     bool assumed = false;      // on a device: its step count is in assumed_
     bool wide = false;         // on a device: every address is a multiple of 16
     bool may_be_lazy = false;  // its gradient may be lazily conjugated or negated, so each step asks
+    Work work = {};
+    size_t first = 0;  // in tensors_: parameter, gradient, step, then the other slots
+    Near near_param, near_gradient;
+    PyObject* last_gradient = nullptr;  // only to prefetch
+    PyObject* entry = nullptr;          // compared by identity
+    std::unique_ptr<Shard> shard;       // if the parameter is sharded
+    Numbering numbering = {};
 
     Row(PyObject* param_, int group_) : param(param_), param_type(Py_TYPE(param_)), group(group_) {}
   };

@@ -12,6 +12,26 @@ PyObject* is_conj_name = nullptr;
 PyObject* local_name = nullptr;
 PyObject* spec_name = nullptr;
 
+// torch keeps up to 5 sizes in the tensor itself. In front of them lie the addresses of its storage and of what
+// autograd keeps of it. connect() looks whether that is so.
+constexpr int inline_dims = 5;
+constexpr int storage_before_shape = 6, autograd_before_shape = 5;  // in words
+bool knows_words = false;
+
+uintptr_t word_before_shape(const DLTensor& tensor, int words) { return static_cast<uintptr_t>(tensor.shape[-words]); }
+
+bool finds_storage(PyObject* tensor) {
+  DLTensor found;
+  PyObject* storage = PyObject_CallMethod(tensor, "untyped_storage", nullptr);
+  PyObject* address = storage == nullptr ? nullptr : PyObject_GetAttrString(storage, "_cdata");
+  const bool finds = address != nullptr && read(tensor, &found) &&
+                     word_before_shape(found, storage_before_shape) == PyLong_AsSize_t(address);
+  PyErr_Clear();
+  Py_XDECREF(address);
+  Py_XDECREF(storage);
+  return finds;
+}
+
 int64_t element_size(DLDataType type) { return type.bits / 8; }
 
 bool answers_false(PyObject* tensor, PyObject* question) {
@@ -42,6 +62,10 @@ bool connect(nb::handle tensor) {
   if (grad_descriptor == nullptr) return false;
   get_grad = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(grad_descriptor), Py_tp_descr_get));
   if (get_grad == nullptr) return false;
+  PyObject* empty = PyObject_CallNoArgs(tensor.ptr());
+  knows_words = empty != nullptr && finds_storage(empty);
+  PyErr_Clear();
+  Py_XDECREF(empty);
   is_neg_name = PyUnicode_InternFromString("is_neg");
   is_conj_name = PyUnicode_InternFromString("is_conj");
   return true;
@@ -87,6 +111,15 @@ bool read(PyObject* object, DLTensor* out) {
   if (exchange->tensor_from_object(object, out) == 0) return true;
   PyErr_Clear();
   return false;
+}
+
+Near near(const DLTensor& tensor) {
+  Near found{reinterpret_cast<uintptr_t>(tensor.shape)};
+  if (knows_words && tensor.ndim <= inline_dims) {
+    found.storage = word_before_shape(tensor, storage_before_shape);
+    found.autograd = word_before_shape(tensor, autograd_before_shape);
+  }
+  return found;
 }
 
 bool is_plain_tensor(PyObject* object) { return Py_TYPE(object) == tensor_type; }

@@ -27,6 +27,18 @@ PyObject* spec_of(PyObject* sharded);
 // Whether two specs shard a tensor of the same shape in the same way.
 bool spread_alike(PyObject* spec, PyObject* other);
 
+// Addresses that torch will read when the tensor is read again, only to prefetch them; 0 if unknown.
+struct Near {
+  uintptr_t shape = 0, storage = 0, autograd = 0;
+
+  void prefetch() const {
+    for (const uintptr_t at : {shape - 64, shape, shape + 64, storage, autograd, autograd + 64}) {
+      __builtin_prefetch(reinterpret_cast<const void*>(at));
+    }
+  }
+};
+Near near(const DLTensor& tensor);
+
 // Returns false if the object is not a tensor with its own memory.
 bool read(PyObject* object, DLTensor* out);
 // Whether its class is torch.Tensor itself, not a subclass.

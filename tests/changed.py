@@ -1,10 +1,12 @@
 """A run in which something is changed, beside the same on the reference engine, which keeps nothing between steps."""
 
 import contextlib
+from unittest import mock
 
 import pytest
 
 from bits import SEALED, World, assert_same, is_sealed, on, results
+from lucid import engine
 
 MOMENTS = [1, 3, SEALED, SEALED + 20]
 
@@ -13,7 +15,8 @@ def both(change, warm, before=None, after=3, effect=True, **options):
     """Run on each engine: `before`, `warm` steps, `change`, more steps. Compare after each of those."""
 
     def run(name, change):
-        with on(name):
+        reads = mock.patch.object(engine, "hold", return_value=False)  # what groups hold, at each step
+        with on(name), reads if name == "reference" else contextlib.nullcontext():
             world = World(**options)
             held = before(world) if before else None
             world.run(warm)
