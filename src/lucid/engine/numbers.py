@@ -89,14 +89,13 @@ class Told(IntEnum):
     """What the host tells a device that decides: the words before the first set, int64 unless marked float64."""
 
     SETS = 0  # the number of sets
-    SUMS = 1  # the number of partial sums in the sum of all squares
-    MAX_NORM = 2  # float64, infinity for no bound
-    SKIPS = 3  # whether a non-finite gradient skips the step
-    SCALE = 4  # float64, GradScaler's scale of the gradients
-    SCALE_AT = 5  # the address of the scale if it is on the device, else 0
-    SCALE_DOUBLE = 6  # whether it is a float64 there
-    FOUND_INF_AT = 7  # the address of a float32 found_inf, or 0
-    CAPTURED = 8  # whether the step is captured: then the host does not count its replays
+    MAX_NORM = 1  # float64, infinity for no bound
+    SKIPS = 2  # whether a non-finite gradient skips the step
+    SCALE = 3  # float64, GradScaler's scale of the gradients
+    SCALE_AT = 4  # the address of the scale if it is on the device, else 0
+    SCALE_DOUBLE = 5  # whether it is a float64 there
+    FOUND_INF_AT = 6  # the address of a float32 found_inf, or 0
+    CAPTURED = 7  # whether the step is captured: then the host does not count its replays
 
 
 class ToldOfSet(IntEnum):
@@ -127,3 +126,7 @@ class Kept(IntEnum):
 
 
 KEPT = 4
+
+# The exact sum of squares on a device (`lucid.engine.exact_sum`).
+COPIES = 8  # sums that programs add to, so that few programs wait for each other
+PADDED = 128  # the words of a sum, and unused ones

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lucid.engine.cpu import bind
+from lucid.engine.exact_sum import TOTAL_WORDS
 from lucid.engine.numbers import KEPT
 from lucid.engine.observed import Seen
 from lucid.engine.protocol import StepOrder
@@ -80,14 +81,12 @@ class CUDA:
                 tables.refresh(self._step, self._version)
                 yield tables
 
-    def measure(self) -> list[tuple[int, float]]:
-        """Return (row number, sum of squares of its gradient) for each row; wait for the device."""
+    def measure(self, scale: float) -> list[list[int]]:
+        """Return the words of `lucid.engine.exact_sum` of each device; wait for the devices."""
         found = []
         for tables in self._current():
-            measuring = tables.measuring()
-            _launch(tables.launcher, measuring.launches)
-            rows, sums = tables.row_table.rows, measuring.row_sums.tolist()
-            found += [(rows[place].row, sums[place]) for place in tables.active(self._step)]
+            _launch(tables.launcher, tables.measure(scale))
+            found.append(tables.words[:TOTAL_WORDS].tolist())
         return found
 
     def prepare(self, order: StepOrder) -> None:
@@ -110,15 +109,14 @@ class CUDA:
 
     def _deciding(self, tables: DeviceTables, recipes: Sequence[Recipe], verdict: DeviceVerdict) -> list[Launch]:
         """Return the launches before the update: measuring and deciding."""
-        measuring = list(tables.measuring().launches) if verdict.measures else []
-        deciding, config = tables.decide(verdict, recipes, self.counts.words[tables.device])
+        launches, config = tables.decide(verdict, recipes, self.counts.words[tables.device])
         if verdict.captured:
             own = self._rows.step_counts()
             count_of = {(group, count.item() + 1): count for group, count in own}
             counts = [count_of[recipe.group, recipe.step] for recipe in recipes]
             alive = [tables, self.counts.words[tables.device]]
             self._capturing = CapturedStep(config, counts, [count for _, count in own], alive)
-        return measuring + deciding
+        return launches
 
     def write(self) -> list[tuple[int, Seen]]:
         """Launch all prepared kernels. The caller holds back interrupts."""

@@ -1,0 +1,233 @@
+"""The exact sum of the squares of gradients (`lucid.engine.exact_sum`) in Triton, in integers alone.
+
+A square of a float32 g is (m·2ᵏ)² at the place of the smallest exponent that occurs, with m the 24 bits of g's
+significand. m·2ᵏ is cut into two halves, so a square is three products of 48 bits, each of which is added to its own
+int64. This holds for exponents up to 23 apart. If there are others, the elements are read window by window of 24
+exponents. A square of a float64 is rounded first, and its 53 bits are cut into three parts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lucid.engine import exact_sum, numbers
+from lucid.engine.numbers import Column, Told
+
+from .formats import FLOAT64, bits_of
+from .kernels import load_gradient, number_at
+
+ELEMENTS = tl.constexpr(int(Column.ELEMENTS))
+LAYOUT = tl.constexpr(int(Column.LAYOUT))
+COLUMNS = tl.constexpr(numbers.COLUMNS)
+SCALE = tl.constexpr(int(Told.SCALE))
+SCALE_AT = tl.constexpr(int(Told.SCALE_AT))
+SCALE_DOUBLE = tl.constexpr(int(Told.SCALE_DOUBLE))
+
+WORDS = tl.constexpr(exact_sum.WORDS)
+TOTAL_WORDS = tl.constexpr(exact_sum.TOTAL_WORDS)
+NAN = tl.constexpr(int(exact_sum.Count.NAN))
+INFINITE = tl.constexpr(int(exact_sum.Count.INFINITE))
+LARGE = tl.constexpr(int(exact_sum.Count.LARGE))
+COPIES = tl.constexpr(numbers.COPIES)
+PADDED = tl.constexpr(numbers.PADDED)
+
+LOWEST = tl.constexpr(exact_sum.LOWEST)
+
+_LOW_32 = tl.constexpr(0xFFFFFFFF)
+_LOW_24 = tl.constexpr(0xFFFFFF)
+
+
+@triton.jit
+def scale_of(config):
+    """Return GradScaler's scale of the gradients, float64. ``config``: the words of `Told`."""
+    scale = tl.load(config.to(tl.pointer_type(tl.float64)) + SCALE)
+    scale_at = tl.load(config + SCALE_AT)
+    if scale_at != 0:
+        scale = number_at(scale_at, tl.load(config + SCALE_DOUBLE))
+    return scale
+
+
+@triton.jit
+def cut(value, place, word):
+    """Return the 32 bits of value · 2^place that belong to a word; `value`: int64 >= 0, `word`: int64[words]."""
+    shift = 32 * word - place
+    right = tl.where(shift < 64, value >> tl.minimum(tl.maximum(shift, 0), 63), 0)
+    left = tl.where(shift > -32, value << tl.minimum(tl.maximum(-shift, 0), 31), 0)
+    return tl.where(shift >= 0, right, left) & _LOW_32
+
+
+@triton.jit
+def add(sums, place, first, second, third, gap: tl.constexpr, middle: tl.constexpr):
+    """Add (first + second · 2^middle + third · 2^(2 gap)) · 2^place to a sum; the three are int64 >= 0."""
+    word = tl.arange(0, 8).to(tl.int64)
+    within = place & 31
+    found = cut(first, within, word) + cut(second, within + middle, word) + cut(third, within + 2 * gap, word)
+    tl.atomic_add(sums + (place >> 5) + word, found, mask=found != 0, sem="relaxed")
+
+
+@triton.jit
+def add_float32(x, sums):
+    """Add the squares of finite float32 elements to a sum; return the largest |x|, or NaN if one is NaN."""
+    bits = bits_of(x) & 0x7FFFFFFF
+    most = tl.max(bits, axis=0)
+    least = tl.min(tl.where(bits == 0, 0x7F800000, bits), axis=0)
+    exponent = tl.maximum(bits >> 23, 1).to(tl.int32)
+    mantissa = (bits & 0x7FFFFF) | tl.where(bits < 0x800000, 0, 0x800000)
+    mantissa = tl.where(bits < 0x7F800000, mantissa, 0)
+    first = tl.maximum(least >> 23, 1).to(tl.int32)
+    last = tl.minimum(tl.maximum(most >> 23, 1), 254).to(tl.int32)
+    for window in range((last - first + 24) // 24):
+        base = first + window * 24
+        shift = exponent - base
+        inside = (shift >= 0) & (shift < 24)
+        m = tl.where(inside, mantissa, 0)
+        shift = tl.where(inside, shift, 0).to(tl.uint32)
+        low = ((m << shift) & _LOW_24).to(tl.uint64)
+        high = (m >> (24 - shift)).to(tl.uint64)
+        both = tl.sum(high * low, axis=0).to(tl.int64)
+        highest = tl.sum(high * high, axis=0).to(tl.int64)
+        add(sums, (2 * base + 774).to(tl.int64), tl.sum(low * low, axis=0).to(tl.int64), both, highest, 24, 25)
+    return most.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def add_float64(x, sums):
+    """Add the finite squares of float64 elements to a sum; return the largest square, or NaN if one is NaN."""
+    bits = (x * x).to(tl.uint64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    most = tl.max(bits, axis=0)
+    least = tl.min(tl.where(bits == 0, 0x7FF0000000000000, bits), axis=0)
+    exponent = tl.maximum((bits >> 52).to(tl.int32), 1)
+    mantissa = (bits & 0xFFFFFFFFFFFFF) | tl.where(bits < 0x10000000000000, 0, 0x10000000000000)
+    mantissa = tl.where(bits < 0x7FF0000000000000, mantissa, 0)
+    first = tl.maximum((least >> 52).to(tl.int32), 1)
+    last = tl.minimum(tl.maximum((most >> 52).to(tl.int32), 1), 2046)
+    for window in range((last - first + 43) // 43):
+        base = first + window * 43
+        shift = exponent - base
+        inside = (shift >= 0) & (shift < 43)
+        m = tl.where(inside, mantissa, 0)
+        shift = tl.where(inside, shift, 0).to(tl.uint64)
+        lower = m << shift
+        low = tl.sum(lower & _LOW_32, axis=0).to(tl.int64)
+        high = tl.sum(lower >> 32, axis=0).to(tl.int64)
+        add(sums, (base - 1).to(tl.int64), low, high, tl.sum((m >> 1) >> (63 - shift), axis=0).to(tl.int64), 32, 32)
+    return most.to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def count(x, sums, inverse, limit: tl.constexpr):
+    """Count the elements that have no finite square, and those whose square overflows where the step computes it.
+
+    ``inverse``: 1 / GradScaler's scale, in the type of `x`.
+    """
+    wide = x.to(tl.float64)
+    size = tl.abs(x)
+    large = (size * inverse >= limit) & (size < float("inf"))
+    tl.atomic_add(sums + NAN, tl.sum((x != x).to(tl.int64), axis=0), sem="relaxed")
+    tl.atomic_add(sums + INFINITE, tl.sum((wide * wide == float("inf")).to(tl.int64), axis=0), sem="relaxed")
+    tl.atomic_add(sums + LARGE, tl.sum(large.to(tl.int64), axis=0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["row_count"])
+def squares(
+    rows, step, programs, layouts, config, sums, row_count,
+    gradient: tl.constexpr, compute: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Add the squares of a tile of a gradient to a sum, and count the elements that have a fault.
+
+    ``rows``, ``step``, ``programs``, ``layouts``: as in `update`, but each program reads one tile, of up to 2^15
+    elements. ``config``: the words of `Told`. ``sums``: int64[COPIES, PADDED], in each copy the words of
+    `lucid.engine.exact_sum`; several, so that few programs wait for each other.
+    """
+    program = tl.load(programs + tl.program_id(0))
+    number = program & _LOW_32
+    gradient_at = tl.load(step + number)
+    if gradient_at == 0:
+        return
+    row = rows + number * COLUMNS
+    elements = tl.load(row + ELEMENTS)
+    layout = layouts + tl.load(row + LAYOUT)
+    sums += tl.program_id(0) % COPIES * PADDED
+    start = (program >> 32) * tile
+    lane = tl.arange(0, tile)
+    if start + tile <= elements:
+        x = load_gradient(gradient_at, start, lane, layout, lane >= 0, gradient, compute, dims, wide, False)
+    else:
+        own = start + lane < elements
+        x = load_gradient(gradient_at, start, lane, layout, own, gradient, compute, dims, wide, True)
+    scale = scale_of(config)
+    if compute == FLOAT64:
+        most = add_float64(x, sums)
+        inverse = 1.0 / scale
+        if (most * inverse * inverse < 8.98846567431158e307) == 0:  # 2^1023, half of the limit or less
+            count(x, sums, inverse, 1.3407807929942597e154)  # 2^512
+    else:
+        most = add_float32(x, sums)
+        if (most < scale.to(tl.float32) * 9223372036854775808.0) == 0:  # 2^63, half of the limit
+            count(x, sums, (1.0 / scale).to(tl.float32), 18446744073709551616.0)  # 2^64
+
+
+@triton.jit
+def settle(sums, words):
+    """Add the copies of a sum, move carries up, and set the copies to zero for the next step.
+
+    ``words``: int64[PADDED], of which TOTAL_WORDS are written.
+    """
+    word = tl.arange(0, PADDED)
+    at = sums + tl.arange(0, COPIES)[:, None] * PADDED + word[None, :]
+    total = tl.sum(tl.load(at), axis=0)
+    tl.store(at, tl.zeros([COPIES, PADDED], tl.int64))
+    tl.store(words + word, total)
+    first, last = occupied(total)
+    tl.debug_barrier()  # the words are written by all threads, and read by each
+    carry = tl.full([], 0, tl.int64)
+    for place in range(first, tl.minimum(last + 3, WORDS)):  # two words hold what is moved up from the last
+        carry += tl.load(words + place)
+        tl.store(words + place, carry & _LOW_32)
+        carry = carry >> 32
+
+
+@triton.jit
+def occupied(words):
+    """Return the places of the first and the last word of a sum that are not 0; `words`: int64[PADDED]."""
+    word = tl.arange(0, PADDED)
+    inside = (words != 0) & (word < WORDS)
+    return tl.min(tl.where(inside, word, WORDS), axis=0), tl.max(tl.where(inside, word, -1), axis=0)
+
+
+@triton.jit
+def root_of(words):
+    """Return the root of a sum, as `lucid.engine.exact_sum.root`: rounded once to 53 bits, then its root once.
+
+    ``words``: pointer to int64[PADDED]; carries may not have been moved up.
+    """
+    first, last = occupied(tl.load(words + tl.arange(0, PADDED)))
+    zero = tl.full([], 0, tl.int64)
+    carry, here1, here2, here3, rest = zero, zero, zero, zero, zero
+    high, middle, low, below = zero, zero, zero, zero  # the highest word that is not 0, two words below it, the others
+    top = first * 0
+    for place in range(first, tl.minimum(last + 3, WORDS)):
+        carry += tl.load(words + place)
+        rest = rest | here3
+        here1, here2, here3 = carry & _LOW_32, here1, here2
+        carry = carry >> 32
+        found = here1 != 0
+        high, middle, low = tl.where(found, here1, high), tl.where(found, here2, middle), tl.where(found, here3, low)
+        below = tl.where(found, rest, below)
+        top = tl.where(found, place, top)
+    # The 64 highest bits, from the highest that is set.
+    length = (high.to(tl.float64).to(tl.int64, bitcast=True) >> 52) - 1022
+    shift = 32 - tl.maximum(length, 1)
+    bits = (((high << 32) | middle).to(tl.uint64) << shift) | (low >> (32 - shift)).to(tl.uint64)
+    below = below | ((low << shift) & _LOW_32)
+    # Round to the nearest of 53 bits, ties to even.
+    kept = (bits >> 11).to(tl.int64)
+    under = (bits & 0x7FF).to(tl.int64)
+    up = (under > 0x400) | ((under == 0x400) & ((below != 0) | ((kept & 1) == 1)))
+    kept += up.to(tl.int64)
+    exponent = 32 * top.to(tl.int64) + 32 - shift - 53 + LOWEST
+    odd = exponent & 1
+    kept = kept << odd
+    power = ((exponent - odd) // 2 + 1023) << 52
+    return tl.sqrt(kept.to(tl.float64)) * power.to(tl.float64, bitcast=True)
