@@ -11,11 +11,12 @@ from .protocol import StepOrder
 from .reference import ordered_sum
 from .row import COMPUTE, Row, RowFormat, check_memory, check_param, checked_gradient, has_memory, is_plain
 from .scalars import Recipe, Scalars, table
-from .step_counts import StepCounts
+from .step_counts import OTHER_FAILED, StepCounts
 from .verdict import DeviceVerdict, HostVerdict, Verdict
 
 __all__ = [
     "COMPUTE",
+    "OTHER_FAILED",
     "DeviceVerdict",
     "HostVerdict",
     "Observed",

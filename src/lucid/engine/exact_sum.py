@@ -29,9 +29,10 @@ class Count(IntEnum):
     LARGE = 69  # finite elements, unscaled, whose square is infinite in the type that the step computes in
     BAD = 70  # processes with another reason to skip, such as GradScaler's found_inf
     FAILED = 71  # processes that cannot step
+    BEGUN = 72  # processes whose step is not one by which torch creates state: they have state, or a gradient but zero
 
 
-TOTAL_WORDS = 72
+TOTAL_WORDS = 73
 
 # From this |g| on, g² overflows, in the two types that steps compute in.
 LIMITS = {torch.float32: 2.0**64, torch.float64: 2.0**512}

@@ -96,6 +96,7 @@ class Told(IntEnum):
     SCALE_DOUBLE = 5  # whether it is a float64 there
     FOUND_INF_AT = 6  # the address of a float32 found_inf, or 0
     CAPTURED = 7  # whether the step is captured: then the host does not count its replays
+    ALARM_AT = 8  # the address, in the host's memory, of an int64 that is set if another process cannot step
 
 
 class ToldOfSet(IntEnum):
@@ -121,11 +122,12 @@ class Kept(IntEnum):
 
     CORRECTION = 0  # to add to the host's step counts
     SKIPPED = 1  # skipped steps that the host has not counted yet
-    NORM = 2  # the gradient norm
-    SCALE = 3  # GradScaler's scale of the gradients
+    REFUSED = 2  # steps not taken because another process could not step, of which the host does not know yet
+    NORM = 3  # the gradient norm
+    SCALE = 4  # GradScaler's scale of the gradients
 
 
-KEPT = 4
+KEPT = 5
 
 # The exact sum of squares on a device (`lucid.engine.exact_sum`).
 COPIES = 8  # sums that programs add to, so that few programs wait for each other

@@ -199,6 +199,8 @@ class Plan:
         """
         for engine in self._engines:
             engine.prepare(order)
+        if self._cuda is not None:
+            self._cuda.exchange()
         params = self._rows.before_writing(order.state_box[0])
         if self._offload is not None:
             params += [row.param for row in self._offload.rows]

@@ -75,6 +75,9 @@ class Agreement:
 
     def __init__(self, params: Sequence[Tensor], group: ProcessGroup | None) -> None:
         self._group = group
+        # Where the host exchanges words: on a device if there is one, as other processes do, whose device may decide.
+        self._device = next((param.device for param in params if param.device.type != "cpu"), torch.device("cpu"))
+        self._reached: dict[str, bool] = {}
         self._meshes: list[DeviceMesh] = []
         self._kinds: list[_Kind] = [] if params else [_Kind()]
         self._kind_of: list[int] = []
@@ -104,11 +107,24 @@ class Agreement:
     def __bool__(self) -> bool:
         return bool(self._meshes) or self._group is not None
 
+    @property
+    def sharded(self) -> bool:
+        """Whether any parameter is sharded, so that observations are exchanged."""
+        return bool(self._meshes)
+
+    def reaches(self, device: torch.device) -> bool:
+        """Whether the backends of all groups can exchange words on a device."""
+        if device.type not in self._reached:
+            groups = [group for mesh in self._meshes for group in _groups(mesh)]
+            groups += [] if self._group is None else [self._group]
+            self._reached[device.type] = all(device.type in _devices(group) for group in groups)
+        return self._reached[device.type]
+
     def total(self, words: list[int]) -> list[int]:
         """Return the words of all processes together. ``words``: those of this process, of each kind of row."""
         if not self:
             return words
-        return self.exchange(torch.tensor(words, dtype=torch.int64, device="cpu")).tolist()
+        return self.exchange(torch.tensor(words, dtype=torch.int64, device=self._device)).tolist()
 
     def worst(self, finding: Finding) -> Finding:
         """Return the worst finding of any process, by the same exchange."""

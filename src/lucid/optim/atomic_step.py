@@ -18,7 +18,7 @@ from lucid.engine.scalars import MAX_STEP
 from lucid.engine.values import checked_lr, is_on
 
 from .agreement import Agreement, Finding
-from .gradients import Amp, Described, check_others, device_verdict, found_inf_in, host_verdict, scale_of
+from .gradients import Amp, Described, check_others, device_verdict, exchanges, found_inf_in, host_verdict, scale_of
 from .groups import ParamGroup, checked_params
 from .hyperparameters import Hyperparameters, Reading, checked_groups
 from .members import Member, member_at, members, params_of
@@ -119,13 +119,14 @@ class AtomicStep:
         self._agreement: Agreement | None = None
         self._planned: list[Any] = []  # for each group, the hyperparameters on which its slots depend
         self._checked: dict[int, Tensor] = {}  # gradients of the rows that were checked in this step
+        self._exchanged = False  # whether this process has taken part in this step's exchange
 
     def update(self, inputs: Inputs, box: StateBox) -> Outcome:
         """Update the parameters that have gradients, unless the verdict is to skip.
 
         ``box``: the box with all state, or with that of the one parameter.
         """
-        self.written = False
+        self.written = self._exchanged = False
         if box is inputs.state:
             box = box.now()
             new = _NewState([box])
@@ -133,15 +134,20 @@ class AtomicStep:
             new = _NewState([box, inputs.state])
         try:
             try:
+                if self.counts.alarmed:
+                    self.counts.confirm()
                 gathered = self._gather(inputs, box, new)
                 verdict = self._left_to_device(inputs, gathered, new)
                 scale = 1.0 if verdict else scale_of(inputs.amp.grad_scale)
                 found_inf = not verdict and found_inf_in(inputs.amp.found_inf)
                 recipes = self._recipes(gathered, verdict)
+                if verdict is not None:
+                    return self._write(inputs, gathered, box, new, recipes, verdict)
             except Exception:
-                self._tell_others(inputs)
+                if not self._exchanged:
+                    self._tell_others(inputs)
                 raise
-            if verdict is None:
+            if True:
                 judged = self._judge(inputs, gathered, scale, found_inf)
                 # If gradients are judged, all processes skip together. Otherwise others may step and exchange
                 # observations, so this process must take part in that exchange.
@@ -152,7 +158,6 @@ class AtomicStep:
                     new.adopt()
                     return Outcome(False, judged.norm, scale, {})
                 return self._write(inputs, gathered, box, new, recipes, judged)
-            return self._write(inputs, gathered, box, new, recipes, verdict)
         except BaseException:
             self.written = self.plan is not None and self.plan.written
             raise
@@ -241,13 +246,23 @@ class AtomicStep:
             inputs.settings,
             inputs.amp,
             gathered.hyperparameters,
-            alone=not gathered.agreement,
+            gathered.agreement,
+            self._exchange if self._exchanges(inputs, gathered) else None,
             fresh=bool(new.entries),
         )
         waits = verdict is None or (captured and not verdict.captured)
         if waits and (plan.on_device or captured):
             counts.confirm()
         return verdict
+
+    def _exchanges(self, inputs: Inputs, gathered: _Gathered) -> bool:
+        """Whether processes exchange words in this step."""
+        return bool(gathered.agreement) and exchanges(inputs.settings, [hyper.lr for hyper in gathered.hyperparameters])
+
+    def _exchange(self, words: Tensor) -> Tensor:
+        assert self._agreement is not None
+        self._exchanged = True
+        return self._agreement.exchange(words)
 
     def _recipes(self, gathered: _Gathered, verdict: engine.DeviceVerdict | None) -> list[engine.Recipe]:
         """Return the recipes of this step's scalars; learning rate tensors are read unless the device reads them."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,19 +94,25 @@ def device_verdict(
     settings: Settings,
     amp: Amp,
     hyperparameters: Sequence[Hyperparameters],
+    agreement: Agreement,
+    exchange: Callable[[Tensor], Tensor] | None,
     *,
-    alone: bool,
     fresh: bool,
 ) -> engine.DeviceVerdict | None:
     """Return what the device needs to decide this step, so that the host need not wait; None if the host decides.
 
-    ``alone``: whether no other process takes part in the decision. ``fresh``: whether the step creates state.
+    ``exchange``: `Agreement.exchange` if processes exchange in this step, else None. They do the same exchange if the
+    host decides, so one process's host may decide while another's device does. ``fresh``: whether the step creates
+    state.
     """
     device = plan.deciding
     captured = engine.cuda.is_capturing()
     if captured:
-        _check_capture(settings, alone=device is not None and alone, ready=plan.begun and not fresh)
-    if device is None or not alone:
+        alone = device is not None and not agreement
+        _check_capture(settings, alone=alone, ready=plan.begun and not fresh)
+    if device is None or not agreement.reaches(device) or (settings.observing and agreement.sharded):
+        return None
+    if clips_to_large(settings):
         return None
     given, found_inf = amp
     told = any(is_on(device, value) for value in (given, found_inf, *(hyper.lr for hyper in hyperparameters)))
@@ -126,7 +132,10 @@ def device_verdict(
         counts.confirm()
         if not plan.assume():
             return None
-    return engine.DeviceVerdict(scale, found_inf, settings.max_grad_norm, settings.nonfinite == "skip", captured)
+    skips = settings.nonfinite == "skip"
+    return engine.DeviceVerdict(
+        scale, found_inf, settings.max_grad_norm, skips, captured, exchange, agreement.kinds
+    )
 
 
 def _check_capture(settings: Settings, *, alone: bool, ready: bool) -> None:
@@ -140,6 +149,11 @@ def _check_capture(settings: Settings, *, alone: bool, ready: bool) -> None:
             "step() is being captured in a CUDA graph before an ordinary step: each replay would initialize its memory "
             "again; take a step with the same parameters before you capture"
         )
+    if clips_to_large(settings):
+        raise RuntimeError(
+            "step() is being captured in a CUDA graph, where max_grad_norm of 2^63 or more does not work together with "
+            f'nonfinite="skip"; got {settings.max_grad_norm:g}'
+        )
     if settings.nonfinite == "error":
         raise RuntimeError(
             'step() is being captured in a CUDA graph, which cannot raise an error, so nonfinite="error" does not '
@@ -150,7 +164,7 @@ def _check_capture(settings: Settings, *, alone: bool, ready: bool) -> None:
 def check_others(finding: Finding) -> None:
     """Raise if another process cannot step."""
     if finding is Finding.FAILED:
-        raise RuntimeError("another process could not step, so nothing was updated here; its own error says why")
+        raise RuntimeError(engine.OTHER_FAILED)
 
 
 def scale_of(value: Any) -> float:
@@ -184,6 +198,21 @@ def clip_factor(norm: float, max_norm: float | None) -> float:
     if max_norm is None or max_norm == math.inf or norm + 1e-6 <= max_norm:
         return 1.0
     return max_norm / (norm + 1e-6)
+
+
+def clips_to_large(settings: Settings) -> bool:
+    """Whether a clipped gradient may have an entry that is too large to be squared, which only the host looks for."""
+    bound = settings.max_grad_norm
+    return settings.nonfinite == "skip" and bound is not None and 2.0**63 <= bound < math.inf
+
+
+def exchanges(settings: Settings, rates: Iterable[Any]) -> bool:
+    """Whether processes exchange words in this step: to judge gradients, or because every learning rate may be 0.
+
+    ``rates``: the learning rates of all groups. This depends only on what all processes have in common. If every rate
+    is 0, torch may be creating state (`AtomicStep.update`). A rate on a device is not read.
+    """
+    return settings.judges or all(isinstance(rate, Tensor) or rate == 0 for rate in rates)
 
 
 def _first_fault(plan: engine.Plan, describe: Callable[[int], Described], factor: float) -> str | None:

@@ -9,7 +9,7 @@ from lucid.engine import numbers
 from lucid.engine.numbers import Kept, Scalar, Told, ToldOfSet
 
 from .kernels import number_at
-from .squares import INFINITE, LARGE, NAN, root_of, scale_of
+from .squares import BAD, FAILED, INFINITE, LARGE, NAN, root_of, scale_of
 
 D = tl.constexpr(int(Scalar.D))
 K = tl.constexpr(int(Scalar.K))
@@ -24,6 +24,7 @@ MAX_NORM = tl.constexpr(int(Told.MAX_NORM))
 SKIPS = tl.constexpr(int(Told.SKIPS))
 FOUND_INF_AT = tl.constexpr(int(Told.FOUND_INF_AT))
 CAPTURED = tl.constexpr(int(Told.CAPTURED))
+ALARM_AT = tl.constexpr(int(Told.ALARM_AT))
 LR = tl.constexpr(int(ToldOfSet.LR))
 WEIGHT_DECAY = tl.constexpr(int(ToldOfSet.WEIGHT_DECAY))
 SIGN = tl.constexpr(int(ToldOfSet.SIGN))
@@ -36,26 +37,32 @@ LENGTH2 = tl.constexpr(int(ToldOfSet.LENGTH2))
 EPS = tl.constexpr(int(ToldOfSet.EPS))
 CORRECTION = tl.constexpr(int(Kept.CORRECTION))
 SKIPPED = tl.constexpr(int(Kept.SKIPPED))
+REFUSED = tl.constexpr(int(Kept.REFUSED))
 NORM = tl.constexpr(int(Kept.NORM))
 SCALE_WAS = tl.constexpr(int(Kept.SCALE))
 
 
 @triton.jit
-def decide(config, kept, words, scalars, measured: tl.constexpr):
+def decide(config, kept, words, scalars, settled: tl.constexpr, measured: tl.constexpr):
     """Decide whether this step is taken and with which factor, and make its scalars.
 
     ``config``: int64[1 + sets, SET], the input: first the words of `Told`, then those of `ToldOfSet` for each set.
-    ``kept``: int64[KEPT], the words of `Kept`, read and updated. ``words``: int64[PADDED], the sum of the squares and
-    the counts of `lucid.engine.exact_sum`, read if `measured`. ``scalars``: float64[1 + sets, SET], the table of
-    scalars, written.
+    ``kept``: int64[KEPT], the words of `Kept`, read and updated. ``words``: int64[TOTAL_WORDS], the sum of the squares
+    (if `measured`) and the counts of `lucid.engine.exact_sum`, read if `settled`. ``scalars``: float64[1 + sets, SET],
+    the table of scalars, written.
     """
     floats = config.to(tl.pointer_type(tl.float64))
     kept_floats = kept.to(tl.pointer_type(tl.float64))
     scale = scale_of(config)
-    found_at = tl.load(config + FOUND_INF_AT)
-    skip = tl.load(config + SETS) < 0
-    if found_at != 0:
-        skip = number_at(found_at, 0) != 0.0
+    failed = tl.load(config + SETS) < 0
+    if settled:
+        failed = tl.load(words + FAILED) > 0
+        skip = tl.load(words + BAD) > 0
+    else:
+        skip = failed
+        found_at = tl.load(config + FOUND_INF_AT)
+        if found_at != 0:
+            skip = number_at(found_at, 0) != 0.0
     skip = skip | (scale <= 0.0) | (scale == float("inf")) | (scale != scale)
     factor = 1.0 / scale
     if measured:
@@ -70,7 +77,7 @@ def decide(config, kept, words, scalars, measured: tl.constexpr):
         large = (tl.load(words + LARGE) > 0) & (clip == 1.0)
         fine = (norm < float("inf")) & (large == 0)
         skip = skip | ((tl.load(config + SKIPS) != 0) & (fine == 0))
-        tl.store(kept_floats + NORM, norm)
+        tl.store(kept_floats + NORM, tl.where(failed, tl.load(kept_floats + NORM), norm))
 
     correction = tl.load(kept + CORRECTION)
     sets = tl.load(config + SETS)
@@ -97,11 +104,16 @@ def decide(config, kept, words, scalars, measured: tl.constexpr):
         tl.store(to + F, factor * tl.load(at + SIGN))
         tl.store(to + COUNT, count.to(tl.float64))
 
-    tl.store(scalars, skip.to(tl.float64))
-    tl.store(kept_floats + SCALE_WAS, tl.where(skip, tl.load(kept_floats + SCALE_WAS), scale))
-    tl.store(kept + SKIPPED, tl.load(kept + SKIPPED) + skip.to(tl.int64))
+    takes = (skip | failed) == 0
+    tl.store(scalars, 1.0 - takes.to(tl.float64))
+    tl.store(kept_floats + SCALE_WAS, tl.where(takes, scale, tl.load(kept_floats + SCALE_WAS)))
+    if failed:
+        tl.store(kept + REFUSED, tl.load(kept + REFUSED) + 1)
+        tl.store(tl.load(config + ALARM_AT).to(tl.pointer_type(tl.int64)), 1)
+    elif skip:
+        tl.store(kept + SKIPPED, tl.load(kept + SKIPPED) + 1)
     if tl.load(config + CAPTURED) != 0:
-        correction += (skip == 0).to(tl.int64)
+        correction += takes.to(tl.int64)
     else:
-        correction -= skip.to(tl.int64)
+        correction += takes.to(tl.int64) - 1
     tl.store(kept + CORRECTION, correction)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lucid.engine.exact_sum import TOTAL_WORDS
 from lucid.engine.numbers import COPIES, PADDED, SET, Scalar, Told, ToldOfSet
 from lucid.engine.observed import Observed
 from lucid.engine.scalars import MAX_STEP, Recipe, ScalarTable, powers
@@ -28,6 +29,17 @@ class Launch(NamedTuple):
     programs: int
     args: tuple[Any, ...]
     kind: tuple[Any, ...]
+
+
+class Deciding(NamedTuple):
+    """The launches before the update of a step that the device decides, and the host memory with their input.
+
+    ``measuring``: what writes `DeviceTables.words`. ``decide``: what reads them, after processes have exchanged them.
+    """
+
+    measuring: list[Launch]
+    decide: Launch
+    config: Tensor
 
 
 class DeviceTables:
@@ -52,8 +64,9 @@ class DeviceTables:
         self._version = -1
         self._scalars = self._config = launcher.empty(0)
         self._update_launches: dict[bool, list[Launch]] = {}  # by whether they observe
-        self._measuring: list[Launch] = []
-        self.words = launcher.empty(PADDED)  # the sum of squares and the counts of `lucid.engine.exact_sum`
+        self._measuring: tuple[list[Launch], Launch] | None = None
+        self._kinds: Sequence[int] | None = None  # of the rows that are measured
+        self.words = launcher.empty(TOTAL_WORDS)  # sums of squares and counts, int64[kinds, TOTAL_WORDS]
         self._buffers: list[Tensor] = []  # observations of each launch, float64[programs, tiles, 4]
         self._observed: list[Observed] = []
 
@@ -101,7 +114,7 @@ class DeviceTables:
         if len(self._scalars) < size:
             self._scalars, self._config = self.launcher.empty(size), self.launcher.empty(size)
             self._update_launches.clear()
-            self._measuring.clear()
+            self._measuring = None
 
     def set_scalars(self, table: ScalarTable[float]) -> None:
         """Upload the scalars of a step that the host has decided."""
@@ -109,10 +122,11 @@ class DeviceTables:
         self._make_room(len(words) // SET - 1)
         self._write(self._scalars, words)
 
-    def decide(self, verdict: DeviceVerdict, recipes: Sequence[Recipe], kept: Tensor) -> tuple[list[Launch], Tensor]:
-        """Return the launches that decide the step and make its scalars, and the host memory with their input.
+    def decide(self, verdict: DeviceVerdict, recipes: Sequence[Recipe], kept: Tensor, alarm: int) -> Deciding:
+        """Return the launches that measure gradients, decide the step and make its scalars, and their input.
 
-        ``kept``: int64[KEPT], the words that stay on the device from step to step.
+        ``kept``: int64[KEPT], the words that stay on the device from step to step. ``alarm``: the address of the word
+        that tells the host that another process could not step.
         """
         self._make_room(len(recipes))
         if not self._captured:
@@ -120,12 +134,17 @@ class DeviceTables:
         config = np.zeros((1 + len(recipes), SET), np.int64)
         numbers = config.view(np.float64)  # the same words as float64
         self._tell_verdict(verdict, len(recipes), config[0], numbers[0])
+        config[0, Told.ALARM_AT] = alarm
         for words, floats, recipe in zip(config[1:], numbers[1:], recipes, strict=True):
             self._tell_recipe(recipe, words, floats)
         staged = self._write(self._config, config.reshape(-1))
+        measuring: list[Launch] = []
+        if verdict.settles:
+            squares, settle = self.measuring(verdict.kinds)
+            measuring = [*(squares if verdict.measures else []), settle]
         told = (self._config, kept, self.words, _floats(self._scalars))
-        deciding = self._prepared(launch.decide, 1, told, (verdict.measures,), 1)
-        return [*(self.measuring() if verdict.measures else []), deciding], staged
+        decide = self._prepared(launch.decide, 1, told, (verdict.settles, verdict.measures), 1)
+        return Deciding(measuring, decide, staged)
 
     def _tell_verdict(self, verdict: DeviceVerdict, sets: int, words: Table, floats: NDArray[np.float64]) -> None:
         words[Told.SETS] = sets
@@ -206,26 +225,35 @@ class DeviceTables:
 
     # Measuring
 
-    def measuring(self) -> list[Launch]:
-        """Return the launches that sum the squares of the rows' gradients in ``words``, and count faults there."""
-        if not self._measuring:
-            kinds = self.row_table.squares(self.device, self.launcher.measuring)
-            tables = self._put([each.programs.packed for each in kinds]) if kinds else []
-            sums = self.launcher.empty(COPIES * PADDED).zero_()
-            for (kind, geometry, programs), table in zip(kinds, tables, strict=True):
-                args = (self._table, self._now, table, self._layouts, self._config, sums, self._count)
+    def measuring(self, kinds: Sequence[int] | None) -> tuple[list[Launch], Launch]:
+        """Return the launches that add up squares, and the one that writes the sums to ``words``.
+
+        ``kinds``: as in `DeviceVerdict`.
+        """
+        if self._measuring is None or kinds != self._kinds:
+            count = 1 if kinds is None else 1 + max(kinds)
+            found = self.row_table.squares(self.device, kinds, self.launcher.measuring)
+            tables = self._put([each.programs.packed for each in found]) if found else []
+            sums = self.launcher.empty(count * COPIES * PADDED).zero_()
+            self.words = self.launcher.empty(count * TOTAL_WORDS)
+            launches = []
+            for (kind, of_rows, geometry, programs), table in zip(found, tables, strict=True):
+                to = sums[of_rows * COPIES * PADDED :]
+                args = (self._table, self._now, table, self._layouts, self._config, to, self._count)
                 each = self._prepared(launch.squares, len(programs.rows), args, (*kind, geometry.tile), geometry.warps)
-                self._measuring.append(each)
-            self._measuring.append(self._prepared(launch.settle, 1, (sums, self.words), (), 1))
+                launches.append(each)
+            settle = self._prepared(launch.settle, count, (self._config, sums, self.words), (), 1)
+            self._measuring, self._kinds = (launches, settle), kinds
         return self._measuring
 
-    def measure(self, scale: float) -> list[Launch]:
-        """Return the same launches for gradients with this scale of GradScaler's, which is uploaded."""
+    def measure(self, scale: float, kinds: Sequence[int] | None) -> list[Launch]:
+        """Return all these launches, for gradients with this scale of GradScaler's, which is uploaded."""
         self._make_room(0)
         told = np.zeros(SET, np.int64)
         told.view(np.float64)[Told.SCALE] = scale
         self._write(self._config, told)
-        return self.measuring()
+        squares, settle = self.measuring(kinds)
+        return [*squares, settle]
 
 
 def _floats(words: Tensor) -> Tensor:

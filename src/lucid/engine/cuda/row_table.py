@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -114,9 +114,10 @@ class KindUpdate(NamedTuple):
 
 
 class KindSquares(NamedTuple):
-    """The sum of the squares of all gradients of one kind."""
+    """The sum of the squares of all gradients of one kind, in rows of one kind of `lucid.engine.DeviceVerdict`."""
 
     kind: Gradients
+    of_rows: int
     geometry: Geometry
     programs: Programs
 
@@ -160,16 +161,20 @@ class RowTable:
                 found.append(KindUpdate(kind, geometry, programs))
         return found
 
-    def squares(self, device: tuple[int, int], geometry_of: Callable[[Gradients], Geometry]) -> list[KindSquares]:
-        """Return the sums of the squares of a device's gradients, one per kind of gradient."""
-        by_kind: dict[Gradients, list[int]] = {}
+    def squares(
+        self, device: tuple[int, int], kinds: Sequence[int] | None, geometry_of: Callable[[Gradients], Geometry]
+    ) -> list[KindSquares]:
+        """Return the sums of the squares of a device's gradients. ``kinds``: as in `lucid.engine.DeviceVerdict`."""
+        by_kind: dict[tuple[Gradients, int], list[int]] = {}
         for number in self._of_device(device):
-            by_kind.setdefault(Gradients.of(self.rows[number]), []).append(number)
+            row = self.rows[number]
+            of_row = 0 if kinds is None else kinds[row.row]
+            by_kind.setdefault((Gradients.of(row), of_row), []).append(number)
         found = []
-        for kind, numbers in by_kind.items():
+        for (kind, of_rows), numbers in by_kind.items():
             rows = np.array(numbers, np.int64)
             geometry = geometry_of(kind)
             programs = Programs.of(rows, -(-self._elements[rows] // (geometry.tile * geometry.tiles)))
             if len(programs.rows):
-                found.append(KindSquares(kind, geometry, programs))
+                found.append(KindSquares(kind, of_rows, geometry, programs))
         return found

@@ -23,12 +23,16 @@ COLUMNS = tl.constexpr(numbers.COLUMNS)
 SCALE = tl.constexpr(int(Told.SCALE))
 SCALE_AT = tl.constexpr(int(Told.SCALE_AT))
 SCALE_DOUBLE = tl.constexpr(int(Told.SCALE_DOUBLE))
+FOUND_INF_AT = tl.constexpr(int(Told.FOUND_INF_AT))
 
 WORDS = tl.constexpr(exact_sum.WORDS)
 TOTAL_WORDS = tl.constexpr(exact_sum.TOTAL_WORDS)
 NAN = tl.constexpr(int(exact_sum.Count.NAN))
 INFINITE = tl.constexpr(int(exact_sum.Count.INFINITE))
 LARGE = tl.constexpr(int(exact_sum.Count.LARGE))
+BAD = tl.constexpr(int(exact_sum.Count.BAD))
+FAILED = tl.constexpr(int(exact_sum.Count.FAILED))
+BEGUN = tl.constexpr(int(exact_sum.Count.BEGUN))
 COPIES = tl.constexpr(numbers.COPIES)
 PADDED = tl.constexpr(numbers.PADDED)
 
@@ -116,14 +120,10 @@ def add_float64(x, sums):
 
 
 @triton.jit
-def count(x, sums, inverse, limit: tl.constexpr):
-    """Count the elements that have no finite square, and those whose square overflows where the step computes it.
-
-    ``inverse``: 1 / GradScaler's scale, in the type of `x`.
-    """
+def count(x, sums, limit):
+    """Count the elements that have no finite square, and those of finite ones that are not below a limit."""
     wide = x.to(tl.float64)
-    size = tl.abs(x)
-    large = (size * inverse >= limit) & (size < float("inf"))
+    large = (tl.abs(wide) >= limit) & (tl.abs(wide) < float("inf"))
     tl.atomic_add(sums + NAN, tl.sum((x != x).to(tl.int64), axis=0), sem="relaxed")
     tl.atomic_add(sums + INFINITE, tl.sum((wide * wide == float("inf")).to(tl.int64), axis=0), sem="relaxed")
     tl.atomic_add(sums + LARGE, tl.sum(large.to(tl.int64), axis=0), sem="relaxed")
@@ -138,7 +138,7 @@ def squares(
 
     ``rows``, ``step``, ``programs``, ``layouts``: as in `update`, but each program reads one tile, of up to 2^15
     elements. ``config``: the words of `Told`. ``sums``: int64[COPIES, PADDED], in each copy the words of
-    `lucid.engine.exact_sum`; several, so that few programs wait for each other.
+    `lucid.engine.exact_sum`.
     """
     program = tl.load(programs + tl.program_id(0))
     number = program & _LOW_32
@@ -159,33 +159,13 @@ def squares(
     scale = scale_of(config)
     if compute == FLOAT64:
         most = add_float64(x, sums)
-        inverse = 1.0 / scale
-        if (most * inverse * inverse < 8.98846567431158e307) == 0:  # 2^1023, half of the limit or less
-            count(x, sums, inverse, 1.3407807929942597e154)  # 2^512
+        limit = scale * 1.3407807929942597e154  # 2^512
+        if (most < limit * limit * 0.5) == 0:
+            count(x, sums, limit)
     else:
         most = add_float32(x, sums)
         if (most < scale.to(tl.float32) * 9223372036854775808.0) == 0:  # 2^63, half of the limit
-            count(x, sums, (1.0 / scale).to(tl.float32), 18446744073709551616.0)  # 2^64
-
-
-@triton.jit
-def settle(sums, words):
-    """Add the copies of a sum, move carries up, and set the copies to zero for the next step.
-
-    ``words``: int64[PADDED], of which TOTAL_WORDS are written.
-    """
-    word = tl.arange(0, PADDED)
-    at = sums + tl.arange(0, COPIES)[:, None] * PADDED + word[None, :]
-    total = tl.sum(tl.load(at), axis=0)
-    tl.store(at, tl.zeros([COPIES, PADDED], tl.int64))
-    tl.store(words + word, total)
-    first, last = occupied(total)
-    tl.debug_barrier()  # the words are written by all threads, and read by each
-    carry = tl.full([], 0, tl.int64)
-    for place in range(first, tl.minimum(last + 3, WORDS)):  # two words hold what is moved up from the last
-        carry += tl.load(words + place)
-        tl.store(words + place, carry & _LOW_32)
-        carry = carry >> 32
+            count(x, sums, scale * 18446744073709551616.0)  # 2^64
 
 
 @triton.jit
@@ -197,12 +177,41 @@ def occupied(words):
 
 
 @triton.jit
+def settle(config, sums, words):
+    """Add the copies of a sum, move carries up, and set the copies to zero for the next step; one sum a program.
+
+    ``config``: the words of `Told`. ``sums``: int64[kinds, COPIES, PADDED]. ``words``: int64[kinds, TOTAL_WORDS],
+    written; in the first kind's counts is also whether GradScaler has found a non-finite gradient.
+    """
+    kind = tl.program_id(0)
+    words += kind * TOTAL_WORDS
+    word = tl.arange(0, PADDED)
+    at = sums + kind * (COPIES * PADDED) + tl.arange(0, COPIES)[:, None] * PADDED + word[None, :]
+    total = tl.sum(tl.load(at), axis=0)
+    tl.store(at, tl.zeros([COPIES, PADDED], tl.int64))
+    tl.store(words + word, total, mask=word < TOTAL_WORDS)
+    first, last = occupied(total)
+    tl.debug_barrier()  # the words are written by all threads, and read by each
+    carry = tl.full([], 0, tl.int64)
+    for place in range(first, tl.minimum(last + 3, WORDS)):  # two words hold what is moved up from the last
+        carry += tl.load(words + place)
+        tl.store(words + place, carry & _LOW_32)
+        carry = carry >> 32
+    found_at = tl.load(config + FOUND_INF_AT)
+    if (found_at != 0) & (kind == 0):
+        tl.store(words + BAD, (number_at(found_at, 0) != 0.0).to(tl.int64))
+    if kind == 0:
+        tl.store(words + BEGUN, 1)
+
+
+@triton.jit
 def root_of(words):
     """Return the root of a sum, as `lucid.engine.exact_sum.root`: rounded once to 53 bits, then its root once.
 
-    ``words``: pointer to int64[PADDED]; carries may not have been moved up.
+    ``words``: pointer to int64[WORDS]; carries may not have been moved up.
     """
-    first, last = occupied(tl.load(words + tl.arange(0, PADDED)))
+    word = tl.arange(0, PADDED)
+    first, last = occupied(tl.load(words + word, mask=word < WORDS, other=0))
     zero = tl.full([], 0, tl.int64)
     carry, here1, here2, here3, rest = zero, zero, zero, zero, zero
     high, middle, low, below = zero, zero, zero, zero  # the highest word that is not 0, two words below it, the others
