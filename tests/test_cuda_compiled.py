@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from lucid.engine.cuda.row_table import DeviceRow
-from lucid.engine.numbers import CHUNK, KEPT, Column
+from lucid.engine.numbers import KEPT, Column
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 NVIDIA = ("sm_80", "sm_90")
@@ -67,7 +67,7 @@ UPDATES = [
 OBSERVED = ["float32", "float64", "bfloat16+residual bf16", "float32 8bit", "float32 8bit odd"]
 MEASURED = ["float32", "float32 strided", "float32 from-float64", "float64", "bfloat16", "float16 narrow"]
 
-DECIDING = ["sum_up", "sum_up ordered", "decide measured", "decide"]
+DECIDING = ["settle", "decide measured", "decide together", "decide"]
 NAMES = [*UPDATES, *(f"observed {name}" for name in OBSERVED), *(f"squares {name}" for name in MEASURED), *DECIDING]
 # Those of which is seen what ptxas makes of them.
 ASSEMBLED = {
@@ -109,7 +109,7 @@ def row_of(name):
         numbered="numbered" in words,
         whole_rows="odd" not in words,
         wide="narrow" not in words,
-        elements=300 * CHUNK,
+        elements=1 << 20,
     )
 
 
@@ -193,16 +193,20 @@ def launches(names):
         yield f"observed {name}", each
     measured = [name for name in MEASURED if f"squares {name}" in names]
     measuring = tables(measured)
-    *squares, sum_up = measuring.measuring().launches
+    *squares, settle = measuring.measure(1.0, None)
     for name, each in zip(measured, squares, strict=True):
         yield f"squares {name}", each
-    yield "sum_up", sum_up
+    yield "settle", settle
     recipes = [Recipe(0, 1e-3, 0.9, 0.999, 1e-8, 1e-2, False, 1)]
     kept = measuring.launcher.empty(KEPT)
-    ordered, decide = measuring.decide(DeviceVerdict(1.0, None, 1.0, True, False), recipes, kept)[0]
-    yield "sum_up ordered", ordered
-    yield "decide measured", decide
-    yield "decide", measuring.decide(DeviceVerdict(1.0, None, None, False, False), recipes, kept)[0][0]
+
+    def deciding(bound, exchange):
+        verdict = DeviceVerdict(1.0, None, bound, False, False, exchange, None)
+        return measuring.decide(verdict, recipes, kept, 0).decide
+
+    yield "decide measured", deciding(1.0, None)
+    yield "decide together", deciding(None, lambda words: words)
+    yield "decide", deciding(None, None)
 
 
 def opcodes(ptx, target, folder):

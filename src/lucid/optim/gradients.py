@@ -133,9 +133,7 @@ def device_verdict(
         if not plan.assume():
             return None
     skips = settings.nonfinite == "skip"
-    return engine.DeviceVerdict(
-        scale, found_inf, settings.max_grad_norm, skips, captured, exchange, agreement.kinds
-    )
+    return engine.DeviceVerdict(scale, found_inf, settings.max_grad_norm, skips, captured, exchange, agreement.kinds)
 
 
 def _check_capture(settings: Settings, *, alone: bool, ready: bool) -> None:

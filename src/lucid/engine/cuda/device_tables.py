@@ -240,7 +240,9 @@ class DeviceTables:
             for (kind, of_rows, geometry, programs), table in zip(found, tables, strict=True):
                 to = sums[of_rows * COPIES * PADDED :]
                 args = (self._table, self._now, table, self._layouts, self._config, to, self._count)
-                each = self._prepared(launch.squares, len(programs.rows), args, (*kind, geometry.tile), geometry.warps)
+                each = self._prepared(
+                    launch.squares, len(programs.rows), args, (*kind, geometry.tile, geometry.tiles), geometry.warps
+                )
                 launches.append(each)
             settle = self._prepared(launch.settle, count, (self._config, sums, self.words), (), 1)
             self._measuring, self._kinds = (launches, settle), kinds

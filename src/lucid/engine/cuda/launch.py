@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lucid.engine.numbers import MomentFormat
+from lucid.engine.numbers import Dtype, MomentFormat
 
 from .decide import decide
 from .kernels import update
@@ -45,7 +45,9 @@ class GPU:
 
     def measuring(self, kind: Gradients) -> Geometry:
         """Return how elements are divided among programs that sum squares."""
-        return Geometry(4096 if kind.dims == 0 else 1024, 1, 4)
+        if kind.dims:
+            return Geometry(256, 8, 4)  # strides need registers
+        return Geometry(512 if kind.compute == Dtype.FLOAT64 else 1024, 8, 4)
 
     def current(self) -> AbstractContextManager[Any]:
         """Return a context manager that makes this device the current one."""

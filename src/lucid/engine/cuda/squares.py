@@ -62,83 +62,62 @@ def cut(value, place, word):
 
 
 @triton.jit
-def add(sums, place, first, second, third, gap: tl.constexpr, middle: tl.constexpr):
-    """Add (first + second · 2^middle + third · 2^(2 gap)) · 2^place to a sum; the three are int64 >= 0."""
+def add(sums, place, first, second, third, to_second: tl.constexpr, to_third: tl.constexpr):
+    """Add (first + second · 2^to_second + third · 2^to_third) · 2^place to a sum; the three are int64 >= 0."""
     word = tl.arange(0, 8).to(tl.int64)
     within = place & 31
-    found = cut(first, within, word) + cut(second, within + middle, word) + cut(third, within + 2 * gap, word)
+    found = cut(first, within, word) + cut(second, within + to_second, word) + cut(third, within + to_third, word)
     tl.atomic_add(sums + (place >> 5) + word, found, mask=found != 0, sem="relaxed")
 
 
 @triton.jit
-def add_float32(x, sums):
-    """Add the squares of finite float32 elements to a sum; return the largest |x|, or NaN if one is NaN."""
-    bits = bits_of(x) & 0x7FFFFFFF
-    most = tl.max(bits, axis=0)
-    least = tl.min(tl.where(bits == 0, 0x7F800000, bits), axis=0)
-    exponent = tl.maximum(bits >> 23, 1).to(tl.int32)
-    mantissa = (bits & 0x7FFFFF) | tl.where(bits < 0x800000, 0, 0x800000)
-    mantissa = tl.where(bits < 0x7F800000, mantissa, 0)
-    first = tl.maximum(least >> 23, 1).to(tl.int32)
-    last = tl.minimum(tl.maximum(most >> 23, 1), 254).to(tl.int32)
-    for window in range((last - first + 24) // 24):
-        base = first + window * 24
-        shift = exponent - base
-        inside = (shift >= 0) & (shift < 24)
-        m = tl.where(inside, mantissa, 0)
-        shift = tl.where(inside, shift, 0).to(tl.uint32)
-        low = ((m << shift) & _LOW_24).to(tl.uint64)
-        high = (m >> (24 - shift)).to(tl.uint64)
-        both = tl.sum(high * low, axis=0).to(tl.int64)
-        highest = tl.sum(high * high, axis=0).to(tl.int64)
-        add(sums, (2 * base + 774).to(tl.int64), tl.sum(low * low, axis=0).to(tl.int64), both, highest, 24, 25)
-    return most.to(tl.float32, bitcast=True)
+def bits_to_add(x):
+    """Return the bits of |x| of float32 elements, or of the square of float64 elements."""
+    if x.dtype == tl.float64:
+        return (x * x).to(tl.uint64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        return bits_of(x) & 0x7FFFFFFF
 
 
 @triton.jit
-def add_float64(x, sums):
-    """Add the finite squares of float64 elements to a sum; return the largest square, or NaN if one is NaN."""
-    bits = (x * x).to(tl.uint64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-    most = tl.max(bits, axis=0)
-    least = tl.min(tl.where(bits == 0, 0x7FF0000000000000, bits), axis=0)
-    exponent = tl.maximum((bits >> 52).to(tl.int32), 1)
-    mantissa = (bits & 0xFFFFFFFFFFFFF) | tl.where(bits < 0x10000000000000, 0, 0x10000000000000)
-    mantissa = tl.where(bits < 0x7FF0000000000000, mantissa, 0)
-    first = tl.maximum((least >> 52).to(tl.int32), 1)
-    last = tl.minimum(tl.maximum((most >> 52).to(tl.int32), 1), 2046)
-    for window in range((last - first + 43) // 43):
-        base = first + window * 43
-        shift = exponent - base
-        inside = (shift >= 0) & (shift < 43)
-        m = tl.where(inside, mantissa, 0)
-        shift = tl.where(inside, shift, 0).to(tl.uint64)
+def pieces(x, base, width):
+    """Return the three numbers to add for each element whose exponent is `base` or up to `width` - 1 above it."""
+    bits = bits_to_add(x)
+    if x.dtype == tl.float64:
+        shift = (tl.maximum((bits >> 52).to(tl.int32), 1) - base).to(tl.uint32)  # very large below the base
+        m = (bits & 0xFFFFFFFFFFFFF) | tl.where(bits < 0x10000000000000, 0, 0x10000000000000)
+        m = tl.where(shift < width, m, 0)
+        shift = (shift & 63).to(tl.uint64)  # defined for the others too
         lower = m << shift
-        low = tl.sum(lower & _LOW_32, axis=0).to(tl.int64)
-        high = tl.sum(lower >> 32, axis=0).to(tl.int64)
-        add(sums, (base - 1).to(tl.int64), low, high, tl.sum((m >> 1) >> (63 - shift), axis=0).to(tl.int64), 32, 32)
-    return most.to(tl.float64, bitcast=True)
+        return (lower & _LOW_32).to(tl.int64), (lower >> 32).to(tl.int64), ((m >> 1) >> (63 - shift)).to(tl.int64)
+    else:
+        shift = (tl.maximum((bits >> 23).to(tl.int32), 1) - base).to(tl.uint32)
+        m = (bits & 0x7FFFFF) | tl.where(bits < 0x800000, 0, 0x800000)
+        m = tl.where(shift < width, m, 0)
+        low = ((m << (shift & 31)) & _LOW_24).to(tl.uint64)
+        high = (m >> ((24 - shift) & 31)).to(tl.uint64)
+        return (low * low).to(tl.int64), (high * low).to(tl.int64), (high * high).to(tl.int64)
 
 
 @triton.jit
-def count(x, sums, limit):
-    """Count the elements that have no finite square, and those of finite ones that are not below a limit."""
+def count(x, limit):
+    """Count elements that are NaN, elements without a finite square, and finite elements that are not below a limit."""
     wide = x.to(tl.float64)
-    large = (tl.abs(wide) >= limit) & (tl.abs(wide) < float("inf"))
-    tl.atomic_add(sums + NAN, tl.sum((x != x).to(tl.int64), axis=0), sem="relaxed")
-    tl.atomic_add(sums + INFINITE, tl.sum((wide * wide == float("inf")).to(tl.int64), axis=0), sem="relaxed")
-    tl.atomic_add(sums + LARGE, tl.sum(large.to(tl.int64), axis=0), sem="relaxed")
+    size = tl.abs(wide)
+    return x != x, wide * wide == float("inf"), (size >= limit) & (size < float("inf"))
 
 
 @triton.jit(do_not_specialize=["row_count"])
 def squares(
     rows, step, programs, layouts, config, sums, row_count,
-    gradient: tl.constexpr, compute: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr, tile: tl.constexpr,
+    gradient: tl.constexpr, compute: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr,
+    tile: tl.constexpr, tiles: tl.constexpr,
 ):  # fmt: skip
-    """Add the squares of a tile of a gradient to a sum, and count the elements that have a fault.
+    """Add the squares of a part of a gradient to a sum, and count the elements that have a fault.
 
-    ``rows``, ``step``, ``programs``, ``layouts``: as in `update`, but each program reads one tile, of up to 2^15
-    elements. ``config``: the words of `Told`. ``sums``: int64[COPIES, PADDED], in each copy the words of
-    `lucid.engine.exact_sum`.
+    ``rows``, ``step``, ``programs``, ``layouts``: as in `update`; a part is `tiles` tiles, up to 2^15 elements.
+    ``config``: the words of `Told`. ``sums``: int64[COPIES, PADDED], in each copy the words of
+    `lucid.engine.exact_sum`. The part is read once to find its exponents, and then, from a cache, to add.
     """
     program = tl.load(programs + tl.program_id(0))
     number = program & _LOW_32
@@ -149,23 +128,78 @@ def squares(
     elements = tl.load(row + ELEMENTS)
     layout = layouts + tl.load(row + LAYOUT)
     sums += tl.program_id(0) % COPIES * PADDED
-    start = (program >> 32) * tile
+    begin = (program >> 32) * (tile * tiles)
     lane = tl.arange(0, tile)
-    if start + tile <= elements:
-        x = load_gradient(gradient_at, start, lane, layout, lane >= 0, gradient, compute, dims, wide, False)
+    whole = tl.minimum((elements - begin) // tile, tiles).to(tl.int32)  # tiles that are full
+    rest = begin + whole * tile
+    own = rest + lane < elements
+    has_rest = (whole < tiles) & (rest < elements)
+    if compute == FLOAT64:
+        unsigned: tl.constexpr = tl.uint64
+        fraction: tl.constexpr = 52
+        finite: tl.constexpr = 2046
+        window: tl.constexpr = 43
     else:
-        own = start + lane < elements
-        x = load_gradient(gradient_at, start, lane, layout, own, gradient, compute, dims, wide, True)
+        unsigned: tl.constexpr = tl.uint32
+        fraction: tl.constexpr = 23
+        finite: tl.constexpr = 254
+        window: tl.constexpr = 24
+
+    most = tl.zeros([tile], unsigned)
+    least = most - 1  # less 1, so that 0 is the largest
+    for turn in range(whole):
+        x = load_gradient(gradient_at, begin + turn * tile, lane, layout, own, gradient, compute, dims, wide, False)
+        bits = bits_to_add(x)
+        most = tl.maximum(most, bits)
+        least = tl.minimum(least, bits - 1)
+    if has_rest:
+        bits = bits_to_add(load_gradient(gradient_at, rest, lane, layout, own, gradient, compute, dims, wide, True))
+        most = tl.maximum(most, bits)
+        least = tl.minimum(least, bits - 1)
+    largest = tl.max(most, axis=0)
+    smallest = tl.min(least, axis=0)
+    first = tl.maximum(((smallest + 1) >> fraction).to(tl.int32), 1)
+    last = tl.minimum(tl.maximum((largest >> fraction).to(tl.int32), 1), finite)
+    for number_of_window in range(tl.where(largest == 0, 0, (last - first + window) // window)):
+        base = first + number_of_window * window
+        width = tl.minimum(window, finite + 1 - base).to(tl.uint32)
+        low = tl.zeros([tile], tl.int64)
+        middle = tl.zeros([tile], tl.int64)
+        high = tl.zeros([tile], tl.int64)
+        for turn in range(whole):
+            x = load_gradient(gradient_at, begin + turn * tile, lane, layout, own, gradient, compute, dims, wide, False)
+            one, two, three = pieces(x, base, width)
+            low += one
+            middle += two
+            high += three
+        if has_rest:
+            x = load_gradient(gradient_at, rest, lane, layout, own, gradient, compute, dims, wide, True)
+            one, two, three = pieces(x, base, width)
+            low += one
+            middle += two
+            high += three
+        sum1, sum2, sum3 = tl.sum(low, axis=0), tl.sum(middle, axis=0), tl.sum(high, axis=0)
+        if compute == FLOAT64:
+            add(sums, (base - 1).to(tl.int64), sum1, sum2, sum3, 32, 64)
+        else:
+            add(sums, (2 * base + 774).to(tl.int64), sum1, sum2, sum3, 25, 48)  # 2 low high 2^24
+
     scale = scale_of(config)
     if compute == FLOAT64:
-        most = add_float64(x, sums)
         limit = scale * 1.3407807929942597e154  # 2^512
-        if (most < limit * limit * 0.5) == 0:
-            count(x, sums, limit)
+        fine = largest.to(tl.float64, bitcast=True) < limit * limit * 0.5
     else:
-        most = add_float32(x, sums)
-        if (most < scale.to(tl.float32) * 9223372036854775808.0) == 0:  # 2^63, half of the limit
-            count(x, sums, scale * 18446744073709551616.0)  # 2^64
+        limit = scale * 18446744073709551616.0  # 2^64
+        fine = largest.to(tl.float32, bitcast=True) < limit.to(tl.float32) * 0.5
+    if fine == 0:  # or nearly, or NaN
+        for turn in range(whole + has_rest.to(tl.int32)):
+            start = begin + turn * tile
+            own = start + lane < elements
+            x = load_gradient(gradient_at, start, lane, layout, own, gradient, compute, dims, wide, True)
+            nan, infinite, large = count(x, limit)
+            tl.atomic_add(sums + NAN, tl.sum(nan.to(tl.int64), axis=0), sem="relaxed")
+            tl.atomic_add(sums + INFINITE, tl.sum(infinite.to(tl.int64), axis=0), sem="relaxed")
+            tl.atomic_add(sums + LARGE, tl.sum(large.to(tl.int64), axis=0), sem="relaxed")
 
 
 @triton.jit
