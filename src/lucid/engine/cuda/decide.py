@@ -43,6 +43,30 @@ SCALE_WAS = tl.constexpr(int(Kept.SCALE))
 
 
 @triton.jit
+def make_set(told, scalars, factor, correction):
+    """Make a set of scalars, float64[SET], from the words of `ToldOfSet`; return whether its learning rate is valid."""
+    at = told.to(tl.pointer_type(tl.float64))
+    lr = tl.load(at + LR)
+    lr_at = tl.load(told + LR_AT)
+    if lr_at != 0:
+        lr = number_at(lr_at, tl.load(told + LR_DOUBLE))
+    count = tl.load(at + COUNT).to(tl.int64) + correction
+    powers1 = tl.load(told + POWERS1).to(tl.pointer_type(tl.float64))
+    powers2 = tl.load(told + POWERS2).to(tl.pointer_type(tl.float64))
+    power1 = tl.load(powers1 + tl.minimum(count, tl.load(told + LENGTH1) - 1))
+    power2 = tl.load(powers2 + tl.minimum(count, tl.load(told + LENGTH2) - 1))
+    for word in tl.static_range(D):
+        tl.store(scalars + word, tl.load(at + word))
+    tl.store(scalars + D, lr * tl.load(at + WEIGHT_DECAY))
+    tl.store(scalars + K, lr / power1)
+    tl.store(scalars + S, 1.0 / tl.sqrt(power2))
+    tl.store(scalars + E, tl.load(at + EPS))
+    tl.store(scalars + F, factor * tl.load(at + SIGN))
+    tl.store(scalars + COUNT, count.to(tl.float64))
+    return (lr >= 0.0) & (lr < float("inf"))
+
+
+@triton.jit
 def decide(config, kept, words, scalars, settled: tl.constexpr, measured: tl.constexpr):
     """Decide whether this step is taken and with which factor, and make its scalars.
 
@@ -80,29 +104,9 @@ def decide(config, kept, words, scalars, settled: tl.constexpr, measured: tl.con
         tl.store(kept_floats + NORM, tl.where(failed, tl.load(kept_floats + NORM), norm))
 
     correction = tl.load(kept + CORRECTION)
-    sets = tl.load(config + SETS)
-    for number in range(sets):
-        at = floats + (number + 1) * SET
-        words = config + (number + 1) * SET
-        to = scalars + (number + 1) * SET
-        lr = tl.load(at + LR)
-        lr_at = tl.load(words + LR_AT)
-        if lr_at != 0:
-            lr = number_at(lr_at, tl.load(words + LR_DOUBLE))
-            skip = skip | (lr < 0.0) | (lr == float("inf")) | (lr != lr)
-        count = tl.load(at + COUNT).to(tl.int64) + correction
-        powers1 = tl.load(words + POWERS1).to(tl.pointer_type(tl.float64))
-        powers2 = tl.load(words + POWERS2).to(tl.pointer_type(tl.float64))
-        power1 = tl.load(powers1 + tl.minimum(count, tl.load(words + LENGTH1) - 1))
-        power2 = tl.load(powers2 + tl.minimum(count, tl.load(words + LENGTH2) - 1))
-        for word in tl.static_range(D):
-            tl.store(to + word, tl.load(at + word))
-        tl.store(to + D, lr * tl.load(at + WEIGHT_DECAY))
-        tl.store(to + K, lr / power1)
-        tl.store(to + S, 1.0 / tl.sqrt(power2))
-        tl.store(to + E, tl.load(at + EPS))
-        tl.store(to + F, factor * tl.load(at + SIGN))
-        tl.store(to + COUNT, count.to(tl.float64))
+    for number in range(1, 1 + tl.load(config + SETS)):
+        valid = make_set(config + number * SET, scalars + number * SET, factor, correction)
+        skip = skip | (valid == 0)
 
     takes = (skip | failed) == 0
     tl.store(scalars, 1.0 - takes.to(tl.float64))

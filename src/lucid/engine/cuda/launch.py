@@ -46,7 +46,7 @@ class GPU:
     def measuring(self, kind: Gradients) -> Geometry:
         """Return how elements are divided among programs that sum squares."""
         if kind.dims:
-            return Geometry(256, 8, 4)  # strides need registers
+            return Geometry(128, 8, 4)  # strides need registers
         return Geometry(512 if kind.compute == Dtype.FLOAT64 else 1024, 8, 4)
 
     def current(self) -> AbstractContextManager[Any]:

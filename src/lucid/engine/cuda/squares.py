@@ -100,11 +100,59 @@ def pieces(x, base, width):
 
 
 @triton.jit
-def count(x, limit):
+def extremes(
+    address, begin, lane, layout, own, whole, has_rest,
+    gradient: tl.constexpr, compute: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr, unsigned: tl.constexpr,
+):  # fmt: skip
+    """Return the largest of the bits to add, and the smallest but zeros."""
+    most = tl.zeros(lane.shape, unsigned)
+    least = most - 1  # less 1, so that zeros become the largest
+    for turn in range(0, whole):
+        start = begin + turn * lane.shape[0]
+        bits = bits_to_add(load_gradient(address, start, lane, layout, own, gradient, compute, dims, wide, False))
+        most, least = tl.maximum(most, bits), tl.minimum(least, bits - 1)
+    if has_rest:
+        start = begin + whole * lane.shape[0]
+        bits = bits_to_add(load_gradient(address, start, lane, layout, own, gradient, compute, dims, wide, True))
+        most, least = tl.maximum(most, bits), tl.minimum(least, bits - 1)
+    return tl.max(most, axis=0), tl.min(least, axis=0) + 1
+
+
+@triton.jit
+def add_window(
+    address, begin, lane, layout, own, whole, has_rest, base, width, sums,
+    gradient: tl.constexpr, compute: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """Add the squares whose exponent is in a window (see `pieces`) to a sum."""
+    low = tl.zeros(lane.shape, tl.int64)
+    middle = low
+    high = low
+    for turn in range(0, whole):
+        start = begin + turn * lane.shape[0]
+        x = load_gradient(address, start, lane, layout, own, gradient, compute, dims, wide, False)
+        one, two, three = pieces(x, base, width)
+        low, middle, high = low + one, middle + two, high + three
+    if has_rest:
+        start = begin + whole * lane.shape[0]
+        x = load_gradient(address, start, lane, layout, own, gradient, compute, dims, wide, True)
+        one, two, three = pieces(x, base, width)
+        low, middle, high = low + one, middle + two, high + three
+    sum1, sum2, sum3 = tl.sum(low, axis=0), tl.sum(middle, axis=0), tl.sum(high, axis=0)
+    if compute == FLOAT64:
+        add(sums, (base - 1).to(tl.int64), sum1, sum2, sum3, 32, 64)
+    else:
+        add(sums, (2 * base + 774).to(tl.int64), sum1, sum2, sum3, 25, 48)  # (high 2^24 + low)^2
+
+
+@triton.jit
+def add_counts(x, limit, sums):
     """Count elements that are NaN, elements without a finite square, and finite elements that are not below a limit."""
     wide = x.to(tl.float64)
     size = tl.abs(wide)
-    return x != x, wide * wide == float("inf"), (size >= limit) & (size < float("inf"))
+    large = (size >= limit) & (size < float("inf"))
+    tl.atomic_add(sums + NAN, tl.sum((x != x).to(tl.int64), axis=0), sem="relaxed")
+    tl.atomic_add(sums + INFINITE, tl.sum((wide * wide == float("inf")).to(tl.int64), axis=0), sem="relaxed")
+    tl.atomic_add(sums + LARGE, tl.sum(large.to(tl.int64), axis=0), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -121,8 +169,8 @@ def squares(
     """
     program = tl.load(programs + tl.program_id(0))
     number = program & _LOW_32
-    gradient_at = tl.load(step + number)
-    if gradient_at == 0:
+    address = tl.load(step + number)
+    if address == 0:
         return
     row = rows + number * COLUMNS
     elements = tl.load(row + ELEMENTS)
@@ -131,75 +179,36 @@ def squares(
     begin = (program >> 32) * (tile * tiles)
     lane = tl.arange(0, tile)
     whole = tl.minimum((elements - begin) // tile, tiles).to(tl.int32)  # tiles that are full
-    rest = begin + whole * tile
-    own = rest + lane < elements
-    has_rest = (whole < tiles) & (rest < elements)
+    own = begin + whole * tile + lane < elements
+    has_rest = (whole < tiles) & (begin + whole * tile < elements)
+    limit = scale_of(config)
     if compute == FLOAT64:
-        unsigned: tl.constexpr = tl.uint64
-        fraction: tl.constexpr = 52
-        finite: tl.constexpr = 2046
-        window: tl.constexpr = 43
+        most, least = extremes(
+            address, begin, lane, layout, own, whole, has_rest, gradient, compute, dims, wide, tl.uint64
+        )
+        first, last = tl.maximum((least >> 52).to(tl.int32), 1), tl.maximum((most >> 52).to(tl.int32), 1)
+        window, finite = 43, 2046
+        limit *= 1.3407807929942597e154  # 2^512
+        fine = most.to(tl.float64, bitcast=True) < limit * limit * 0.5
     else:
-        unsigned: tl.constexpr = tl.uint32
-        fraction: tl.constexpr = 23
-        finite: tl.constexpr = 254
-        window: tl.constexpr = 24
-
-    most = tl.zeros([tile], unsigned)
-    least = most - 1  # less 1, so that 0 is the largest
-    for turn in range(whole):
-        x = load_gradient(gradient_at, begin + turn * tile, lane, layout, own, gradient, compute, dims, wide, False)
-        bits = bits_to_add(x)
-        most = tl.maximum(most, bits)
-        least = tl.minimum(least, bits - 1)
-    if has_rest:
-        bits = bits_to_add(load_gradient(gradient_at, rest, lane, layout, own, gradient, compute, dims, wide, True))
-        most = tl.maximum(most, bits)
-        least = tl.minimum(least, bits - 1)
-    largest = tl.max(most, axis=0)
-    smallest = tl.min(least, axis=0)
-    first = tl.maximum(((smallest + 1) >> fraction).to(tl.int32), 1)
-    last = tl.minimum(tl.maximum((largest >> fraction).to(tl.int32), 1), finite)
-    for number_of_window in range(tl.where(largest == 0, 0, (last - first + window) // window)):
+        most, least = extremes(
+            address, begin, lane, layout, own, whole, has_rest, gradient, compute, dims, wide, tl.uint32
+        )
+        first, last = tl.maximum((least >> 23).to(tl.int32), 1), tl.maximum((most >> 23).to(tl.int32), 1)
+        window, finite = 24, 254
+        limit *= 18446744073709551616.0  # 2^64
+        fine = most.to(tl.float32, bitcast=True) < limit.to(tl.float32) * 0.5
+    windows = tl.where(most == 0, 0, (tl.minimum(last, finite) - first + window) // window)
+    for number_of_window in range(0, windows):
         base = first + number_of_window * window
         width = tl.minimum(window, finite + 1 - base).to(tl.uint32)
-        low = tl.zeros([tile], tl.int64)
-        middle = tl.zeros([tile], tl.int64)
-        high = tl.zeros([tile], tl.int64)
-        for turn in range(whole):
-            x = load_gradient(gradient_at, begin + turn * tile, lane, layout, own, gradient, compute, dims, wide, False)
-            one, two, three = pieces(x, base, width)
-            low += one
-            middle += two
-            high += three
-        if has_rest:
-            x = load_gradient(gradient_at, rest, lane, layout, own, gradient, compute, dims, wide, True)
-            one, two, three = pieces(x, base, width)
-            low += one
-            middle += two
-            high += three
-        sum1, sum2, sum3 = tl.sum(low, axis=0), tl.sum(middle, axis=0), tl.sum(high, axis=0)
-        if compute == FLOAT64:
-            add(sums, (base - 1).to(tl.int64), sum1, sum2, sum3, 32, 64)
-        else:
-            add(sums, (2 * base + 774).to(tl.int64), sum1, sum2, sum3, 25, 48)  # 2 low high 2^24
-
-    scale = scale_of(config)
-    if compute == FLOAT64:
-        limit = scale * 1.3407807929942597e154  # 2^512
-        fine = largest.to(tl.float64, bitcast=True) < limit * limit * 0.5
-    else:
-        limit = scale * 18446744073709551616.0  # 2^64
-        fine = largest.to(tl.float32, bitcast=True) < limit.to(tl.float32) * 0.5
+        add_window(address, begin, lane, layout, own, whole, has_rest, base, width, sums, gradient, compute, dims, wide)
     if fine == 0:  # or nearly, or NaN
-        for turn in range(whole + has_rest.to(tl.int32)):
+        for turn in range(0, whole + has_rest.to(tl.int32)):
             start = begin + turn * tile
             own = start + lane < elements
-            x = load_gradient(gradient_at, start, lane, layout, own, gradient, compute, dims, wide, True)
-            nan, infinite, large = count(x, limit)
-            tl.atomic_add(sums + NAN, tl.sum(nan.to(tl.int64), axis=0), sem="relaxed")
-            tl.atomic_add(sums + INFINITE, tl.sum(infinite.to(tl.int64), axis=0), sem="relaxed")
-            tl.atomic_add(sums + LARGE, tl.sum(large.to(tl.int64), axis=0), sem="relaxed")
+            x = load_gradient(address, start, lane, layout, own, gradient, compute, dims, wide, True)
+            add_counts(x, limit, sums)
 
 
 @triton.jit
