@@ -263,15 +263,16 @@ class AtomicStep:
     # Judge
 
     def _judge(self, inputs: Inputs, gathered: _Gathered, scale: float, found_inf: bool) -> engine.HostVerdict:
-        def describe(row: int) -> Described:
-            member = self._members(inputs.groups)[row]
-            gradient = self._checked.get(row)
-            if gradient is None:
-                gradient = engine.checked_gradient(member.param, member.name)
-            return Described(member.name, member.param, gradient)
+        def described() -> Iterator[Described]:
+            for row, member in enumerate(self._members(inputs.groups)):
+                if member.param.grad is not None:
+                    gradient = self._checked.get(row)
+                    if gradient is None:
+                        gradient = engine.checked_gradient(member.param, member.name)
+                    yield Described(member.name, member.param, gradient)
 
         untouched = "nothing was updated" if self.only is None else "it was not updated"
-        return host_verdict(gathered.plan, gathered.agreement, inputs.settings, scale, found_inf, describe, untouched)
+        return host_verdict(gathered.plan, gathered.agreement, inputs.settings, scale, found_inf, described, untouched)
 
     def _is_initialising(self, gathered: _Gathered, box: StateBox, new: _NewState) -> bool:
         """Whether torch's checkpoint tools are calling this step to create the optimizer's state.

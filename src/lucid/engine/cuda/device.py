@@ -6,11 +6,14 @@ The device may decide the step (`lucid.engine.verdict.DeviceVerdict`). Then the 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from lucid.engine import exact_sum
 from lucid.engine.cpu import bind
 from lucid.engine.numbers import KEPT
 from lucid.engine.observed import Seen
@@ -80,15 +83,20 @@ class CUDA:
                 tables.refresh(self._step, self._version)
                 yield tables
 
-    def measure(self) -> list[tuple[int, float]]:
-        """Return (row number, sum of squares of its gradient) for each row; wait for the device."""
-        found = []
+    def measure(self, scale: float, kinds: array[int] | None) -> list[int]:
+        """Return the words as `Engine.measure` does; wait for the device. For now they are of rounded sums."""
+        words = exact_sum.blank(kinds)
         for tables in self._current():
             measuring = tables.measuring()
             _launch(tables.launcher, measuring.launches)
-            rows, sums = tables.row_table.rows, measuring.row_sums.tolist()
-            found += [(rows[place].row, sums[place]) for place in tables.active(self._step)]
-        return found
+            rows, count = tables.row_table.rows, max(1, len(tables.row_table.rows))
+            sums = measuring.row_sums.cpu()
+            for place in tables.active(self._step):
+                kind = 0 if kinds is None else kinds[rows[place].row]
+                exact_sum.add(words, sums[place::count][:1].sqrt(), scale, kind)
+                large = sums[count + place] >= exact_sum.LIMITS[torch.float32] * scale
+                words[kind * exact_sum.TOTAL_WORDS + exact_sum.Count.LARGE] += int(large)
+        return words
 
     def prepare(self, order: StepOrder) -> None:
         self._launches, self._observed = [], []
