@@ -8,7 +8,6 @@ from . import cpu, cuda, shards
 from .observed import Observed, Seen
 from .plan import Plan, name_for, only
 from .protocol import StepOrder
-from .reference import ordered_sum
 from .row import COMPUTE, Row, RowFormat, check_memory, check_param, checked_gradient, has_memory, is_plain
 from .scalars import Recipe, Scalars, table
 from .step_counts import OTHER_FAILED, StepCounts
@@ -38,7 +37,6 @@ __all__ = [
     "is_plain",
     "name_for",
     "only",
-    "ordered_sum",
     "shards",
     "table",
 ]

@@ -89,7 +89,7 @@ def root(total: int) -> float:
     return math.ldexp(math.sqrt(kept), (shift + LOWEST) // 2)
 
 
-def norm(words: Sequence[int], scale: float) -> float:
+def norm_in(words: Sequence[int], scale: float) -> float:
     """Return the norm of gradients with this scale, from their words."""
     if words[Count.NAN]:
         return math.nan

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -39,7 +40,7 @@ class DeviceVerdict(NamedTuple):
     skips: bool
     captured: bool
     exchange: Callable[[Tensor], Tensor] | None
-    kinds: Sequence[int] | None
+    kinds: array[int] | None
 
     @property
     def measures(self) -> bool:

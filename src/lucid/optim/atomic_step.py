@@ -18,7 +18,7 @@ from lucid.engine.scalars import MAX_STEP
 from lucid.engine.values import checked_lr, is_on
 
 from .agreement import Agreement, Finding
-from .gradients import Amp, Described, check_others, device_verdict, exchanges, found_inf_in, host_verdict, scale_of
+from .gradients import Amp, Described, device_verdict, found_inf_in, host_verdict, scale_of
 from .groups import ParamGroup, checked_params
 from .hyperparameters import Hyperparameters, Reading, checked_groups
 from .members import Member, member_at, members, params_of
@@ -137,27 +137,28 @@ class AtomicStep:
                 if self.counts.alarmed:
                     self.counts.confirm()
                 gathered = self._gather(inputs, box, new)
-                verdict = self._left_to_device(inputs, gathered, new)
+                exchanges = self._exchanges(inputs, [hyper.lr for hyper in gathered.hyperparameters])
+                verdict = self._left_to_device(inputs, gathered, new, exchanges=exchanges)
                 scale = 1.0 if verdict else scale_of(inputs.amp.grad_scale)
                 found_inf = not verdict and found_inf_in(inputs.amp.found_inf)
                 recipes = self._recipes(gathered, verdict)
                 if verdict is not None:
                     return self._write(inputs, gathered, box, new, recipes, verdict)
+                begun = self._has_begun(gathered, box, new)
             except Exception:
                 if not self._exchanged:
                     self._tell_others(inputs)
                 raise
-            if True:
-                judged = self._judge(inputs, gathered, scale, found_inf)
-                # If gradients are judged, all processes skip together. Otherwise others may step and exchange
-                # observations, so this process must take part in that exchange.
-                if judged.skip:
-                    observed = {} if inputs.settings.judges else self._observed(inputs, gathered, box, skips=True)
-                    return Outcome(True, judged.norm, scale, observed)
-                if self._is_initialising(gathered, box, new):
-                    new.adopt()
-                    return Outcome(False, judged.norm, scale, {})
-                return self._write(inputs, gathered, box, new, recipes, judged)
+            judged, begun = self._judge(inputs, gathered, scale, found_inf, begun=begun, exchanges=exchanges)
+            # If gradients are judged, all processes skip together. Otherwise others may step and exchange
+            # observations, so this process must take part in that exchange.
+            if judged.skip:
+                observed = {} if inputs.settings.judges else self._observed(inputs, gathered, box, skips=True)
+                return Outcome(True, judged.norm, scale, observed)
+            if not begun:
+                new.adopt()
+                return Outcome(False, judged.norm, scale, {})
+            return self._write(inputs, gathered, box, new, recipes, judged)
         except BaseException:
             self.written = self.plan is not None and self.plan.written
             raise
@@ -230,7 +231,9 @@ class AtomicStep:
             engine.check_memory(row)
             yield row
 
-    def _left_to_device(self, inputs: Inputs, gathered: _Gathered, new: _NewState) -> engine.DeviceVerdict | None:
+    def _left_to_device(
+        self, inputs: Inputs, gathered: _Gathered, new: _NewState, *, exchanges: bool
+    ) -> engine.DeviceVerdict | None:
         """Return what the device needs if it decides this step, else None; confirm step counts if the host decides."""
         plan, counts = gathered.plan, self.counts
         captured = counts.captured
@@ -247,7 +250,7 @@ class AtomicStep:
             inputs.amp,
             gathered.hyperparameters,
             gathered.agreement,
-            self._exchange if self._exchanges(inputs, gathered) else None,
+            self._exchange if exchanges and gathered.agreement else None,
             fresh=bool(new.entries),
         )
         waits = verdict is None or (captured and not verdict.captured)
@@ -255,9 +258,15 @@ class AtomicStep:
             counts.confirm()
         return verdict
 
-    def _exchanges(self, inputs: Inputs, gathered: _Gathered) -> bool:
-        """Whether processes exchange words in this step."""
-        return bool(gathered.agreement) and exchanges(inputs.settings, [hyper.lr for hyper in gathered.hyperparameters])
+    def _exchanges(self, inputs: Inputs, rates: Iterable[Any]) -> bool:
+        """Whether processes that decide together exchange words in this step.
+
+        They do to judge gradients, and if every learning rate is 0, because torch may be creating state. A rate in a
+        tensor is not read, but may be 0. ``rates``: those of all groups. All processes have these in common.
+        """
+        return inputs.settings.judges or (
+            self.only is None and all(isinstance(rate, Tensor) or rate == 0 for rate in rates)
+        )
 
     def _exchange(self, words: Tensor) -> Tensor:
         assert self._agreement is not None
@@ -277,32 +286,41 @@ class AtomicStep:
 
     # Judge
 
-    def _judge(self, inputs: Inputs, gathered: _Gathered, scale: float, found_inf: bool) -> engine.HostVerdict:
-        def describe(row: int) -> Described:
-            member = self._members(inputs.groups)[row]
-            gradient = self._checked.get(row)
-            if gradient is None:
-                gradient = engine.checked_gradient(member.param, member.name)
-            return Described(member.name, member.param, gradient)
+    def _judge(
+        self, inputs: Inputs, gathered: _Gathered, scale: float, found_inf: bool, *, begun: bool, exchanges: bool
+    ) -> tuple[engine.HostVerdict, bool]:
+        def described() -> Iterator[Described]:
+            for row, member in enumerate(self._members(inputs.groups)):
+                if member.param.grad is not None:
+                    gradient = self._checked.get(row)
+                    if gradient is None:
+                        gradient = engine.checked_gradient(member.param, member.name)
+                    yield Described(member.name, member.param, gradient)
 
         untouched = "nothing was updated" if self.only is None else "it was not updated"
-        return host_verdict(gathered.plan, gathered.agreement, inputs.settings, scale, found_inf, describe, untouched)
+        agreement = gathered.agreement
+        return host_verdict(
+            gathered.plan,
+            agreement,
+            inputs.settings,
+            scale,
+            found_inf,
+            begun,
+            exchanges and bool(agreement),
+            described,
+            untouched,
+        )
 
-    def _is_initialising(self, gathered: _Gathered, box: StateBox, new: _NewState) -> bool:
-        """Whether torch's checkpoint tools are calling this step to create the optimizer's state.
+    def _has_begun(self, gathered: _Gathered, box: StateBox, new: _NewState) -> bool:
+        """Whether this step is not, as far as this process knows, one by which torch creates the optimizer's state.
 
-        They step a new optimizer with lr 0 and zero gradients. This must not count as a step.
+        torch's checkpoint tools step a new optimizer with lr 0 and zero gradients. This must not count as a step.
         """
         if self.only is not None or (not new.entries and not gathered.agreement):
-            return False
+            return True
         if not all(hyper.lr == 0 for hyper in gathered.hyperparameters):
-            return False
-        counts = any(box.peek().values()) or any(bool(item.gradient.any()) for item in new.entries)
-        if not gathered.agreement:
-            return not counts
-        finding = gathered.agreement.worst(Finding.BAD if counts else Finding.NOTHING)
-        check_others(finding)
-        return finding is Finding.NOTHING
+            return True
+        return any(box.peek().values()) or any(bool(item.gradient.any()) for item in new.entries)
 
     # Adopt, write
 
@@ -361,7 +379,7 @@ class AtomicStep:
             groups = [group for group in inputs.groups if isinstance(group, dict)]
             params = params_of(groups)
             agreement = Agreement(params, inputs.settings.shard_group)
-            if inputs.settings.judges or all(group["lr"] == 0 for group in groups):
+            if self._exchanges(inputs, [group["lr"] for group in groups]):
                 agreement.worst(Finding.FAILED)
             elif inputs.settings.observing:  # the others have stepped and exchange observations
                 agreement.observed([], params, {}, inputs.skipped)

@@ -6,6 +6,7 @@ The device may decide the step (`lucid.engine.verdict.DeviceVerdict`). Then the 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -93,8 +94,8 @@ class CUDA:
                 tables.refresh(self._step, self._version)
                 yield tables
 
-    def measure(self, scale: float, kinds: Sequence[int] | None) -> list[int]:
-        """Return the words of `lucid.engine.exact_sum` of all rows; wait for the devices."""
+    def measure(self, scale: float, kinds: array[int] | None) -> list[int]:
+        """Return the words as `Engine.measure` does; wait for the devices."""
         total = np.zeros(TOTAL_WORDS * (1 if kinds is None else 1 + max(kinds)), np.int64)
         for tables in self._current():
             launches = tables.measure(scale, kinds)

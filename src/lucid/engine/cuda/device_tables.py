@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ class DeviceTables:
         self._scalars = self._config = launcher.empty(0)
         self._update_launches: dict[bool, list[Launch]] = {}  # by whether they observe
         self._measuring: tuple[list[Launch], Launch] | None = None
-        self._kinds: Sequence[int] | None = None  # of the rows that are measured
+        self._kinds: array[int] | None = None  # of the rows that are measured
         self.words = launcher.empty(TOTAL_WORDS)  # sums of squares and counts, int64[kinds, TOTAL_WORDS]
         self._buffers: list[Tensor] = []  # observations of each launch, float64[programs, tiles, 4]
         self._observed: list[Observed] = []
@@ -85,8 +86,8 @@ class DeviceTables:
         sizes = [_aligned(array.size) for array in arrays]
         ends = np.cumsum(sizes).tolist()
         joined = np.zeros(ends[-1], np.int64)
-        for array, size, end in zip(arrays, sizes, ends, strict=True):
-            joined[end - size : end - size + array.size] = array.reshape(-1)
+        for each, size, end in zip(arrays, sizes, ends, strict=True):
+            joined[end - size : end - size + each.size] = each.reshape(-1)
         target = self.launcher.empty(joined.size)
         self._write(target, joined)
         return [target[end - size : end] for size, end in zip(sizes, ends, strict=True)]
@@ -225,7 +226,7 @@ class DeviceTables:
 
     # Measuring
 
-    def measuring(self, kinds: Sequence[int] | None) -> tuple[list[Launch], Launch]:
+    def measuring(self, kinds: array[int] | None) -> tuple[list[Launch], Launch]:
         """Return the launches that add up squares, and the one that writes the sums to ``words``.
 
         ``kinds``: as in `DeviceVerdict`.
@@ -248,7 +249,7 @@ class DeviceTables:
             self._measuring, self._kinds = (launches, settle), kinds
         return self._measuring
 
-    def measure(self, scale: float, kinds: Sequence[int] | None) -> list[Launch]:
+    def measure(self, scale: float, kinds: array[int] | None) -> list[Launch]:
         """Return all these launches, for gradients with this scale of GradScaler's, which is uploaded."""
         self._make_room(0)
         told = np.zeros(SET, np.int64)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -162,7 +163,7 @@ class RowTable:
         return found
 
     def squares(
-        self, device: tuple[int, int], kinds: Sequence[int] | None, geometry_of: Callable[[Gradients], Geometry]
+        self, device: tuple[int, int], kinds: array[int] | None, geometry_of: Callable[[Gradients], Geometry]
     ) -> list[KindSquares]:
         """Return the sums of the squares of a device's gradients. ``kinds``: as in `lucid.engine.DeviceVerdict`."""
         by_kind: dict[tuple[Gradients, int], list[int]] = {}
