@@ -49,8 +49,6 @@ SHAPED_OPERANDS = 6
 STEP_ROLE, STREAM_ROLE = -1, -2  # the roles of a row's other two tensors, the same as in csrc/rows.h
 
 BLOCK = 128  # elements of a row that share a scale
-CHUNK = 4096  # values that are summed up together: squares of elements, and then the sums of chunks
-LANES = 32  # value i of a chunk is added to lane i % LANES
 
 
 class Column(IntEnum):

@@ -111,7 +111,7 @@ class DeviceTables:
     # Scalars
 
     def _make_room(self, sets: int) -> None:
-        size = (1 + sets) * SET
+        size = max(8, 2 ** sets.bit_length()) * SET
         if len(self._scalars) < size:
             self._scalars, self._config = self.launcher.empty(size), self.launcher.empty(size)
             self._update_launches.clear()
