@@ -49,8 +49,6 @@ def test_columns_are_those_that_csrc_writes():
 
 
 def test_constants_are_those_of_csrc():
-    assert constant("chunk", "kernels.h") == numbers.CHUNK
-    assert constant("sum_lanes", "kernels.h") == numbers.LANES
     assert constant("block", "kernels.h") == numbers.BLOCK
     assert constant("shaped_operands", "kernels.h") == numbers.SHAPED_OPERANDS
     assert len(numbers.Operand) == constant("max_operands", "kernels.h")
