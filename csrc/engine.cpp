@@ -275,7 +275,9 @@ std::vector<int64_t> squares(const std::vector<const Work*>& works, const std::v
                              double scale, int threads) {
   const FloatMode mode;
   const auto size = static_cast<size_t>(number_of_kinds * total_words);
-  Squares all{works, kinds, {}, std::vector<std::atomic<int64_t>>(size), scale, batch_elements()};
+  Squares all{works, kinds,
+              {},    std::vector<std::atomic<int64_t>>(size),
+              scale, std::min(batch_elements(), ExactSum::most_elements)};
   all.ends.reserve(works.size());
   int64_t total = 0;
   for (const Work* work : works) all.ends.push_back(total += work->elements);

@@ -13,10 +13,9 @@ namespace {
 constexpr int64_t most_rounds = 124;  // additions to a lane
 constexpr int bits_of_bin = 45;       // between the last bits of two bins
 constexpr int lowest_window = lowest_exponent + 2 * bits_of_bin, highest_window = 1023 - 53;
-constexpr int usual_window = -43;           // of gradients around 1
-constexpr int64_t careful = 512;            // elements that are looked at if they do not fit the window
-constexpr int attempts_with_three = 8;      // after one with two bins did not fit
-constexpr int64_t most_deposits = 1 << 28;  // each adds less than 2^33 to a word
+constexpr int usual_window = -43;       // of gradients around 1
+constexpr int64_t careful = 512;        // elements that are looked at if they do not fit the window
+constexpr int attempts_with_three = 8;  // after one with two bins did not fit
 
 // The square of a number g with 2^e <= |g| < 2^(e + 1) is a multiple of 2^(2 e - below), and of 2^lowest.
 struct LastBit {
@@ -55,7 +54,7 @@ ExactSum::ExactSum(double scale, int window) : kernels_(kernels()), scale_(scale
   if (window != no_window) set_window(window);
 }
 
-// Adds `value` * 2^exponent.
+// Adds `value` * 2^exponent: less than 2^33 to a word.
 void ExactSum::deposit(int64_t value, int exponent) {
   const int shift = exponent - lowest_exponent;
   int64_t* const word = words_ + shift / word_bits;
@@ -65,10 +64,6 @@ void ExactSum::deposit(int64_t value, int exponent) {
   word[0] += static_cast<int64_t>(lower & 0xffffffff);
   word[1] += static_cast<int64_t>(lower >> word_bits) + (upper & 0xffffffff);
   word[2] += upper >> word_bits;
-  if (++deposits_ == most_deposits) {
-    carry(words_);
-    deposits_ = 0;
-  }
 }
 
 // Adds and counts numbers one by one.
@@ -117,7 +112,7 @@ void ExactSum::fold() {
   const auto held = static_cast<int>(std::bit_width(static_cast<uint64_t>(first / (lanes * rounds_) * most_rounds)));
   rounds_ = 0;
   added_ = &begin_;
-  if (held > 0 && held < 46) set_window(std::max(exponent_ - (50 - held), lowest_window));
+  if (held > 0 && held < (bins_ == 2 ? 46 : 30)) set_window(std::max(exponent_ - (50 - held), lowest_window));
 }
 
 // Adds n numbers with so many bins if they fit the window.
@@ -216,7 +211,6 @@ void ExactSum::move_to(std::atomic<int64_t>* words) {
     if (words_[k] != 0) words[k].fetch_add(words_[k], std::memory_order_relaxed);
     words_[k] = 0;
   }
-  deposits_ = 0;
 }
 
 }  // namespace lucid

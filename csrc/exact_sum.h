@@ -35,11 +35,12 @@ void carry(int64_t* words);
 class ExactSum {
  public:
   static constexpr int no_window = INT32_MIN;
+  static constexpr int64_t most_elements = 1 << 28;  // so that no word overflows
 
   // `scale`: that of all gradients. `window`: the exponent of a window that may fit.
   ExactSum(double scale, int window);
 
-  // Adds the squares of n numbers that a step computes in type `compute`.
+  // Adds the squares of n numbers that a step computes in type `compute`; at most `most_elements` before move_to().
   void add(Type type, Type compute, const void* from, int64_t n);
   // Adds the sum to `words`, with carries moved up, and begins again.
   void move_to(std::atomic<int64_t>* words);
@@ -68,7 +69,6 @@ class ExactSum {
   int bins_ = 2;                        // of what was added
   int wide_ = 0;                        // how many more attempts take three bins at once
   int64_t rounds_ = 0;                  // additions to each lane, at most
-  int64_t deposits_ = 0;                // since carries were moved up
   int64_t words_[total_words] = {};
 };
 

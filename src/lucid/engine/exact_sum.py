@@ -10,6 +10,7 @@ are added word by word, in any order.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -66,7 +67,10 @@ def add(words: list[int], gradient: Tensor, scale: float, kind: int = 0) -> None
 
 def whole(words: Sequence[int]) -> int:
     """Return the sum in multiples of 2⁻¹⁰⁷⁴, from its words; carries may not have been moved up."""
-    return sum(word << (WORD_BITS * place) for place, word in enumerate(words[:WORDS]) if word)
+    try:
+        return int.from_bytes(array("I", words[:WORDS]), "little")
+    except OverflowError:  # they have not
+        return sum(word << (WORD_BITS * place) for place, word in enumerate(words[:WORDS]))
 
 
 def words_of(total: int) -> list[int]:

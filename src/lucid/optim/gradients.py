@@ -9,8 +9,8 @@ Both follow this rule and get the same bits (`host_verdict`, and the kernel ``de
     skip      if found_inf is not 0, or, under nonfinite="skip", if an entry is NaN or infinite, |g|·factor is too large
               to be squared, or the norm is not finite
 
-The exact sum comes with counts of such entries (`lucid.engine.exact_sum`); too large entries are counted as for a clip
-of 1. A smaller clip makes every |g|·factor at most ``max_grad_norm``, so only a bound near 2⁶⁴ needs a second look.
+The exact sum comes with counts of such entries (`lucid.engine.exact_sum`), the large ones as for a clip of 1. A smaller
+clip makes every |g|·factor at most ``max_grad_norm``, so only a bound near 2⁶⁴ needs a second look.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def host_verdict(
     verdict = engine.HostVerdict(clip / scale, norm, scale, finding is Finding.BAD)
     if verdict.skip or nonfinite == "propagate":
         return verdict, begun
-    bad = not math.isfinite(norm) or (clip == 1 and total[Count.LARGE] > 0)
+    found = total[Count.NAN] or total[Count.INFINITE] or (clip == 1 and total[Count.LARGE])
+    bad = found or not math.isfinite(norm)
     what = None
     if not bad and clip < 1 and max_norm is not None and max_norm >= _CLOSE:
         what = _first_fault(described(), clip, scale)
@@ -94,7 +95,7 @@ def host_verdict(
     if nonfinite == "skip":
         return verdict._replace(skip=True), begun
     what = what or _first_fault(described(), clip, scale)
-    if what is None and not any(total[count] for count in (Count.NAN, Count.INFINITE, Count.LARGE)):
+    if what is None and not found and not math.isfinite(norm):
         what = "the gradient norm overflows float64"
     raise FloatingPointError(
         f"{what or 'a gradient on another process is not finite'}, so {untouched}; look for the cause "
