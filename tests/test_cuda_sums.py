@@ -239,7 +239,7 @@ def test_copies_are_added_and_carries_moved_up(kinds, seed, first, count):
         assert own[:WORDS] == exact_sum.words_of(exact_sum.whole(wanted))
         assert own[WORDS : WORDS + 3] == wanted[WORDS : WORDS + 3]
         assert own[Count.BAD] == own[Count.FAILED] == 0
-    assert words.view(kinds, -1)[:, Count.BEGUN].tolist() == [1] + [0] * (kinds - 1)
+    assert not words.view(kinds, -1)[:, Count.BEGUN].any()
 
 
 def test_what_is_measured_twice_is_the_same():

@@ -43,7 +43,7 @@ def measured(params, scale=1.0, kinds=None, name="cpu"):
 
     def measure(plan, *_):
         found.append(own(plan, scale, kinds))
-        return found[-1]
+        return list(found[-1])
 
     with pytest.MonkeyPatch.context() as patch, on(name):
         patch.setattr(engine.Plan, "measure", measure)

@@ -20,6 +20,7 @@ from .kernels import load_gradient, number_at
 ELEMENTS = tl.constexpr(int(Column.ELEMENTS))
 LAYOUT = tl.constexpr(int(Column.LAYOUT))
 COLUMNS = tl.constexpr(numbers.COLUMNS)
+SETS = tl.constexpr(int(Told.SETS))
 SCALE = tl.constexpr(int(Told.SCALE))
 SCALE_AT = tl.constexpr(int(Told.SCALE_AT))
 SCALE_DOUBLE = tl.constexpr(int(Told.SCALE_DOUBLE))
@@ -224,7 +225,7 @@ def settle(config, sums, words):
     """Add the copies of a sum, move carries up, and set the copies to zero for the next step; one sum a program.
 
     ``config``: the words of `Told`. ``sums``: int64[kinds, COPIES, PADDED]. ``words``: int64[kinds, TOTAL_WORDS],
-    written; in the first kind's counts is also whether GradScaler has found a non-finite gradient.
+    written; the first kind's counts also tell what the host has told the device.
     """
     kind = tl.program_id(0)
     words += kind * TOTAL_WORDS
@@ -243,8 +244,8 @@ def settle(config, sums, words):
     found_at = tl.load(config + FOUND_INF_AT)
     if (found_at != 0) & (kind == 0):
         tl.store(words + BAD, (number_at(found_at, 0) != 0.0).to(tl.int64))
-    if kind == 0:
-        tl.store(words + BEGUN, 1)
+    if kind == 0:  # a step that the device decides is not its rows' first
+        tl.store(words + BEGUN, (tl.load(config + SETS) > 0).to(tl.int64))
 
 
 @triton.jit
