@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 import lucid.optim as optim
 from bits import draw, on, same
 from guarded import Forbidden, Guarded, OnDevice
+from lucid.engine import only
 from lucid.engine.cuda import device_tables, launch
 from sharded import assert_whole, give_gradients, spread_over
 
@@ -177,7 +178,7 @@ def parts_of_a_group():
                 param.grad = draw(10 * step + k, param.shape)
             plain[1].grad[0] = NAN if step == 4 else 1.0
             mine.grad = moved(plain[own].grad, memory)
-            with on("cpu"):
+            with only("cpu"):
                 theirs.step()
             if step == 0:
                 ours.step()
