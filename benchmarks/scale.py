@@ -255,7 +255,7 @@ ASSUMPTIONS = {
     "NVLINK": (f"{NVLINK / 1e9:.0f} GB/s", "per GPU, each way (data sheet)"),
     "NETWORK": (f"{NETWORK / 1e9:.0f} GB/s", "per GPU, each way: 400 Gbit/s"),
     "LINK_REACHED": (f"{LINK_REACHED}", "of either bandwidth, by large collectives"),
-    "HOP": (f"{1e6 * HOP:.0f} µs", "a small message to the next rank; lucid gathers by rings, torch reduces by trees"),
+    "HOP": (f"{1e6 * HOP:.0f} µs", "a small message to the next rank; an all-reduce of few bytes uses a tree"),
     "LAYERS": (
         ", ".join(f"{n}" for n in LAYERS.values()),
         "layers of equal size, for 1, 10, 100 and 1,000 G parameters",
@@ -349,10 +349,9 @@ def step(kept: Format, sharding: str, parameters: float, ranks: int) -> Step:
     """Return how long the parts of a training step take."""
     inside, outside = sent(kept, sharding, parameters, ranks)
     shards = {DDP: 1, HYBRID: min(NODE, ranks)}.get(sharding, ranks)
-    rings = (
-        (shards, math.ceil(ranks / NODE)) if sharding == HYBRID else (shards,)
-    )  # each dimension of the mesh is asked
-    hops = 2 * math.ceil(math.log2(shards)) if kept.torch else sum(over - 1 for over in rings)
+    # One all-reduce for each dimension of the mesh; torch adds up within nodes only.
+    dimensions = (shards, math.ceil(ranks / NODE)) if sharding == HYBRID and not kept.torch else (shards,)
+    hops = sum(2 * math.ceil(math.log2(over)) for over in dimensions)
     return Step(
         FLOPS_A_PARAMETER_AND_TOKEN * parameters * TOKENS / (GPU_FLOPS * FLOPS_REACHED),
         (inside / NVLINK + outside / NETWORK) / LINK_REACHED,

@@ -125,9 +125,19 @@ NB_MODULE(_cpu, m) {
       .def("correct", &lucid::Rows::correct, "correction"_a, "keep"_a)
       .def("step_counts", &lucid::Rows::step_counts, nb::sig("def step_counts(self) -> list[tuple[int, torch.Tensor]]"))
       .def_prop_ro("serial", &lucid::Rows::serial)
-      .def("measure", &lucid::Rows::measure, "threads"_a)
-      .def("square_sum", &lucid::Rows::square_sum)
-      .def("squares", &lucid::Rows::squares)
+      .def(
+          "measure",
+          [](lucid::Rows& rows, int threads, double scale, nb::handle kinds) {
+            if (kinds.is_none()) return rows.measure(threads, scale, nullptr);
+            Py_buffer buffer;
+            if (PyObject_GetBuffer(kinds.ptr(), &buffer, PyBUF_SIMPLE) != 0) throw nb::python_error();
+            const auto* all = static_cast<const int*>(buffer.buf);
+            const std::vector<int> of_row(all, all + static_cast<size_t>(buffer.len) / sizeof(int));
+            PyBuffer_Release(&buffer);
+            return rows.measure(threads, scale, of_row.data());
+          },
+          "threads"_a, "scale"_a, "kinds"_a = nb::none(),
+          nb::sig("def measure(self, threads: int, scale: float, kinds: array.array[int] | None = None) -> list[int]"))
       .def(
           "update",
           [](lucid::Rows& rows, nb::handle table, int threads, bool observe, bool count, nb::list state_box) {

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "dispatch.h"
+#include "exact_sum.h"
 #include "float_mode.h"
 #include "parallel.h"
 
@@ -214,20 +215,11 @@ struct Step {
   }
 };
 
-// Adds the lanes of a chunk by halves: 0 and 16, 1 and 17, ... then 0 and 8, ...
-double folded(double (&lanes)[sum_lanes]) {
-  for (int half = sum_lanes / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-  }
-  return lanes[0];
-}
-
-// The sum of squares of a chunk of a row's gradient, elements [begin, begin + n).
-double squares_of(const Work& work, int64_t begin, int64_t n) {
-  double lanes[sum_lanes] = {};
+// Adds the squares of elements [begin, begin + n) of a row's gradient.
+void add_squares(const Work& work, int64_t begin, int64_t n, ExactSum& sum) {
   if (work.layout == nullptr) {
-    kernels().squares[static_cast<int>(work.gradient)](element(work, grad, begin), n, lanes);
-    return folded(lanes);
+    sum.add(work.gradient, work.compute, element(work, grad, begin), n);
+    return;
   }
   alignas(64) char buffer[staged * 8];
   alignas(64) double converted[staged];
@@ -237,28 +229,35 @@ double squares_of(const Work& work, int64_t begin, int64_t n) {
     const void* from = work.compute == Type::float64
                            ? staged_gradient(work, i, count, buffer, converted)
                            : staged_gradient(work, i, count, buffer, reinterpret_cast<float*>(converted));
-    kernels().squares[static_cast<int>(work.compute)](from, count, lanes);
+    sum.add(work.compute, work.compute, from, count);
   }
-  return folded(lanes);
 }
 
-// The chunks of all rows are laid end to end; batch b is chunks [b * size, (b + 1) * size) of them.
+// All rows are laid end to end, as in Step. The sum is exact, so batches may add theirs in any order.
 struct Squares {
   const std::vector<const Work*>& works;
-  std::vector<int64_t> ends;  // of each row, in chunks
-  std::vector<double> sums;   // of each chunk
+  const std::vector<int>& kinds;
+  std::vector<int64_t> ends;  // of each row, in elements
+  std::vector<std::atomic<int64_t>> words;
+  double scale;
   int64_t size;
+  std::atomic<int> window = ExactSum::no_window;  // the last batch's, for the next
 
   void run(int64_t batch) {
     const int64_t begin = batch * size;
     const int64_t end = std::min(begin + size, ends.back());
     size_t row = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin());
-    for (int64_t i = begin; i < end; ++i) {
-      while (i >= ends[row]) ++row;
+    ExactSum sum(scale, window.load(std::memory_order_relaxed));
+    for (int64_t i = begin; i < end; ++row) {
       const Work& work = *works[row];
-      const int64_t first = i - (row == 0 ? 0 : ends[row - 1]);
-      const int64_t n = std::min(chunk, work.elements - first * chunk);
-      sums[static_cast<size_t>(i)] = squares_of(work, first * chunk, n);
+      const int64_t first = i - (ends[row] - work.elements);
+      const int64_t n = std::min(end, ends[row]) - i;
+      if (n > 0) add_squares(work, first, n, sum);
+      i += n;
+      if (i == end) window.store(sum.window(), std::memory_order_relaxed);
+      if (i == end || (!kinds.empty() && kinds[row] != kinds[row + 1])) {
+        sum.move_to(&words[static_cast<size_t>(kinds.empty() ? 0 : kinds[row] * total_words)]);
+      }
     }
   }
 };
@@ -272,35 +271,21 @@ uint64_t draw_key(int64_t stream, int64_t step) {
 int64_t batch_elements() { return elements_of_batch; }
 void set_batch_elements(int64_t elements) { elements_of_batch = elements; }
 
-double ordered_sum(double* numbers, size_t n) {
-  while (n > 1) {
-    size_t sums = 0;
-    for (size_t begin = 0; begin < n; begin += chunk) {
-      double lanes[sum_lanes] = {};
-      const size_t end = std::min<size_t>(n, begin + chunk);
-      for (size_t i = begin; i < end; ++i) lanes[(i - begin) % sum_lanes] += numbers[i];
-      numbers[sums++] = folded(lanes);
-    }
-    n = sums;
-  }
-  return n == 0 ? 0 : numbers[0];
-}
-
-std::vector<double> squares(const std::vector<const Work*>& works, int threads) {
+std::vector<int64_t> squares(const std::vector<const Work*>& works, const std::vector<int>& kinds, int number_of_kinds,
+                             double scale, int threads) {
   const FloatMode mode;
-  Squares all{works, {}, {}, std::max<int64_t>(1, batch_elements() / chunk)};
-  int64_t chunks = 0;
-  for (const Work* work : works) all.ends.push_back(chunks += (work->elements + chunk - 1) / chunk);
-  all.sums.resize(static_cast<size_t>(chunks));
+  const auto size = static_cast<size_t>(number_of_kinds * total_words);
+  Squares all{works, kinds,
+              {},    std::vector<std::atomic<int64_t>>(size),
+              scale, std::min(batch_elements(), ExactSum::most_elements)};
+  all.ends.reserve(works.size());
+  int64_t total = 0;
+  for (const Work* work : works) all.ends.push_back(total += work->elements);
   const BatchFn run = [](void* context, int64_t batch) noexcept { static_cast<Squares*>(context)->run(batch); };
-  parallel_for(threads, (chunks + all.size - 1) / all.size, run, &all, true);
-  std::vector<double> found;
-  int64_t begin = 0;
-  for (const int64_t end : all.ends) {
-    found.push_back(ordered_sum(all.sums.data() + begin, static_cast<size_t>(end - begin)));
-    begin = end;
-  }
-  return found;
+  parallel_for(threads, (total + all.size - 1) / all.size, run, &all, true);
+  std::vector<int64_t> words(all.words.begin(), all.words.end());
+  for (size_t k = 0; k < size; k += total_words) carry(&words[k]);
+  return words;
 }
 
 void update(const std::vector<const Work*>& works, const std::vector<HostScalars>& scalars, int threads, bool serial,

@@ -77,12 +77,10 @@ void set_batch_elements(int64_t elements);
 void update(const std::vector<const Work*>& works, const std::vector<HostScalars>& scalars, int threads, bool serial,
             std::vector<RowObserved>* observed);
 
-// The sum of squares of each work's gradient. The order of the sum depends only on shape and strides.
-std::vector<double> squares(const std::vector<const Work*>& works, int threads);
-
-// The sum of n numbers: chunks are added in the order of their lanes, and the sums of chunks the same way. Overwrites
-// the numbers.
-double ordered_sum(double* numbers, size_t n);
+// The words of the exact sum of the squares of all gradients (exact_sum.h), with carries moved up: those of works of
+// kind 0, of kind 1, and so on. `kinds`: that of each work, or empty if all are of kind 0. `scale`: GradScaler's.
+std::vector<int64_t> squares(const std::vector<const Work*>& works, const std::vector<int>& kinds, int number_of_kinds,
+                             double scale, int threads);
 
 // The memory traffic of an fp32 update of n elements with hardly any arithmetic, to measure memory bandwidth.
 void move(int64_t n, float* a, const float* b, float* c, float* d, int threads);

@@ -4,6 +4,7 @@
 #include "formats.h"
 #include "observe.h"
 #include "simd.h"
+#include "squares.h"
 
 namespace lucid::LUCID_LEVEL {
 namespace {
@@ -201,6 +202,15 @@ constexpr void set_both(UpdateFn<float> (&update_of)[moment_formats][2][2]) {
   set<Param, OwnGradient>(update_of, 1);
 }
 
+template <int bins>
+constexpr void add_squares_of(Kernels& k) {
+  auto& squares_of = k.squares[bins - 2];
+  squares_of[static_cast<int>(Type::float32)] = squares<PlainNumbers<float>, bins>;
+  squares_of[static_cast<int>(Type::float64)] = squares<PlainNumbers<double>, bins>;
+  squares_of[static_cast<int>(Type::float16)] = squares<HalfNumbers<Float16>, bins>;
+  squares_of[static_cast<int>(Type::bfloat16)] = squares<HalfNumbers<Bfloat16>, bins>;
+}
+
 constexpr Kernels all_kernels() {
   Kernels k{};
   const auto in = [&](ParamFormat format) -> UpdateFn<float>(&)[moment_formats][2][2] {
@@ -221,10 +231,9 @@ constexpr Kernels all_kernels() {
   k.to_f64[static_cast<int>(Type::float64)] = convert<double, double>;
   k.to_f64[static_cast<int>(Type::float16)] = convert_halves<Float16, double>;
   k.to_f64[static_cast<int>(Type::bfloat16)] = convert_halves<Bfloat16, double>;
-  k.squares[static_cast<int>(Type::float32)] = squares<PlainNumbers<float>>;
-  k.squares[static_cast<int>(Type::float64)] = squares<PlainNumbers<double>>;
-  k.squares[static_cast<int>(Type::float16)] = squares<HalfNumbers<Float16>>;
-  k.squares[static_cast<int>(Type::bfloat16)] = squares<HalfNumbers<Bfloat16>>;
+  add_squares_of<2>(k);
+  add_squares_of<3>(k);
+  k.square_lanes = square_vectors * static_cast<int>(width<double>);
   k.move = move;
   return k;
 }

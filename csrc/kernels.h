@@ -32,11 +32,6 @@ enum Operand : int {
 };
 constexpr int shaped_operands = 6, max_operands = 8;
 
-// A sum of squares consists of chunks, and the sum of a chunk of lanes: element i of a chunk is added to lane
-// i % sum_lanes.
-constexpr int64_t chunk = 4096;
-constexpr int sum_lanes = 32;
-
 constexpr int64_t block = 128;  // elements of a row that share a scale; the last block of a row may be shorter
 
 // 64 bits, each of which depends on all bits of x: the finalizer of splitmix64.
@@ -85,15 +80,28 @@ using UpdateFn = void (*)(const Scalars<T>&, const Slice&) noexcept;
 template <class T>
 using ConvertFn = void (*)(const void* from, T* to, int64_t n) noexcept;
 
-// Adds the squares of n numbers of a gradient's type, in float64, to the lanes of their chunk; the first to lane 0.
-using SquaresFn = void (*)(const void* from, int64_t n, double (&sums)[sum_lanes]) noexcept;
+// Lanes in which squares are added, and the window in which they must lie: csrc/exact_sum.h describes both.
+constexpr int max_square_lanes = 32;
+struct SquareLanes {
+  alignas(64) double bin[3][max_square_lanes];
+};
+struct SquareWindow {
+  double most;          // that a lane may hold in its first bin
+  int64_t least_below;  // the least |g| but 0, as an integer in the compute type, less 1
+};
+
+// Adds the squares of n numbers of a gradient's type to lanes; returns whether all were inside the window. Element i is
+// added to lane i % Kernels::square_lanes.
+using SquaresFn = bool (*)(const void* from, int64_t n, const SquareWindow& window, const SquareLanes& before,
+                           SquareLanes& after) noexcept;
 
 struct Kernels {
   UpdateFn<float> f32[param_formats][moment_formats][2][2];  // ... [gradient in the parameter's type][amsgrad]
   UpdateFn<double> f64[2];                                   // [amsgrad]
   ConvertFn<float> to_f32[4];                                // by Type
   ConvertFn<double> to_f64[4];
-  SquaresFn squares[4];  // by Type
+  SquaresFn squares[2][4];  // by the number of bins - 2, and Type
+  int square_lanes;
   // The memory traffic of an fp32 update: reads four arrays of n elements, writes three of them.
   void (*move)(int64_t n, float* a, const float* b, float* c, float* d) noexcept;
 };

@@ -107,10 +107,9 @@ class Rows {
   nb::list step_counts() const;
   // Whether some rows share memory, so that they must be updated one after the other.
   bool serial() const { return serial_; }
-  // Computes the sums of squares of this step's gradients; the sum over all rows; (row, sum) for each row.
-  void measure(int threads);
-  double square_sum() const;
-  std::vector<std::pair<int, double>> squares() const;
+  // Returns the words of the sum of the squares of this step's gradients, see squares() in engine.h. `kinds`: that of
+  // each row, or null if all are of one.
+  std::vector<int64_t> measure(int threads, double scale, const int* kinds);
   // Updates the rows of the CPU engine. If `count`, it counts the step of all rows; a captured step is not counted.
   void update(const std::vector<HostScalars>& scalars, int threads, bool observe, bool count, nb::list state_box);
   // (row, observation) of the last observed update().
@@ -215,7 +214,6 @@ class Rows {
   std::vector<const Work*> works_;
   std::vector<int> active_;                          // the rows of works_
   std::vector<std::pair<int, nb::object>> assumed_;  // rows, and their step counts
-  std::vector<double> squares_;                      // of the rows in active_, from measure()
   std::vector<RowObserved> observed_;
   bool changed_ = false;   // something in the state has changed since the last remember()
   bool sealed_ = false;    // the state was unreachable() after it was last read, so it need not be read

@@ -27,6 +27,8 @@ constexpr int lanes = vector_bytes / 4;
 using Float = float __attribute__((vector_size(vector_bytes)));
 using Double = double __attribute__((vector_size(vector_bytes)));
 using Bits = uint32_t __attribute__((vector_size(vector_bytes)));
+using Signed = int32_t __attribute__((vector_size(vector_bytes)));
+using SignedWide = int64_t __attribute__((vector_size(vector_bytes)));
 // As many 16-bit and 8-bit integers as Bits has lanes, as they are in memory.
 using Halves = uint16_t __attribute__((vector_size(2 * lanes)));
 using Bytes = uint8_t __attribute__((vector_size(lanes)));
@@ -301,6 +303,61 @@ inline void widen(Float x, Double (&wide)[2]) {
 #endif
 }
 
+// x * x + y and x * x - y, where x * x is exact, so that one rounding or two give the same.
+inline Double square_plus(Double x, Double y) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(x, x, y);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_pd(x, x, y);
+#elif defined(__x86_64__)
+  return x * x + y;
+#else
+  return (Double)vfmaq_f64((float64x2_t)y, (float64x2_t)x, (float64x2_t)x);
+#endif
+}
+inline Double square_minus(Double x, Double y) {
+#if defined(__AVX512F__)
+  return _mm512_fmsub_pd(x, x, y);
+#elif defined(__AVX2__)
+  return _mm256_fmsub_pd(x, x, y);
+#else
+  return square_plus(x, -y);
+#endif
+}
+
+// |x| as an integer, less 1; of zero, the largest integer.
+inline Signed magnitude_below(Float x) { return (Signed)((bits_of(x) - 1) & 0x7fffffffu); }
+inline SignedWide magnitude_below(Double x) {
+  using Wide = uint64_t __attribute__((vector_size(vector_bytes)));
+  return (SignedWide)(((Wide)x - 1) & 0x7fffffffffffffffu);
+}
+
+inline Signed smaller(Signed a, Signed b) { return a < b ? a : b; }
+inline SignedWide smaller(SignedWide a, SignedWide b) { return a < b ? a : b; }
+
+// Whether some a < b.
+inline bool any_less(Signed a, int64_t b) {
+  const Signed bound = Signed{} + static_cast<int32_t>(b);
+#if defined(__AVX512F__)
+  return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)bound) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)(a < bound)) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_epi8((__m128i)(a < bound)) != 0;
+#else
+  return vmaxvq_u32((uint32x4_t)(a < bound)) != 0;
+#endif
+}
+inline bool any_less(SignedWide a, int64_t b) {
+#if defined(__AVX512F__)
+  return _mm512_cmplt_epi64_mask((__m512i)a, _mm512_set1_epi64(b)) != 0;
+#else
+  bool any = false;
+  for (int k = 0; k < lanes / 2; ++k) any |= a[k] < b;
+  return any;
+#endif
+}
+
 // Whether some a > b, or a or b is NaN.
 inline bool any_not_within(Float a, Float b) {
 #if defined(__AVX512F__)
@@ -314,9 +371,15 @@ inline bool any_not_within(Float a, Float b) {
 #endif
 }
 inline bool any_not_within(Double a, Double b) {
-  bool any = false;
-  for (int k = 0; k < lanes / 2; ++k) any |= !(a[k] <= b[k]);
-  return any;
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask(a, b, _CMP_NLE_UQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_NLE_UQ)) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_pd(_mm_cmpnle_pd(a, b)) != 0;
+#else
+  return !(a[0] <= b[0]) || !(a[1] <= b[1]);
+#endif
 }
 
 inline Float absolute(Float x) { return float_of(bits_of(x) & 0x7fffffffu); }

@@ -1,6 +1,7 @@
-// What a step does with its rows: step counts, the squares of gradients, the update.
+// What a step does with its rows: step counts, the squares of the gradients, the update.
 #include "rows.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace lucid {
@@ -47,24 +48,17 @@ int64_t Rows::collect() {
   return total;
 }
 
-void Rows::measure(int threads) {
-  if (collect() < worth_unlocking) {
-    squares_ = lucid::squares(works_, threads);
-  } else {
-    const nb::gil_scoped_release unlocked;
-    squares_ = lucid::squares(works_, threads);
+std::vector<int64_t> Rows::measure(int threads, double scale, const int* kinds) {
+  const int64_t elements = collect();
+  std::vector<int> kind_of_work;
+  int number_of_kinds = 1;
+  if (kinds != nullptr) {
+    number_of_kinds += *std::max_element(kinds, kinds + rows_.size());
+    for (const int row : active_) kind_of_work.push_back(kinds[row]);
   }
-}
-
-double Rows::square_sum() const {
-  std::vector<double> sums = squares_;
-  return ordered_sum(sums.data(), sums.size());
-}
-
-std::vector<std::pair<int, double>> Rows::squares() const {
-  std::vector<std::pair<int, double>> found;
-  for (size_t k = 0; k < squares_.size(); ++k) found.emplace_back(active_[k], squares_[k]);
-  return found;
+  if (elements < worth_unlocking) return lucid::squares(works_, kind_of_work, number_of_kinds, scale, threads);
+  const nb::gil_scoped_release unlocked;
+  return lucid::squares(works_, kind_of_work, number_of_kinds, scale, threads);
 }
 
 std::vector<std::pair<int, RowObserved>> Rows::observed() const {

@@ -5,6 +5,7 @@ import fractions
 import itertools
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,7 @@ KINDS = [
     *itertools.product(REALS[:3], ["fp32", "bf16", "8bit"]),
     *((dtype, "fp32") for dtype in [*REALS[3:], *COMPLEX]),
 ]
-CHUNK, LANES = 4096, 32  # of the sum
+PIECE = 4096  # about as many elements as are added in one window
 
 
 def channels_last(values):
@@ -48,7 +49,7 @@ LIES = {
 }
 # Shape, how the parameter lies in memory, how its gradient does; None where it has no gradient.
 ROWS = [
-    *(((size,), "dense", "dense") for size in (0, 1, 31, 32, 33, 4095, 4096, 4097, 8193, 3 * CHUNK + 5)),
+    *(((size,), "dense", "dense") for size in (0, 1, 31, 32, 33, 4095, 4096, 4097, 8193, 3 * PIECE + 5)),
     ((6,), "dense", None),
     ((), "dense", "dense"),
     ((64, 66), "dense", "dense"),
@@ -129,16 +130,30 @@ def used(param):
 # The norm
 
 
-def uneven(seed, shape, dtype):
-    """Two large numbers in each chunk, beside which the others are lost one by one, but not together.
+def squares(param):
+    """The squares of a gradient's elements as they are used, each rounded once to float64."""
+    with np.errstate(over="ignore", under="ignore"):
+        return [x * x for x in used(param).astype(np.float64).reshape(-1).tolist()]
 
-    So the sum depends on its order by far more than a norm would hide.
-    """
+
+def exact_root(total):
+    """The root of a fraction, which is rounded once to 53 bits first."""
+    with mpmath.workprec(53):
+        return float(mpmath.sqrt(mpmath.mpf(total.numerator) / total.denominator))  # a power of two
+
+
+def exact_norm(values, scale=1.0):
+    """The norm of elements with these squares, from their exact sum."""
+    return exact_root(sum(map(fractions.Fraction, values), fractions.Fraction())) / scale
+
+
+def uneven(seed, shape, dtype):
+    """Some large numbers, beside which the others are lost one by one, but not together."""
     generator = torch.Generator().manual_seed(seed)
     size = math.prod(shape) * (2 if dtype.is_complex else 1)
     values = torch.full((size,), 2.0**-17, dtype=torch.float64)
-    for begin in range(0, size, CHUNK):
-        where = begin + torch.randint(min(CHUNK, size - begin), (2,), generator=generator)
+    for begin in range(0, size, PIECE):
+        where = begin + torch.randint(min(PIECE, size - begin), (2,), generator=generator)
         values[where] = 1024.0 + torch.randint(8, (2,), generator=generator).double() * 64
     return (torch.view_as_complex(values.view(-1, 2)) if dtype.is_complex else values).to(dtype).view(shape)
 

@@ -45,14 +45,10 @@ def one_norm(engine_name):
                 with on(engine_name):
                     ours.step()
                 theirs.step()
-                assert everyone_has(ours.grad_norm.item())
-                torch.testing.assert_close(ours.grad_norm, theirs.grad_norm, rtol=1e-13, atol=0)
+                assert torch.equal(ours.grad_norm, theirs.grad_norm)
                 torchs = torch.nn.utils.get_total_norm([param.grad for param in spread])
                 assert ours.grad_norm.item() == pytest.approx(whole(torchs).item(), rel=1e-5)
-            if bound > 1:  # else the factor may be another in its last bit
-                assert_whole(ours, theirs, f"{placements}")
-            for left, right in zip(spread, plain, strict=True):
-                torch.testing.assert_close(whole(left), right.detach(), rtol=1e-5, atol=1e-7)
+            assert_whole(ours, theirs, f"{placements}")
 
 
 @pytest.mark.parametrize("engine_name", ["cpu", "reference"])
@@ -78,8 +74,7 @@ def several_kinds():
             param.grad = draw(step, param.shape)
         ours.step()
         theirs.step()
-        assert everyone_has(ours.grad_norm.item())
-        torch.testing.assert_close(ours.grad_norm, theirs.grad_norm, rtol=1e-13, atol=0)
+        assert torch.equal(ours.grad_norm, theirs.grad_norm)
 
 
 def test_parameters_spread_in_different_ways_make_one_norm(ranks):
@@ -262,7 +257,7 @@ def two_meshes():
         give_gradients(one + other + both, whole_one + whole_other + whole_both, step)
         ours.step()
         theirs.step()
-        torch.testing.assert_close(ours.grad_norm, theirs.grad_norm, rtol=1e-13, atol=0)
+        assert torch.equal(ours.grad_norm, theirs.grad_norm)
     assert_whole(ours, theirs)
     if own == 2:
         ours.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
@@ -295,7 +290,7 @@ def spread_anew():
         give_gradients(spread, plain, step)
         ours.step()
         theirs.step()
-        torch.testing.assert_close(ours.grad_norm, theirs.grad_norm, rtol=1e-13, atol=0)
+        assert torch.equal(ours.grad_norm, theirs.grad_norm)
         assert_whole(ours, theirs)
 
 
@@ -319,7 +314,7 @@ def group_over_meshes():
     give_gradients(spread, plain, 0)
     ours.step()
     theirs.step()
-    torch.testing.assert_close(ours.grad_norm, theirs.grad_norm, rtol=1e-13, atol=0)
+    assert torch.equal(ours.grad_norm, theirs.grad_norm)
     assert copy.deepcopy(ours)._settings.shard_group is ours._settings.shard_group
 
 
@@ -460,10 +455,10 @@ def zero_redundancy(layers):
         sharded.step()
         plain.step()
         norm = sharded.optim.grad_norm.item()
-        assert math.isnan(norm) if step == 2 else norm == pytest.approx(plain.grad_norm.item(), rel=1e-12)
+        assert math.isnan(norm) if step == 2 else norm == plain.grad_norm.item()
         assert sharded.optim.skipped_steps == plain.skipped_steps
         for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+            assert same(ours, theirs)
         assert everyone_has([param.detach().numpy().tobytes() for param in net.parameters()])
     assert plain.skipped_steps == 1
     held = sum(bool(entry) for entry in sharded.optim.state.values())

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from bits import World, assert_same, draw, on, results, same, snapshot, through_a_file
 from lucid import engine
 from lucid.engine.cuda.device import CUDA
+from lucid.optim import gradients
 from scaled import (
     CLIP,
     INF,
@@ -214,9 +215,9 @@ def test_the_gradients_stay_as_they_are_where_the_step_unscales():
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
 def test_nothing_is_measured_beside_gradscalers_check(monkeypatch, unscale, handed, engine_name):
     calls = []
-    for name in ("measure", "squares"):
-        own = getattr(engine.Plan, name)
-        monkeypatch.setattr(engine.Plan, name, lambda plan, own=own, name=name: calls.append(name) or own(plan))
+    for owner, name in ((engine.Plan, "measure"), (gradients, "fault")):
+        own = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, own=own, name=name: calls.append(name) or own(*args))
     deciding = CUDA._deciding  # where no host measures
 
     def decide(cuda, tables, recipes, verdict):
@@ -239,7 +240,7 @@ def test_nothing_is_measured_beside_gradscalers_check(monkeypatch, unscale, hand
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
-        return calls.count("measure"), "squares" in calls
+        return calls.count("measure"), "fault" in calls
 
     assert not any(train())
     assert not any(train(planted=1))

@@ -13,9 +13,9 @@ import lucid.optim as optim
 from bits import assert_same, draw, on, results
 from formats import HALVES
 from launchers import device_plan
-from lucid import engine
-from lucid.engine import shards
+from lucid.engine import exact_sum, shards
 from lucid.engine.cuda import launch, row_table
+from lucid.engine.exact_sum import TOTAL_WORDS, WORDS
 from lucid.engine.shards import Numbering
 
 NUMBERINGS = {
@@ -157,25 +157,24 @@ def test_more_than_2_to_the_31_elements(shape, state_format, transposed, expande
 
 
 def test_squares_of_more_than_2_to_the_31_elements(monkeypatch):
-    """The last program sums up chunks at the end, and its sums are the last."""
+    """The last part begins at element 2^31."""
     optimizer, tensors = large((2**31 + 5000,), "bf16", False, False)
     tensors["grad"][-9000:] = draw(0, (9000,))
     whole = row_table.RowTable.squares
     monkeypatch.setattr(row_table.RowTable, "updates", lambda *_: [])
+
+    def last(self, *told):
+        [(kind, of_rows, geometry, programs)] = whole(self, *told)
+        assert (programs.parts[-1] + 1) * geometry.tile * geometry.tiles >= 2**31 + 5000
+        return [row_table.KindSquares(kind, of_rows, geometry, row_table.Programs(*(x[-1:] for x in programs)))]
+
+    monkeypatch.setattr(row_table.RowTable, "squares", last)
     with on("cuda"):
         optimizer.step()
-        device = device_plan(optimizer)
-
-        def last(self, device, together):
-            [(kind, programs, to)], chunks = whole(self, device, together)
-            return [(kind, row_table.Programs(*(x[-1:] for x in programs)), to[-1:])], chunks
-
-        monkeypatch.setattr(row_table.RowTable, "squares", last)
-        [resident] = device._tables.values()
-        squaring = resident.measuring().launches[0]
-        resident.launcher.launch(squaring.prepared, squaring.programs, squaring.args, squaring.kind)
-    sums = squaring.args[4][: 2**19 + 2]
-    assert sums.nonzero().flatten().tolist() == [2**19, 2**19 + 1]
-    for number in (2**19, 2**19 + 1):
-        chunk = tensors["grad"][4096 * number :][:4096].double()
-        assert sums[number].item() == engine.ordered_sum(chunk.square())
+        [resident] = device_plan(optimizer)._tables.values()
+        for each in resident.measure(1.0, None):
+            resident.launcher.launch(each.prepared, each.programs, each.args, each.kind)
+    words = resident.words.tolist()
+    wanted = [0] * TOTAL_WORDS
+    exact_sum.add(wanted, tensors["grad"][2**31 :].float(), 1.0)
+    assert words[:WORDS] == wanted[:WORDS]

@@ -167,14 +167,25 @@ def test_many_gradients_just_below_the_limit(engine_name):
         assert row["exp_avg_sq"].isfinite().all()
 
 
-def test_float64_gradients_whose_norm_overflows():
-    """Each square is finite, their sum is not: refused, and said so."""
+def test_squares_whose_sum_a_float64_cannot_hold():
+    """Each square is finite, and so is the norm."""
     gradient = torch.full((5,), 2.0**511, dtype=torch.float64)
-    single(gradient[:3], nonfinite="error").step()
+    for bound in (None, 1.0, math.inf):
+        optimizer = single(gradient, nonfinite="error", max_grad_norm=bound)
+        optimizer.step()
+        assert bound is None or optimizer.grad_norm.item() == 2.0**511 * math.sqrt(5)
+        assert bound != 1 or optimizer.state[optimizer.param_groups[0]["params"][0]]["exp_avg"].sum() < 1
+
+
+def test_a_norm_that_overflows_when_it_is_unscaled():
+    scale = torch.tensor(2.0**-520, dtype=torch.float64)
     for bound in (None, 1.0):
-        with pytest.raises(FloatingPointError, match="the gradient norm overflows float64"):
-            single(gradient, nonfinite="error", max_grad_norm=bound).step()
-        optimizer = single(gradient, nonfinite="skip", max_grad_norm=bound)
+        optimizer = single(torch.full((5,), 2.0**511, dtype=torch.float64), nonfinite="error", max_grad_norm=bound)
+        optimizer.grad_scale = scale
+        said = "norm overflows float64" if bound else "5 too large to be squared"
+        with pytest.raises(FloatingPointError, match=said):
+            optimizer.step()
+        optimizer.nonfinite, optimizer.grad_scale = "skip", scale
         optimizer.step()
         assert optimizer.skipped_steps == 1
         assert not peek(optimizer)

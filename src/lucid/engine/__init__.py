@@ -9,14 +9,14 @@ from .cpu import hold
 from .observed import Observed, Seen
 from .plan import Plan, name_for, only
 from .protocol import StepOrder
-from .reference import ordered_sum
 from .row import COMPUTE, Row, RowFormat, check_memory, check_param, checked_gradient, has_memory, is_plain
 from .scalars import Recipe, Scalars, table
-from .step_counts import StepCounts
+from .step_counts import OTHER_FAILED, StepCounts
 from .verdict import UNJUDGED, DeviceVerdict, HostVerdict, Verdict
 
 __all__ = [
     "COMPUTE",
+    "OTHER_FAILED",
     "UNJUDGED",
     "DeviceVerdict",
     "HostVerdict",
@@ -40,7 +40,6 @@ __all__ = [
     "is_plain",
     "name_for",
     "only",
-    "ordered_sum",
     "shards",
     "table",
 ]

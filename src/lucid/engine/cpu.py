@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,9 +63,8 @@ class CPU:
     def bind(self, row: Row) -> None:
         bind(self._rows, row, on_device=False)
 
-    def measure(self) -> list[tuple[int, float]]:
-        self._rows.measure(torch.get_num_threads())
-        return self._rows.squares()
+    def measure(self, scale: float, kinds: array[int] | None) -> list[int]:
+        return self._rows.measure(torch.get_num_threads(), scale, kinds)
 
     def prepare(self, order: StepOrder) -> None:
         self._order, self._begun = order, False

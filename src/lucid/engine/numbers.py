@@ -49,8 +49,6 @@ SHAPED_OPERANDS = 6
 STEP_ROLE, STREAM_ROLE = -1, -2  # the roles of a row's other two tensors, the same as in csrc/rows.h
 
 BLOCK = 128  # elements of a row that share a scale
-CHUNK = 4096  # values that are summed up together: squares of elements, and then the sums of chunks
-LANES = 32  # value i of a chunk is added to lane i % LANES
 
 
 class Column(IntEnum):
@@ -89,14 +87,14 @@ class Told(IntEnum):
     """What the host tells a device that decides: the words before the first set, int64 unless marked float64."""
 
     SETS = 0  # the number of sets
-    SUMS = 1  # the number of partial sums in the sum of all squares
-    MAX_NORM = 2  # float64, infinity for no bound
-    SKIPS = 3  # whether a non-finite gradient skips the step
-    SCALE = 4  # float64, GradScaler's scale of the gradients
-    SCALE_AT = 5  # the address of the scale if it is on the device, else 0
-    SCALE_DOUBLE = 6  # whether it is a float64 there
-    FOUND_INF_AT = 7  # the address of a float32 found_inf, or 0
-    CAPTURED = 8  # whether the step is captured: then the host does not count its replays
+    MAX_NORM = 1  # float64, infinity for no bound
+    SKIPS = 2  # whether a non-finite gradient skips the step
+    SCALE = 3  # float64, GradScaler's scale of the gradients
+    SCALE_AT = 4  # the address of the scale if it is on the device, else 0
+    SCALE_DOUBLE = 5  # whether it is a float64 there
+    FOUND_INF_AT = 6  # the address of a float32 found_inf, or 0
+    CAPTURED = 7  # whether the step is captured: then the host does not count its replays
+    ALARM_AT = 8  # the address, in the host's memory, of an int64 that is set if another process cannot step
 
 
 class ToldOfSet(IntEnum):
@@ -122,8 +120,13 @@ class Kept(IntEnum):
 
     CORRECTION = 0  # to add to the host's step counts
     SKIPPED = 1  # skipped steps that the host has not counted yet
-    NORM = 2  # the gradient norm
-    SCALE = 3  # GradScaler's scale of the gradients
+    REFUSED = 2  # steps not taken because another process could not step, of which the host does not know yet
+    NORM = 3  # the gradient norm
+    SCALE = 4  # GradScaler's scale of the gradients
 
 
-KEPT = 4
+KEPT = 5
+
+# The exact sum of squares on a device (`lucid.engine.exact_sum`).
+COPIES = 8  # sums that programs add to, so that few programs wait for each other
+PADDED = 128  # the words of a sum, and unused ones

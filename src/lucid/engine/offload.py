@@ -8,6 +8,7 @@ piece is updated, the next is copied in and the previous one is copied out.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import cuda, reference
+from . import cuda, exact_sum, reference
 from .cpu import bind, new_rows
 from .numbers import MomentFormat
 from .observed import Observed, Seen
@@ -173,22 +174,21 @@ class Offload:
         if self.rows:
             self._rows.compare()
 
-    def measure(self) -> list[tuple[int, float]]:
-        """Return (row number, sum of squares of its gradient) for each row, computed on the gradient's device."""
+    def measure(self, scale: float, kinds: array[int] | None) -> list[int]:
+        """Return the words as `Engine.measure` does, computed on the gradients' devices."""
         if not self.rows:
-            return []
+            return exact_sum.blank(kinds)
         if all(row.gradient.device.type == "cpu" for row in self.rows):
             self._rows.steps()
-            self._rows.measure(torch.get_num_threads())
-            return self._rows.squares()
+            return self._rows.measure(torch.get_num_threads(), scale, kinds)
         if cuda.missing is not None:
-            return [(row.index, reference.squares(row)) for row in self.rows]
+            return reference.measure(self.rows, scale, kinds)
         if self._device is None:
             from .cuda.device import CUDA
 
             self._device = CUDA(self._rows, StepCounts())
         self._rows.steps()
-        return self._device.measure()
+        return self._device.measure(scale, kinds)
 
     def prepare(self, order: StepOrder) -> None:
         self._ready, self._order, self._sent = {}, order, False

@@ -7,6 +7,7 @@ rows or none.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,6 @@ class Plan:
         self._offload: offload.Offload | None = None
         self._reference = reference.Reference()
         self._engines: list[Engine] = [self._cpu]  # in the order in which they write
-        self._squares: list[tuple[int, float]] = []
 
     def gather(self, groups: list[list[Tensor]], state_box: list[Any]) -> list[int] | None:
         """Begin a step; return the numbers of the changed rows, or None if the groups have other parameters now.
@@ -176,23 +176,11 @@ class Plan:
                 found += [(row.group, row.step.item() + 1) for row in engine.rows]
         return found
 
-    def measure(self) -> None:
-        """Compute the sum of squares of each gradient of this step."""
-        self._squares = []
+    def measure(self, scale: float, kinds: array[int] | None) -> list[int]:
+        """Return the words of the exact sum of the squares of this step's gradients, as `Engine.measure` does."""
         if len(self._engines) == 1:
-            self._rows.measure(torch.get_num_threads())
-        else:
-            self._squares = [each for engine in self._engines for each in engine.measure()]
-
-    def square_sum(self) -> float:
-        """Return the sum over all rows that were measured; it does not depend on threads, SIMD levels or engines."""
-        if len(self._engines) == 1:
-            return self._rows.square_sum()
-        return reference.ordered_sum([square for _, square in self.squares()])
-
-    def squares(self) -> list[tuple[int, float]]:
-        """Return (row number, sum of squares of its gradient) for the rows of this step, in order."""
-        return self._rows.squares() if len(self._engines) == 1 else sorted(self._squares)
+            return self._rows.measure(torch.get_num_threads(), scale, kinds)
+        return [sum(words) for words in zip(*(engine.measure(scale, kinds) for engine in self._engines), strict=True)]
 
     def write(self, order: StepOrder) -> list[tuple[int, Seen]]:
         """Update every row, or none if an exception occurs before the first write.
@@ -201,6 +189,8 @@ class Plan:
         """
         for engine in self._engines:
             engine.prepare(order)
+        if self._cuda is not None:
+            self._cuda.exchange()
         params = self._rows.before_writing(order.state_box[0])
         if self._offload is not None:
             params += [row.param for row in self._offload.rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -39,8 +40,12 @@ class Engine(Protocol):
     def bind(self, row: Row) -> None:
         """Add a checked row to this step; raise ValueError if the engine cannot use its memory."""
 
-    def measure(self) -> list[tuple[int, float]]:
-        """Return (row number, sum of squares of its gradient) for each row of this step."""
+    def measure(self, scale: float, kinds: array[int] | None) -> list[int]:
+        """Return the words of the exact sum of the squares of this step's gradients, with carries moved up.
+
+        These are the `exact_sum.TOTAL_WORDS` words of the rows of kind 0, then those of kind 1, and so on. ``scale``:
+        GradScaler's scale of the gradients. ``kinds``: the kind of each row of the plan, None if all are of kind 0.
+        """
 
     def prepare(self, order: StepOrder) -> None:
         """Do everything that can fail (compute, allocate, compile); write nothing that the user sees."""

@@ -7,6 +7,7 @@ rounds once. Some operations of torch are not allowed here: its CPU square root 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import codecs
+from . import codecs, exact_sum
 from .native import missing as cpu_missing
-from .numbers import CHUNK, LANES, MomentFormat, ParamFormat
+from .numbers import MomentFormat, ParamFormat
 from .observed import Observed, Seen
 from .protocol import StepOrder
 from .row import COMPUTE, Row, RowFormat
@@ -105,32 +106,12 @@ def _observed(h: Scalars, before: Tensor, g: Tensor, theta: Tensor, m: Tensor, v
 
 
 @torch.no_grad()
-def squares(row: Row) -> float:
-    """Return the sum of squares of the row's gradient, in float64 and in the order that every engine keeps."""
-    g = _gradient(row)
-    if not row.format.draws:  # in the memory order of the parameter
-        param = local(row.param)
-        strides = [*param.stride(), 0] if param.is_complex() else param.stride()
-        g = g.permute(sorted(range(g.dim()), key=lambda dim: -strides[dim]))
-    return ordered_sum(g.reshape(-1).double().square())
-
-
-def ordered_sum(numbers: Tensor | Sequence[float]) -> float:
-    """Return the sum of a vector: chunks are added into lanes, lanes by halves, and the chunk sums the same way."""
-    x = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.float64, device="cpu")
-    while len(x) > 1:
-        chunks = -(-len(x) // CHUNK)
-        filled = torch.zeros(chunks * CHUNK, dtype=x.dtype, device=x.device)
-        filled[: len(x)] = x
-        rounds = filled.view(chunks, CHUNK // LANES, LANES)
-        lanes = torch.zeros(chunks, LANES, dtype=x.dtype, device=x.device)
-        for number in range(min(CHUNK, -(-len(x) // LANES * LANES)) // LANES):
-            lanes = lanes + rounds[:, number]
-        while lanes.shape[1] > 1:
-            half = lanes.shape[1] // 2
-            lanes = lanes[:, :half] + lanes[:, half:]
-        x = lanes[:, 0]
-    return float(x) if len(x) else 0.0
+def measure(rows: Sequence[Row], scale: float, kinds: array[int] | None) -> list[int]:
+    """Return the words of the sum of the squares of the rows' gradients, as `Engine.measure` does."""
+    words = exact_sum.blank(kinds)
+    for row in rows:
+        exact_sum.add(words, _gradient(row), scale, 0 if kinds is None else kinds[row.index])
+    return words
 
 
 def _real(x: Tensor) -> Tensor:
@@ -208,8 +189,8 @@ class Reference:
     def bind(self, row: Row) -> None:
         self.rows.append(row)
 
-    def measure(self) -> list[tuple[int, float]]:
-        return [(row.index, squares(row)) for row in self.rows]
+    def measure(self, scale: float, kinds: array[int] | None) -> list[int]:
+        return measure(self.rows, scale, kinds)
 
     def prepare(self, order: StepOrder) -> None:
         if not self.rows:  # then a device may decide, without a table
@@ -252,14 +233,8 @@ class Rows:
     def steps(self) -> list[tuple[int, float]]:
         return []
 
-    def measure(self, threads: int) -> None:
-        pass
-
-    def square_sum(self) -> float:
-        return 0.0
-
-    def squares(self) -> list[tuple[int, float]]:
-        return []
+    def measure(self, threads: int, scale: float, kinds: array[int] | None) -> list[int]:
+        return exact_sum.blank(kinds)
 
     def before_writing(self, state: dict[Any, Any]) -> list[Tensor]:
         return []

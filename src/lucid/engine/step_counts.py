@@ -3,6 +3,9 @@
 The host counts every step as taken. If a device decides whether a step is taken, the count is *assumed* until it is
 *confirmed*. Until then the device keeps a *correction*, and adds it in every later step. A step that is *captured* in a
 CUDA graph counts at each replay: the host's count does not change, and the correction grows.
+
+If processes decide together and one of them cannot step, the devices of the others do not take the step, and set an
+*alarm* in the host's memory. The host raises the error when it next confirms, which the next step does after an alarm.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .interrupts import uninterrupted
@@ -20,6 +25,8 @@ if TYPE_CHECKING:
     from . import _cpu
 
 Device = tuple[int, int]  # DLPack's type and index
+
+OTHER_FAILED = "another process could not step, so nothing was updated here; its own error says why"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +56,7 @@ class DeviceCounts:
 
     rows: _cpu.Rows
     words: dict[Device, Tensor] = field(default_factory=dict)  # int64[KEPT] on each device
+    alarms: dict[Device, NDArray[np.int64]] = field(default_factory=dict)  # one word for each device
     decider: Device = (0, 0)  # the device whose counts are assumed
     assumed: bool = False
     captured: list[CapturedStep] = field(default_factory=list)
@@ -66,19 +74,29 @@ class DeviceCounts:
         """Whether the device of this step's rows has taken a step before, which capturing requires."""
         return self.rows.only_device() in self.words
 
-    def confirm(self) -> int:
-        """Correct the host's step counts, waiting for the device; return how many steps it has skipped."""
+    @property
+    def alarmed(self) -> bool:
+        """Whether another process could not take a step with this one, as far as the host knows without waiting."""
+        return self.assumed and self.decider in self.alarms and bool(self.alarms[self.decider][0])
+
+    def confirm(self) -> tuple[int, int]:
+        """Correct the host's step counts, waiting for the device.
+
+        Returns how many steps it has skipped, and how many it has not taken because another process could not step.
+        """
         if not self.assumed:
-            return 0
+            return 0, 0
         words = self.words.get(self.decider)
-        counts = torch.zeros(2, device="cpu") if words is None else words[: Kept.SKIPPED + 1]
-        correction, skipped = counts.tolist()
+        counts = torch.zeros(3, device="cpu") if words is None else words[: Kept.REFUSED + 1]
+        correction, skipped, refused = map(int, counts.tolist())
         with uninterrupted():
             counts.zero_()
-            self.rows.correct(int(correction), keep=bool(self.captured))
+            if refused:
+                self.alarms[self.decider][0] = 0
+            self.rows.correct(correction, keep=bool(self.captured))
             self.assumed = bool(self.captured)
         self.keep_up()
-        return int(skipped)
+        return skipped, refused
 
     def keep_up(self) -> None:
         """Make replays of captured steps continue from the host's step counts."""
@@ -131,10 +149,23 @@ class StepCounts:
         """Whether there are captured steps, which may have been replayed since."""
         return bool(self._earlier) or (self._current is not None and bool(self._current.captured))
 
+    @property
+    def alarmed(self) -> bool:
+        """Whether another process could not take an earlier step, as far as the host knows without waiting."""
+        return self._current is not None and self._current.alarmed
+
     def confirm(self) -> None:
-        """Confirm all assumed counts, waiting for the devices; add the skipped steps to ``left_out``."""
+        """Confirm all assumed counts, waiting for the devices; add the skipped steps to ``left_out``.
+
+        Raises RuntimeError, after all this, if another process could not take one of the steps.
+        """
+        any_refused = 0
         for counts in self._all():
-            self.left_out += counts.confirm()
+            skipped, refused = counts.confirm()
+            self.left_out += skipped
+            any_refused += refused
+        if any_refused:
+            raise RuntimeError(OTHER_FAILED)
 
     def leaves_captured_alone(self, own: list[tuple[int, Tensor]]) -> bool:
         """Whether captured steps update rows that are not among the rows with these step counts."""

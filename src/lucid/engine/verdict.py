@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -30,7 +32,9 @@ class DeviceVerdict(NamedTuple):
     ``scale``: GradScaler's scale of the gradients, a number or a one-element tensor on the device. ``found_inf``: a
     one-element tensor on the device, not 0 if the step must be skipped, or None. ``max_norm``: the bound of the
     gradient norm, or None. ``skips``: whether a non-finite gradient skips the step. ``captured``: whether the step is
-    captured in a CUDA graph; each replay then counts as a step.
+    captured in a CUDA graph; each replay then counts as a step. ``exchange``: adds up the words of
+    `lucid.engine.exact_sum` of all processes, or None if this process decides alone. ``kinds``: of each row, in how
+    many ways rows are sharded over processes, or None if there is only one way; each kind has words of its own.
     """
 
     scale: Tensor | float
@@ -38,11 +42,18 @@ class DeviceVerdict(NamedTuple):
     max_norm: float | None
     skips: bool
     captured: bool
+    exchange: Callable[[Tensor], Tensor] | None
+    kinds: array[int] | None
 
     @property
     def measures(self) -> bool:
         """Whether the decision depends on the gradients."""
         return self.max_norm is not None or self.skips
+
+    @property
+    def settles(self) -> bool:
+        """Whether it depends on the words of `lucid.engine.exact_sum`: on the gradients, or on other processes."""
+        return self.measures or self.exchange is not None
 
 
 Verdict = HostVerdict | DeviceVerdict

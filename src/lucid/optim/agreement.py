@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 from lucid import engine
+from lucid.engine.exact_sum import TOTAL_WORDS, WORDS, Count
 from lucid.engine.formats import STEP
 from lucid.engine.values import shown
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, ReduceOp
     from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -39,6 +41,14 @@ class _Kind(NamedTuple):
             return cls()
         return cls(param.device_mesh, tuple(hasattr(placement, "dim") for placement in param.placements))
 
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this process holds the first of several equal replicas, which alone is counted."""
+        coordinate = None if self.mesh is None else self.mesh.get_coordinate()
+        return coordinate is None or all(
+            spread or own == 0 for spread, own in zip(self.spread, coordinate, strict=True)
+        )
+
 
 class Whole(NamedTuple):
     """The observation of a sharded parameter: the `engine.Observed` of all its shards together.
@@ -59,14 +69,17 @@ class Whole(NamedTuple):
 class Agreement:
     """Agreement between the processes of the parameters' meshes, and those of ``group`` (`shard_group`).
 
-    Every process must call the same methods in the same order. All processes get the same results, because each adds
-    the numbers of all processes in the order of their ranks.
+    Every process must call the same methods in the same order. All processes get the same results: sums of squares are
+    exact, and other numbers are added in the order of the ranks.
     """
 
     def __init__(self, params: Sequence[Tensor], group: ProcessGroup | None) -> None:
         self._group = group
+        # Where the host exchanges words: on a device if there is one, as other processes do, whose device may decide.
+        self._device = next((param.device for param in params if param.device.type != "cpu"), torch.device("cpu"))
+        self._reached: dict[str, bool] = {}
         self._meshes: list[DeviceMesh] = []
-        self._kinds: list[_Kind] = []
+        self._kinds: list[_Kind] = [] if params else [_Kind()]
         self._kind_of: list[int] = []
         self._spread: list[int] = []  # the rows with sharded parameters
         known: list[tuple[tuple[int, ...], int]] = []
@@ -80,6 +93,8 @@ class Agreement:
             if kind.mesh is not None:
                 self._spread.append(row)
                 known.append((tuple(param.shape), self._meshes.index(kind.mesh)))
+        # The kind of each row, or None if all rows are of one kind.
+        self.kinds = array("i", self._kind_of) if len(self._kinds) > 1 else None
         # Equal on processes that have the same parameters, sharded over the same meshes.
         self._fingerprint = zlib.crc32(repr(known).encode())
         if group is not None:
@@ -92,21 +107,71 @@ class Agreement:
     def __bool__(self) -> bool:
         return bool(self._meshes) or self._group is not None
 
-    def square_sum(self, plan: engine.Plan, finding: Finding) -> tuple[float, Finding]:
-        """Return the sum of squares of all gradients on all processes, and the worst finding of any process.
+    @property
+    def sharded(self) -> bool:
+        """Whether any parameter is sharded, so that observations are exchanged."""
+        return bool(self._meshes)
 
-        ``plan`` has measured the gradients of this process; ``finding`` is this process's own.
-        """
-        if len(self._kinds) == 1:
-            return self._together([plan.square_sum()], finding)
-        sums: list[list[float]] = [[] for _ in self._kinds]
-        for row, square in plan.squares():
-            sums[self._kind_of[row]].append(square)
-        return self._together([engine.ordered_sum(each) for each in sums], finding)
+    def reaches(self, device: torch.device) -> bool:
+        """Whether the backends of all groups can exchange words on a device."""
+        if device.type not in self._reached:
+            groups = [group for mesh in self._meshes for group in _groups(mesh)]
+            groups += [] if self._group is None else [self._group]
+            self._reached[device.type] = all(device.type in _devices(group) for group in groups)
+        return self._reached[device.type]
+
+    def total(self, words: list[int]) -> list[int]:
+        """Return the words of all processes together. ``words``: those of this process, of each kind of row."""
+        if not self:
+            return words
+        return self.exchange(torch.tensor(words, dtype=torch.int64, device=self._device)).tolist()
 
     def worst(self, finding: Finding) -> Finding:
-        """Return the worst finding of any process."""
-        return self._together([0.0] * len(self._kinds), finding)[1]
+        """Return the worst finding of any process, by the same exchange."""
+        words = engine.exact_sum.blank(self.kinds)
+        if finding is not Finding.NOTHING:
+            words[Count.FAILED if finding is Finding.FAILED else Count.BAD] = 1
+        return worst_in(self.total(words))
+
+    def exchange(self, words: Tensor) -> Tensor:
+        """Add up the words of all processes: one all-reduce for each dimension of each mesh, and one for the group.
+
+        Returns the `TOTAL_WORDS` words of all rows, whose carries need not have been moved up; of the counts, only
+        whether they are above 0 means something. ``words``: int64, `TOTAL_WORDS` for each kind of row (`kinds`), each
+        word below 2⁴⁰; they are overwritten. It never waits for a device on which ``words`` are, if the backends of all
+        groups can reduce there.
+
+        Replicas are counted once: if they differ, the sum is that of the first, and the counts are those of all.
+        """
+        from torch.distributed import ReduceOp
+
+        of_kind = list(words.view(-1, TOTAL_WORDS).unbind())
+        for kind, own in zip(self._kinds, of_kind, strict=True):
+            if not kind.is_first_replica:
+                own[:WORDS].zero_()
+        several = len(of_kind) > 1
+        counts = torch.stack([own[WORDS:] for own in of_kind]).sum(0) if several else of_kind[0][WORDS:]
+        sums = []
+        for mesh in dict.fromkeys(kind.mesh for kind in self._kinds):
+            first, *others = (own for kind, own in zip(self._kinds, of_kind, strict=True) if kind.mesh == mesh)
+            for own in others:
+                first += own
+            if several:  # each exchange also tells what has been found in other kinds of rows
+                first[WORDS:] = counts
+            for group in _groups(mesh):
+                _reduce(first, ReduceOp.SUM, group)
+            counts = first[WORDS:].clamp(max=1) if several else first[WORDS:]
+            sums.append(first)
+        total = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+        total[WORDS:] = counts
+        if len(self._meshes) > 1:
+            # Others may know other meshes. A process that knows more of them has at least as much in each word.
+            for mesh in self._meshes:
+                for group in _groups(mesh):
+                    _reduce(total, ReduceOp.MAX, group)
+        if self._group is not None:
+            _reduce(total, ReduceOp.SUM, self._group)
+        return total
 
     def observed(
         self,
@@ -162,25 +227,14 @@ class Agreement:
     def _levels(self) -> Iterator[tuple[ProcessGroup, dict[int, bool]]]:
         """Yield, for each dimension of each mesh, its process group, and {kind: whether it is sharded along it}."""
         for mesh in self._meshes:
-            for dim in range(mesh.ndim) if mesh.get_coordinate() is not None else ():
-                own = {number: kind for number, kind in enumerate(self._kinds) if kind.mesh == mesh}
-                yield mesh.get_group(dim), {number: kind.spread[dim] for number, kind in own.items()}
+            own = {number: kind for number, kind in enumerate(self._kinds) if kind.mesh == mesh}
+            for dim, group in enumerate(_groups(mesh)):
+                yield group, {number: kind.spread[dim] for number, kind in own.items()}
 
-    def _together(self, sums: list[float], finding: Finding) -> tuple[float, Finding]:
-        for group, kinds in self._levels():
-            *columns, findings = _exchanged([*(sums[kind] for kind in kinds), finding], group)
-            finding = Finding(int(findings.max()))
-            for (kind, spread), column in zip(kinds.items(), columns, strict=True):
-                # Replicas should have equal sums. If they do not, all take the largest.
-                sums[kind] = engine.ordered_sum(column) if spread else float(column.amax())
-        total = sums[0] if len(sums) == 1 else engine.ordered_sum(sums)
-        for group, _ in self._levels() if len(self._meshes) > 1 else ():  # exchange what only one mesh knows
-            totals, findings = _exchanged([total, finding], group)
-            total, finding = float(totals.amax()), Finding(int(findings.max()))
-        if self._group is not None:
-            totals, findings = _exchanged([total, finding], self._group)
-            total, finding = engine.ordered_sum(totals), Finding(int(findings.max()))
-        return total, finding
+
+def worst_in(total: Sequence[int]) -> Finding:
+    """Return the worst finding of any process, from the words of all."""
+    return Finding.FAILED if total[Count.FAILED] else Finding.BAD if total[Count.BAD] else Finding.NOTHING
 
 
 _COLUMNS = (*Whole._fields[:-1], "took part")
@@ -229,12 +283,35 @@ def checked_group(value: Any) -> ProcessGroup | None:
     return value
 
 
+def _groups(mesh: DeviceMesh | None) -> list[ProcessGroup]:
+    """Return the process groups of a mesh's dimensions, if this process is in the mesh."""
+    return [] if mesh is None or mesh.get_coordinate() is None else mesh.get_all_groups()
+
+
+def _devices(group: ProcessGroup) -> list[str]:
+    """Return the types of devices that a group's backends can use."""
+    from torch import distributed
+
+    return [each.split(":")[0] for each in distributed.get_backend_config(group).split(",")]
+
+
+def _reduce(words: Tensor, operation: ReduceOp.RedOpType, group: ProcessGroup) -> None:
+    """Reduce words over a group, in place; on another device only if the group has no backend for theirs."""
+    from torch import distributed
+
+    devices = _devices(group)
+    sent = words if words.device.type in devices else words.to(devices[0])
+    distributed.all_reduce(sent, operation, group=group)
+    if sent is not words:
+        words.copy_(sent)
+
+
 def _exchanged(values: Sequence[float], group: ProcessGroup) -> list[Tensor]:
     """Return, for each value, the values of all processes in the order of their ranks, as float64 on the CPU."""
     from torch import distributed
 
-    kinds = [each.split(":")[0] for each in distributed.get_backend_config(group).split(",")]
-    own = torch.tensor(values, dtype=torch.float64, device="cpu" if "cpu" in kinds else kinds[0])
+    devices = _devices(group)
+    own = torch.tensor(values, dtype=torch.float64, device="cpu" if "cpu" in devices else devices[0])
     every = [torch.empty_like(own) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(every, own, group=group)
     return list(torch.stack(every, dim=1).cpu())

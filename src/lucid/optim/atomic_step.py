@@ -18,7 +18,7 @@ from lucid.engine.scalars import MAX_STEP
 from lucid.engine.values import checked_lr, is_on
 
 from .agreement import Agreement, Finding
-from .gradients import NO_AMP, Amp, Described, check_others, device_verdict, found_inf_in, host_verdict, scale_of
+from .gradients import NO_AMP, Amp, Described, device_verdict, found_inf_in, host_verdict, scale_of
 from .groups import ParamGroup, checked_params
 from .hyperparameters import Hyperparameters, Reading, Readings
 from .members import Member, member_at, members, params_of
@@ -120,13 +120,14 @@ class AtomicStep:
         self._agreement: Agreement | None = None
         self._planned: list[Any] = []  # for each group, the hyperparameters on which its slots depend
         self._checked: dict[int, Tensor] = {}  # gradients of the rows that were checked in this step
+        self._exchanged = False  # whether this process has taken part in this step's exchange
 
     def update(self, inputs: Inputs, box: StateBox) -> Outcome:
         """Update the parameters that have gradients, unless the verdict is to skip.
 
         ``box``: the box with all state, or with that of the one parameter.
         """
-        self.written = False
+        self.written = self._exchanged = False
         if box is inputs.state:
             box = box.now()
             new = _NewState([box])
@@ -134,27 +135,34 @@ class AtomicStep:
             new = _NewState([box, inputs.state])
         try:
             try:
+                if self.counts.alarmed:
+                    self.counts.confirm()
                 gathered = self._gather(inputs, box, new)
-                verdict = self._left_to_device(inputs, gathered, new)
+                exchanges = bool(gathered.agreement) and self._exchanges(
+                    inputs, [hyper.lr for hyper in gathered.hyperparameters]
+                )
+                verdict = self._left_to_device(inputs, gathered, new, exchanges=exchanges)
                 scale, found_inf = 1.0, False
                 if verdict is None and inputs.amp is not NO_AMP:
                     scale, found_inf = scale_of(inputs.amp.grad_scale), found_inf_in(inputs.amp.found_inf)
                 recipes = self._recipes(gathered, verdict)
+                if verdict is not None:
+                    return self._write(inputs, gathered, box, new, recipes, verdict)
+                begun = self._has_begun(gathered, box, new)
             except Exception:
-                self._tell_others(inputs)
+                if not self._exchanged:
+                    self._tell_others(inputs)
                 raise
-            if verdict is None:
-                judged = self._judge(inputs, gathered, scale, found_inf)
-                # If gradients are judged, all processes skip together. Otherwise others may step and exchange
-                # observations, so this process must take part in that exchange.
-                if judged.skip:
-                    observed = {} if inputs.settings.judges else self._observed(inputs, gathered, box, skips=True)
-                    return Outcome(True, judged.norm, scale, observed)
-                if self._is_initialising(gathered, box, new):
-                    new.adopt()
-                    return Outcome(False, judged.norm, scale, {})
-                return self._write(inputs, gathered, box, new, recipes, judged)
-            return self._write(inputs, gathered, box, new, recipes, verdict)
+            judged, begun = self._judge(inputs, gathered, scale, found_inf, begun=begun, exchanges=exchanges)
+            # If gradients are judged, all processes skip together. Otherwise others may step and exchange
+            # observations, so this process must take part in that exchange.
+            if judged.skip:
+                observed = {} if inputs.settings.judges else self._observed(inputs, gathered, box, skips=True)
+                return Outcome(True, judged.norm, scale, observed)
+            if not begun:
+                new.adopt()
+                return Outcome(False, judged.norm, scale, {})
+            return self._write(inputs, gathered, box, new, recipes, judged)
         except BaseException:
             self.written = self.plan is not None and self.plan.written
             raise
@@ -226,7 +234,9 @@ class AtomicStep:
             engine.check_memory(row)
             yield row
 
-    def _left_to_device(self, inputs: Inputs, gathered: _Gathered, new: _NewState) -> engine.DeviceVerdict | None:
+    def _left_to_device(
+        self, inputs: Inputs, gathered: _Gathered, new: _NewState, *, exchanges: bool
+    ) -> engine.DeviceVerdict | None:
         """Return what the device needs if it decides this step, else None; confirm step counts if the host decides."""
         plan, counts = gathered.plan, self.counts
         captured = counts.captured
@@ -244,13 +254,29 @@ class AtomicStep:
             inputs.settings,
             inputs.amp,
             gathered.hyperparameters,
-            alone=not gathered.agreement,
+            gathered.agreement,
+            self._exchange if exchanges else None,
             fresh=bool(new.entries),
         )
         waits = verdict is None or (captured and not verdict.captured)
         if waits and (plan.on_device or captured):
             counts.confirm()
         return verdict
+
+    def _exchanges(self, inputs: Inputs, rates: Iterable[Any]) -> bool:
+        """Whether processes that decide together exchange words in this step.
+
+        They do to judge gradients, and if every learning rate is 0, because torch may be creating state. A rate in a
+        tensor is not read, but may be 0. ``rates``: those of all groups. All processes have these in common.
+        """
+        return inputs.settings.judges or (
+            self.only is None and all(isinstance(rate, Tensor) or rate == 0 for rate in rates)
+        )
+
+    def _exchange(self, words: Tensor) -> Tensor:
+        assert self._agreement is not None
+        self._exchanged = True
+        return self._agreement.exchange(words)
 
     def _recipes(self, gathered: _Gathered, verdict: engine.DeviceVerdict | None) -> list[engine.Recipe]:
         """Return the recipes of this step's scalars; learning rate tensors are read unless the device reads them."""
@@ -267,35 +293,43 @@ class AtomicStep:
 
     # Judge
 
-    def _judge(self, inputs: Inputs, gathered: _Gathered, scale: float, found_inf: bool) -> engine.HostVerdict:
-        if inputs.amp is NO_AMP and not inputs.settings.judges:
-            return engine.UNJUDGED
+    def _judge(
+        self, inputs: Inputs, gathered: _Gathered, scale: float, found_inf: bool, *, begun: bool, exchanges: bool
+    ) -> tuple[engine.HostVerdict, bool]:
+        if inputs.amp is NO_AMP and not inputs.settings.judges and not exchanges:
+            return engine.UNJUDGED, begun
 
-        def describe(row: int) -> Described:
-            member = self._members(inputs.groups)[row]
-            gradient = self._checked.get(row)
-            if gradient is None:
-                gradient = engine.checked_gradient(member.param, member.name)
-            return Described(member.name, member.param, gradient)
+        def described() -> Iterator[Described]:
+            for row, member in enumerate(self._members(inputs.groups)):
+                if member.param.grad is not None:
+                    gradient = self._checked.get(row)
+                    if gradient is None:
+                        gradient = engine.checked_gradient(member.param, member.name)
+                    yield Described(member.name, member.param, gradient)
 
         untouched = "nothing was updated" if self.only is None else "it was not updated"
-        return host_verdict(gathered.plan, gathered.agreement, inputs.settings, scale, found_inf, describe, untouched)
+        return host_verdict(
+            gathered.plan,
+            gathered.agreement,
+            inputs.settings,
+            scale,
+            found_inf,
+            begun,
+            exchanges,
+            described,
+            untouched,
+        )
 
-    def _is_initialising(self, gathered: _Gathered, box: StateBox, new: _NewState) -> bool:
-        """Whether torch's checkpoint tools are calling this step to create the optimizer's state.
+    def _has_begun(self, gathered: _Gathered, box: StateBox, new: _NewState) -> bool:
+        """Whether this step is not, as far as this process knows, one by which torch creates the optimizer's state.
 
-        They step a new optimizer with lr 0 and zero gradients. This must not count as a step.
+        torch's checkpoint tools step a new optimizer with lr 0 and zero gradients. This must not count as a step.
         """
         if self.only is not None or (not new.entries and not gathered.agreement):
-            return False
+            return True
         if not all(hyper.lr == 0 for hyper in gathered.hyperparameters):
-            return False
-        counts = any(box.peek().values()) or any(bool(item.gradient.any()) for item in new.entries)
-        if not gathered.agreement:
-            return not counts
-        finding = gathered.agreement.worst(Finding.BAD if counts else Finding.NOTHING)
-        check_others(finding)
-        return finding is Finding.NOTHING
+            return True
+        return any(box.peek().values()) or any(bool(item.gradient.any()) for item in new.entries)
 
     # Adopt, write
 
@@ -354,7 +388,7 @@ class AtomicStep:
             groups = [group for group in inputs.groups if isinstance(group, dict)]
             params = params_of(groups)
             agreement = Agreement(params, inputs.settings.shard_group)
-            if inputs.settings.judges or all(group["lr"] == 0 for group in groups):
+            if self._exchanges(inputs, [group["lr"] for group in groups]):
                 agreement.worst(Finding.FAILED)
             elif inputs.settings.observing:  # the others have stepped and exchange observations
                 agreement.observed([], params, {}, inputs.skipped)

@@ -1,34 +1,35 @@
 """The verdict on a step's gradients: unscaling, clipping by the global norm, skipping. The host or a device decides.
 
-Both follow this rule and get the same bits (`host_verdict`, and the kernel ``decide`` in ``engine/cuda/kernels.py``):
+Both follow this rule and get the same bits (`host_verdict`, and the kernel ``decide`` in ``engine/cuda/decide.py``):
 
     scale     GradScaler's scale of the gradients, 1 without it
-    norm      = √(the sum of all squares) / scale
+    norm      = √(the exact sum of all squares) / scale
     clip      = 1 if norm + 1e-6 ≤ max_grad_norm, else max_grad_norm / (norm + 1e-6)
     factor    = clip / scale; the update multiplies each gradient by it
     skip      if found_inf is not 0, or, under nonfinite="skip", if an entry is NaN or infinite, |g|·factor is too large
               to be squared, or the norm is not finite
+
+The exact sum comes with counts of such entries (`lucid.engine.exact_sum`), the large ones as for a clip of 1. A smaller
+clip makes every |g|·factor at most ``max_grad_norm``, so only a bound near 2⁶⁴ needs a second look.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lucid import engine
+from lucid.engine.exact_sum import LIMITS, Count, blank, norm_in
 from lucid.engine.values import as_float, is_on, number_in, shown
 
-from .agreement import Agreement, Finding
+from .agreement import Agreement, Finding, worst_in
 from .hyperparameters import Hyperparameters
 from .settings import Settings
-
-# From this |g| on, g² overflows, in the two types that steps compute in.
-LIMITS = {torch.float32: 2.0**64, torch.float64: 2.0**512}
 
 
 class Amp(NamedTuple):
@@ -42,7 +43,7 @@ NO_AMP = Amp(None, None)
 
 
 class Described(NamedTuple):
-    """A row's name, parameter and gradient, for messages."""
+    """The name, the parameter and the gradient of a row of this step, for messages."""
 
     name: str
     param: Tensor
@@ -55,32 +56,46 @@ def host_verdict(
     settings: Settings,
     scale: float,
     found_inf: bool,
-    describe: Callable[[int], Described],
+    begun: bool,
+    exchanges: bool,
+    described: Callable[[], Iterable[Described]],
     untouched: str,
-) -> engine.HostVerdict:
-    """Measure the gradients if the settings need it, and decide this step.
+) -> tuple[engine.HostVerdict, bool]:
+    """Measure the gradients if the settings need it, decide this step, and return whether any process has begun.
 
-    ``describe``: returns the `Described` of a row number. ``untouched``: the words in the error message for what was
-    not updated.
+    ``begun``: whether this process has, see `Count.BEGUN`. ``exchanges``: whether processes exchange words in this
+    step. ``described``: returns the rows of this step. ``untouched``: the words in the error message for what was not
+    updated.
     """
     max_norm, nonfinite = settings.max_grad_norm, settings.nonfinite
-    if not settings.judges or (max_norm is None and found_inf and not agreement):
-        return engine.HostVerdict(1.0 / scale, None, scale, found_inf)
-    plan.measure()
-    square, finding = agreement.square_sum(plan, Finding.BAD if found_inf else Finding.NOTHING)
+    if not exchanges and (not settings.judges or (max_norm is None and found_inf)):
+        return engine.HostVerdict(1.0 / scale, None, scale, found_inf), begun
+    words = plan.measure(scale, agreement.kinds) if settings.judges else blank(agreement.kinds)
+    words[Count.BAD] += found_inf
+    words[Count.BEGUN] = begun
+    total = agreement.total(words)
+    finding = worst_in(total)
     check_others(finding)
-    norm = math.sqrt(square) / scale
-    factor = clip_factor(norm, max_norm) / scale
-    verdict = engine.HostVerdict(factor, norm, scale, finding is Finding.BAD)
-    if verdict.skip or nonfinite == "propagate" or square * factor * factor < 2.0**127:
-        return verdict
-    what = _first_fault(plan, describe, factor)
-    finding = agreement.worst(Finding.BAD if what else Finding.NOTHING)
-    if finding is Finding.NOTHING and math.isfinite(norm):
-        return verdict
+    begun = total[Count.BEGUN] > 0
+    if not settings.judges:
+        return engine.HostVerdict(1.0 / scale, None, scale, finding is Finding.BAD), begun
+    norm = norm_in(total, scale)
+    clip = clip_factor(norm, max_norm)
+    verdict = engine.HostVerdict(clip / scale, norm, scale, finding is Finding.BAD)
+    if verdict.skip or nonfinite == "propagate":
+        return verdict, begun
+    found = total[Count.NAN] or total[Count.INFINITE] or (clip == 1 and total[Count.LARGE])
+    bad = found or not math.isfinite(norm)
+    what = None
+    if not bad and clip < 1 and max_norm is not None and max_norm >= _CLOSE:
+        what = _first_fault(described(), clip, scale)
+        bad = agreement.worst(Finding.BAD if what else Finding.NOTHING) is Finding.BAD
+    if not bad:
+        return verdict, begun
     if nonfinite == "skip":
-        return verdict._replace(skip=True)
-    if what is None and finding is Finding.NOTHING:
+        return verdict._replace(skip=True), begun
+    what = what or _first_fault(described(), clip, scale)
+    if what is None and not found and not math.isfinite(norm):
         what = "the gradient norm overflows float64"
     raise FloatingPointError(
         f"{what or 'a gradient on another process is not finite'}, so {untouched}; look for the cause "
@@ -94,19 +109,25 @@ def device_verdict(
     settings: Settings,
     amp: Amp,
     hyperparameters: Sequence[Hyperparameters],
+    agreement: Agreement,
+    exchange: Callable[[Tensor], Tensor] | None,
     *,
-    alone: bool,
     fresh: bool,
 ) -> engine.DeviceVerdict | None:
     """Return what the device needs to decide this step, so that the host need not wait; None if the host decides.
 
-    ``alone``: whether no other process takes part in the decision. ``fresh``: whether the step creates state.
+    ``exchange``: `Agreement.exchange` if processes exchange in this step, else None. They do the same exchange if the
+    host decides, so one process's host may decide while another's device does. ``fresh``: whether the step creates
+    state.
     """
     device = plan.deciding
     captured = engine.cuda.is_capturing()
     if captured:
-        _check_capture(settings, alone=device is not None and alone, ready=plan.begun and not fresh)
-    if device is None or not alone:
+        alone = device is not None and not agreement
+        _check_capture(settings, alone=alone, ready=plan.begun and not fresh)
+    if device is None or not agreement.reaches(device) or (settings.observing and agreement.sharded):
+        return None
+    if clips_to_large(settings):
         return None
     given, found_inf = amp
     told = any(is_on(device, value) for value in (given, found_inf, *(hyper.lr for hyper in hyperparameters)))
@@ -126,7 +147,8 @@ def device_verdict(
         counts.confirm()
         if not plan.assume():
             return None
-    return engine.DeviceVerdict(scale, found_inf, settings.max_grad_norm, settings.nonfinite == "skip", captured)
+    skips = settings.nonfinite == "skip"
+    return engine.DeviceVerdict(scale, found_inf, settings.max_grad_norm, skips, captured, exchange, agreement.kinds)
 
 
 def _check_capture(settings: Settings, *, alone: bool, ready: bool) -> None:
@@ -140,6 +162,11 @@ def _check_capture(settings: Settings, *, alone: bool, ready: bool) -> None:
             "step() is being captured in a CUDA graph before an ordinary step: each replay would initialize its memory "
             "again; take a step with the same parameters before you capture"
         )
+    if clips_to_large(settings):
+        raise RuntimeError(
+            "step() is being captured in a CUDA graph, where max_grad_norm of 2^63 or more does not work together with "
+            f'nonfinite="skip"; got {settings.max_grad_norm:g}'
+        )
     if settings.nonfinite == "error":
         raise RuntimeError(
             'step() is being captured in a CUDA graph, which cannot raise an error, so nonfinite="error" does not '
@@ -150,7 +177,7 @@ def _check_capture(settings: Settings, *, alone: bool, ready: bool) -> None:
 def check_others(finding: Finding) -> None:
     """Raise if another process cannot step."""
     if finding is Finding.FAILED:
-        raise RuntimeError("another process could not step, so nothing was updated here; its own error says why")
+        raise RuntimeError(engine.OTHER_FAILED)
 
 
 def scale_of(value: Any) -> float:
@@ -186,32 +213,40 @@ def clip_factor(norm: float, max_norm: float | None) -> float:
     return max_norm / (norm + 1e-6)
 
 
-def _first_fault(plan: engine.Plan, describe: Callable[[int], Described], factor: float) -> str | None:
+_CLOSE = 2.0**63  # an entry that was clipped to this norm may be too large to be squared in float32
+
+
+def clips_to_large(settings: Settings) -> bool:
+    """Whether a clipped gradient may have an entry that is too large to be squared, which only the host looks for."""
+    bound = settings.max_grad_norm
+    return settings.nonfinite == "skip" and bound is not None and _CLOSE <= bound < math.inf
+
+
+def _first_fault(described: Iterable[Described], clip: float, scale: float) -> str | None:
     """Return what is wrong with the first gradient of this process that no step can use, or None."""
-    for row, square in plan.squares():
-        name, param, gradient = describe(row)
-        found = fault(gradient, square, factor, param.dtype)
+    for name, param, gradient in described:
+        found = fault(gradient, clip, scale, param.dtype)
         if found is not None:
             return f"the gradient of {name} has {found}"
     return None
 
 
-def fault(gradient: Tensor, square: float, factor: float, dtype: torch.dtype) -> str | None:
-    """Return what is wrong with a gradient that no step can use, or None if nothing is wrong.
-
-    ``square``: the sum of its squares; if it is small enough, no entry need be read. ``dtype``: the parameter's.
+def fault(gradient: Tensor, clip: float, scale: float, dtype: torch.dtype) -> str | None:
+    """Return what is wrong with a gradient that no step can use, or None if nothing is wrong. ``dtype``: its
+    parameter's.
     """
     compute = engine.COMPUTE[dtype].to_real()
-    limit = LIMITS[compute]
-    if square * factor * factor < limit * limit / 2:
-        return None
+    limit, factor = LIMITS[compute], clip / scale
     reals = torch.view_as_real(gradient) if gradient.is_complex() else gradient
     nan = infinite = large = 0
     for part in torch.split(reals.reshape(-1), 2**20):
         entries = part.to(compute)
         nan += int(entries.isnan().sum())
         infinite += int(entries.isinf().sum())
-        large += int(((entries * factor).abs() >= limit).logical_and(entries.isfinite()).sum())
+        size = entries.abs()
+        over = size.double() >= limit * scale if clip == 1 else size * factor >= limit
+        over |= size.double().square().isinf()
+        large += int(over.logical_and(entries.isfinite()).sum())
     found = {"NaN": nan, "infinite": infinite, "too large to be squared": large}
     which = ", ".join(f"{count} {what}" for what, count in found.items() if count)
     return f"{which} of {reals.numel()} entries" if which else None

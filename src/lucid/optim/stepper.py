@@ -132,8 +132,13 @@ class Stepper:
     def _confirm_others(self, step: AtomicStep) -> None:
         for other in [other for other in self._unconfirmed if other is not step]:
             if other is self.whole or step is self.whole:  # only these share parameters
-                other.counts.confirm()
-                self._count(other)
+                self._confirm(other)
+
+    def _confirm(self, step: AtomicStep) -> None:
+        try:
+            step.counts.confirm()
+        finally:  # it raises if another process could not step
+            self._count(step)
 
     def _count(self, step: AtomicStep) -> None:
         """Count the steps that a device has skipped; remember the step if its counts are assumed."""
@@ -150,8 +155,7 @@ class Stepper:
             return
         with self._lock:
             for step in list(self._unconfirmed):
-                step.counts.confirm()
-                self._count(step)
+                self._confirm(step)
 
     def stop_counting_captured(self) -> None:
         """Stop counting captured steps, because the state that they write to is replaced."""

@@ -6,12 +6,16 @@ The device may decide the step (`lucid.engine.verdict.DeviceVerdict`). Then the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from lucid.engine.cpu import bind
+from lucid.engine.exact_sum import TOTAL_WORDS
+from lucid.engine.interrupts import uninterrupted
 from lucid.engine.numbers import KEPT
 from lucid.engine.observed import Seen
 from lucid.engine.protocol import StepOrder
@@ -40,6 +44,14 @@ class Unread:
         return iter(self._tables.observed()[self._place])
 
 
+class _Exchanging(NamedTuple):
+    """What a step does before it is decided by several processes."""
+
+    tables: DeviceTables
+    measuring: list[Launch]
+    exchange: Callable[[Tensor], Tensor]
+
+
 class CUDA:
     """The CUDA engine of one plan, a `lucid.engine.protocol.Engine`."""
 
@@ -51,6 +63,7 @@ class CUDA:
         self._version = 0
         self._tables: dict[tuple[int, int, int], DeviceTables] = {}  # by device and stream
         self._capturing: CapturedStep | None = None  # if this step is captured
+        self._exchanging: _Exchanging | None = None
         self._launches: list[tuple[Launcher, list[Launch]]] = []
         self._observed: list[tuple[int, Seen]] = []
 
@@ -77,21 +90,23 @@ class CUDA:
                     tables = self._tables[place] = DeviceTables(launcher, device, row_table)
                 if device not in self.counts.words:  # never while capturing: each replay would zero it
                     self.counts.words[device] = launcher.empty(KEPT).zero_()
+                    self.counts.alarms[device] = launcher.staging(1).zero_().numpy()
                 tables.refresh(self._step, self._version)
                 yield tables
 
-    def measure(self) -> list[tuple[int, float]]:
-        """Return (row number, sum of squares of its gradient) for each row; wait for the device."""
-        found = []
+    def measure(self, scale: float, kinds: array[int] | None) -> list[int]:
+        """Return the words as `Engine.measure` does; wait for the devices."""
+        total = np.zeros(TOTAL_WORDS * (1 if kinds is None else 1 + max(kinds)), np.int64)
         for tables in self._current():
-            measuring = tables.measuring()
-            _launch(tables.launcher, measuring.launches)
-            rows, sums = tables.row_table.rows, measuring.row_sums.tolist()
-            found += [(rows[place].row, sums[place]) for place in tables.active(self._step)]
+            launches = tables.measure(scale, kinds)
+            with uninterrupted():  # what is begun must be settled
+                _launch(tables.launcher, launches)
+            total += tables.words.tolist()
+        found: list[int] = total.tolist()
         return found
 
     def prepare(self, order: StepOrder) -> None:
-        self._launches, self._observed = [], []
+        self._launches, self._observed, self._exchanging = [], [], None
         verdict = order.verdict
         only, captured = None, False
         if isinstance(verdict, DeviceVerdict):
@@ -109,16 +124,30 @@ class CUDA:
                 self._observed += [(rows[place].row, Unread(tables, place)) for place in tables.active(self._step)]
 
     def _deciding(self, tables: DeviceTables, recipes: Sequence[Recipe], verdict: DeviceVerdict) -> list[Launch]:
-        """Return the launches before the update: measuring and deciding."""
-        measuring = list(tables.measuring().launches) if verdict.measures else []
-        deciding, config = tables.decide(verdict, recipes, self.counts.words[tables.device])
+        """Return the launches that `write` does before the update; those before an exchange are left to `exchange`."""
+        device = tables.device
+        alarm = self.counts.alarms[device].ctypes.data
+        measuring, decide, config = tables.decide(verdict, recipes, self.counts.words[device], alarm)
         if verdict.captured:
             own = self._rows.step_counts()
             count_of = {(group, count.item() + 1): count for group, count in own}
             counts = [count_of[recipe.group, recipe.step] for recipe in recipes]
-            alive = [tables, self.counts.words[tables.device]]
+            alive = [tables, self.counts.words[device], self.counts.alarms[device]]
             self._capturing = CapturedStep(config, counts, [count for _, count in own], alive)
-        return measuring + deciding
+        if verdict.exchange is None:
+            return [*measuring, decide]
+        self._exchanging = _Exchanging(tables, measuring, verdict.exchange)
+        return [decide]
+
+    def exchange(self) -> None:
+        """Launch the measuring kernels and exchange what they find, if processes decide this prepared step together."""
+        if self._exchanging is None:
+            return
+        tables, measuring, exchange = self._exchanging
+        with tables.launcher.current():
+            with uninterrupted():
+                _launch(tables.launcher, measuring)
+            tables.words[:TOTAL_WORDS].copy_(exchange(tables.words))
 
     def write(self) -> list[tuple[int, Seen]]:
         """Launch all prepared kernels. The caller holds back interrupts."""
@@ -132,7 +161,7 @@ class CUDA:
         return self._observed
 
     def release(self) -> None:
-        self._launches, self._observed, self._capturing = [], [], None
+        self._launches, self._observed, self._capturing, self._exchanging = [], [], None, None
 
 
 def _launch(launcher: Launcher, launches: Sequence[Launch]) -> None:

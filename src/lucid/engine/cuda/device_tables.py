@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,16 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lucid.engine.numbers import CHUNK, SET, Scalar, Told, ToldOfSet
+from lucid.engine.exact_sum import TOTAL_WORDS
+from lucid.engine.numbers import COPIES, PADDED, SET, Scalar, Told, ToldOfSet
 from lucid.engine.observed import Observed
 from lucid.engine.scalars import MAX_STEP, Recipe, ScalarTable, powers
 from lucid.engine.verdict import DeviceVerdict
 
 from . import launch
 from .launch import Launcher
-from .row_table import RowTable, Segments, Table, cut
-
-_TOGETHER = 8  # chunks that one program sums up side by side
+from .row_table import RowTable, Table
 
 
 class Launch(NamedTuple):
@@ -32,14 +32,15 @@ class Launch(NamedTuple):
     kind: tuple[Any, ...]
 
 
-class Measuring(NamedTuple):
-    """The launches that measure gradients, and their results.
+class Deciding(NamedTuple):
+    """The launches before the update of a step that the device decides, and the host memory with their input.
 
-    ``row_sums``: float64[3, rows]: sums of squares, and the largest |g| of rows computed in float32 and in float64.
+    ``measuring``: what writes `DeviceTables.words`. ``decide``: what reads them, after processes have exchanged them.
     """
 
-    launches: list[Launch]
-    row_sums: Tensor
+    measuring: list[Launch]
+    decide: Launch
+    config: Tensor
 
 
 class DeviceTables:
@@ -60,17 +61,13 @@ class DeviceTables:
         self._updates = row_table.updates(device, launcher.geometry)
         programs = (each.programs.packed for each in self._updates)
         self._table, self._layouts, *self._programs = self._put([row_table.table, row_table.layouts, *programs])
-        # One array: gradients' addresses, sets of scalars and streams of the rows; the rows of this step in order; the
-        # segments in which the rows' sums are added.
-        self._most_totals = -(-self._count // CHUNK)
-        self._order_at = _aligned(3 * self._count)
-        self._segments_at = self._order_at + _aligned(self._count)
-        self._now = launcher.empty(self._segments_at + 3 * self._most_totals)
+        self._now = launcher.empty(3 * self._count)  # gradients' addresses, sets of scalars and streams of the rows
         self._version = -1
-        self._totals = 0
         self._scalars = self._config = launcher.empty(0)
         self._update_launches: dict[bool, list[Launch]] = {}  # by whether they observe
-        self._measuring: Measuring | None = None
+        self._measuring: tuple[list[Launch], Launch] | None = None
+        self._kinds: array[int] | None = None  # of the rows that are measured
+        self.words = launcher.empty(TOTAL_WORDS)  # sums of squares and counts, int64[kinds, TOTAL_WORDS]
         self._buffers: list[Tensor] = []  # observations of each launch, float64[programs, tiles, 4]
         self._observed: list[Observed] = []
 
@@ -89,8 +86,8 @@ class DeviceTables:
         sizes = [_aligned(array.size) for array in arrays]
         ends = np.cumsum(sizes).tolist()
         joined = np.zeros(ends[-1], np.int64)
-        for array, size, end in zip(arrays, sizes, ends, strict=True):
-            joined[end - size : end - size + array.size] = array.reshape(-1)
+        for each, size, end in zip(arrays, sizes, ends, strict=True):
+            joined[end - size : end - size + each.size] = each.reshape(-1)
         target = self.launcher.empty(joined.size)
         self._write(target, joined)
         return [target[end - size : end] for size, end in zip(sizes, ends, strict=True)]
@@ -99,15 +96,7 @@ class DeviceTables:
         """Upload this step's table (``Rows.write_device_step`` in C++), unless the device has this version of it."""
         if version == self._version:
             return
-        active = np.flatnonzero(step[0])
-        segments, parts, _ = cut(np.array([len(active)]), np.array([0]))
-        self._totals = int(parts[0])
-        stacked = _stacked(segments)
-        now = np.zeros(self._segments_at + stacked.size, np.int64)
-        now[: step.size] = step.reshape(-1)
-        now[self._order_at : self._order_at + len(active)] = active
-        now[self._segments_at :] = stacked
-        self._write(self._now, now)
+        self._write(self._now, step.reshape(-1))
         self._version = version
 
     def active(self, step: Table) -> list[int]:
@@ -122,10 +111,11 @@ class DeviceTables:
     # Scalars
 
     def _make_room(self, sets: int) -> None:
-        size = (1 + sets) * SET
+        size = max(8, 2 ** sets.bit_length()) * SET
         if len(self._scalars) < size:
             self._scalars, self._config = self.launcher.empty(size), self.launcher.empty(size)
             self._update_launches.clear()
+            self._measuring = None
 
     def set_scalars(self, table: ScalarTable[float]) -> None:
         """Upload the scalars of a step that the host has decided."""
@@ -133,10 +123,11 @@ class DeviceTables:
         self._make_room(len(words) // SET - 1)
         self._write(self._scalars, words)
 
-    def decide(self, verdict: DeviceVerdict, recipes: Sequence[Recipe], kept: Tensor) -> tuple[list[Launch], Tensor]:
-        """Return the launches that decide the step and make its scalars, and the host memory with their input.
+    def decide(self, verdict: DeviceVerdict, recipes: Sequence[Recipe], kept: Tensor, alarm: int) -> Deciding:
+        """Return the launches that measure gradients, decide the step and make its scalars, and their input.
 
-        ``kept``: int64[KEPT], the words that stay on the device from step to step.
+        ``kept``: int64[KEPT], the words that stay on the device from step to step. ``alarm``: the address of the word
+        that tells the host that another process could not step.
         """
         self._make_room(len(recipes))
         if not self._captured:
@@ -144,23 +135,20 @@ class DeviceTables:
         config = np.zeros((1 + len(recipes), SET), np.int64)
         numbers = config.view(np.float64)  # the same words as float64
         self._tell_verdict(verdict, len(recipes), config[0], numbers[0])
+        config[0, Told.ALARM_AT] = alarm
         for words, floats, recipe in zip(config[1:], numbers[1:], recipes, strict=True):
             self._tell_recipe(recipe, words, floats)
         staged = self._write(self._config, config.reshape(-1))
-        launches = []
-        sums = self._scalars
-        if verdict.measures:
-            row_sums = self.measuring().row_sums
-            sums = self._total_sums
-            order, segments = self._now[self._order_at :], self._now[self._segments_at :]
-            args = (row_sums, sums, segments, order, self._count, self._most_totals)
-            launches.append(self._prepared(launch.sum_up, self._totals, args, (True,), 1))
-        told = (self._config, kept, _floats(sums), _floats(self._scalars), self._most_totals)
-        launches.append(self._prepared(launch.decide, 1, told, (verdict.measures,), 1))
-        return launches, staged
+        measuring: list[Launch] = []
+        if verdict.settles:
+            squares, settle = self.measuring(verdict.kinds)
+            measuring = [*(squares if verdict.measures else []), settle]
+        told = (self._config, kept, self.words, _floats(self._scalars))
+        decide = self._prepared(launch.decide, 1, told, (verdict.settles, verdict.measures), 1)
+        return Deciding(measuring, decide, staged)
 
     def _tell_verdict(self, verdict: DeviceVerdict, sets: int, words: Table, floats: NDArray[np.float64]) -> None:
-        words[Told.SETS], words[Told.SUMS] = sets, self._totals
+        words[Told.SETS] = sets
         floats[Told.MAX_NORM] = np.inf if verdict.max_norm is None else verdict.max_norm
         words[Told.SKIPS], words[Told.CAPTURED] = verdict.skips, verdict.captured
         if isinstance(verdict.scale, Tensor):
@@ -238,46 +226,41 @@ class DeviceTables:
 
     # Measuring
 
-    def measuring(self) -> Measuring:
-        """Return the launches that sum the squares of the rows' gradients, in the order that all engines keep."""
-        if self._measuring is None:
-            self._measuring = self._new_measuring()
+    def measuring(self, kinds: array[int] | None) -> tuple[list[Launch], Launch]:
+        """Return the launches that add up squares, and the one that writes the sums to ``words``.
+
+        ``kinds``: as in `DeviceVerdict`.
+        """
+        if self._measuring is None or kinds != self._kinds:
+            count = 1 if kinds is None else 1 + max(kinds)
+            found = self.row_table.squares(self.device, kinds, self.launcher.measuring)
+            tables = self._put([each.programs.packed for each in found]) if found else []
+            sums = self.launcher.empty(count * COPIES * PADDED).zero_()
+            self.words = self.launcher.empty(count * TOTAL_WORDS)
+            launches = []
+            for (kind, of_rows, geometry, programs), table in zip(found, tables, strict=True):
+                to = sums[of_rows * COPIES * PADDED :]
+                args = (self._table, self._now, table, self._layouts, self._config, to, self._count)
+                each = self._prepared(
+                    launch.squares, len(programs.rows), args, (*kind, geometry.tile, geometry.tiles), geometry.warps
+                )
+                launches.append(each)
+            settle = self._prepared(launch.settle, count, (self._config, sums, self.words), (), 1)
+            self._measuring, self._kinds = (launches, settle), kinds
         return self._measuring
 
-    def _new_measuring(self) -> Measuring:
-        kinds, counts = self.row_table.squares(self.device, _TOGETHER)
-        begins = np.cumsum(counts) - counts
-        sizes, levels = [int(counts.sum())], []
-        while True:
-            segments, parts, starts = cut(counts, begins)
-            if parts.max(initial=0) <= 1:  # the result is one sum for each row that has elements
-                levels.append(segments._replace(to=np.flatnonzero(parts)))
-                break
-            levels.append(segments)
-            sizes.append(int(parts.sum()))
-            counts, begins = parts, starts
-        sizes = [max(1, size) for size in (*sizes, self._count)]
-        programs = (np.concatenate([own.packed, to]) for _, own, to in kinds)
-        tables = self._put([*programs, *(_stacked(level) for level in levels)])
-        sums = [_floats(self.launcher.empty(3 * size).zero_()) for size in sizes]
-        self._total_sums = _floats(self.launcher.empty(3 * self._most_totals).zero_())
-        launches = []
-        for (kind, own, _), table in zip(kinds, tables, strict=False):
-            args = (self._table, self._now, table, self._layouts, sums[0], self._count, sizes[0])
-            launches.append(self._prepared(launch.squares, len(own.rows), args, (*kind, _TOGETHER), 1))
-        for level, (segments, table) in enumerate(zip(levels, tables[len(kinds) :], strict=True)):
-            level_args = (sums[level], sums[level + 1], table, self._now, sizes[level], sizes[level + 1])
-            if len(segments.begin):
-                launches.append(self._prepared(launch.sum_up, len(segments.begin), level_args, (False,), 1))
-        return Measuring(launches, sums[-1])
+    def measure(self, scale: float, kinds: array[int] | None) -> list[Launch]:
+        """Return all these launches, for gradients with this scale of GradScaler's, which is uploaded."""
+        self._make_room(0)
+        told = np.zeros(SET, np.int64)
+        told.view(np.float64)[Told.SCALE] = scale
+        self._write(self._config, told)
+        squares, settle = self.measuring(kinds)
+        return [*squares, settle]
 
 
 def _floats(words: Tensor) -> Tensor:
     return words.view(torch.float64)
-
-
-def _stacked(segments: Segments) -> Table:
-    return np.concatenate([segments.begin, segments.length, segments.to])
 
 
 def _aligned(words: int) -> int:

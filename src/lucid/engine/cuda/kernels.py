@@ -1,4 +1,4 @@
-"""The kernels: they update all rows of one kind, sum the squares of their gradients, and decide a step.
+"""The kernel that updates all rows of one kind.
 
 Addresses come from tables (``row_table.py`` makes them), so one launch works for any number of rows. All counts of
 elements are int64, because a parameter may have more than 2^31 elements.
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lucid.engine import numbers
-from lucid.engine.numbers import Column, Operand, Scalar, Told, ToldOfSet
+from lucid.engine.numbers import Column, Operand, Scalar
 
 from .adamw import adamw, quotient
 from .formats import (
@@ -71,34 +71,6 @@ F = tl.constexpr(int(Scalar.F))
 COUNT = tl.constexpr(int(Scalar.COUNT))
 SET = tl.constexpr(numbers.SET)
 
-# The input of the kernel that decides.
-SETS = tl.constexpr(int(Told.SETS))
-SUMS = tl.constexpr(int(Told.SUMS))
-MAX_NORM = tl.constexpr(int(Told.MAX_NORM))
-SKIPS = tl.constexpr(int(Told.SKIPS))
-SCALE = tl.constexpr(int(Told.SCALE))
-SCALE_AT = tl.constexpr(int(Told.SCALE_AT))
-SCALE_DOUBLE = tl.constexpr(int(Told.SCALE_DOUBLE))
-FOUND_INF_AT = tl.constexpr(int(Told.FOUND_INF_AT))
-CAPTURED = tl.constexpr(int(Told.CAPTURED))
-LR = tl.constexpr(int(ToldOfSet.LR))
-WEIGHT_DECAY = tl.constexpr(int(ToldOfSet.WEIGHT_DECAY))
-SIGN = tl.constexpr(int(ToldOfSet.SIGN))
-LR_AT = tl.constexpr(int(ToldOfSet.LR_AT))
-LR_DOUBLE = tl.constexpr(int(ToldOfSet.LR_DOUBLE))
-POWERS1 = tl.constexpr(int(ToldOfSet.POWERS1))
-LENGTH1 = tl.constexpr(int(ToldOfSet.LENGTH1))
-POWERS2 = tl.constexpr(int(ToldOfSet.POWERS2))
-LENGTH2 = tl.constexpr(int(ToldOfSet.LENGTH2))
-EPS = tl.constexpr(int(ToldOfSet.EPS))
-CORRECTION = tl.constexpr(int(numbers.Kept.CORRECTION))
-SKIPPED = tl.constexpr(int(numbers.Kept.SKIPPED))
-NORM = tl.constexpr(int(numbers.Kept.NORM))
-SCALE_WAS = tl.constexpr(int(numbers.Kept.SCALE))
-
-CHUNK = tl.constexpr(numbers.CHUNK)
-LANES = tl.constexpr(numbers.LANES)
-
 
 @triton.jit
 def scalar(at, compute: tl.constexpr):
@@ -107,6 +79,15 @@ def scalar(at, compute: tl.constexpr):
         return tl.load(at)
     else:
         return tl.load(at).to(tl.float32)
+
+
+@triton.jit
+def number_at(address, double):
+    """Load a float32 at an address, or a float64 if `double` is not 0, as float64."""
+    if double != 0:
+        return tl.load(address.to(tl.pointer_type(tl.float64)))
+    else:
+        return tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
 
 
 @triton.jit
@@ -373,167 +354,3 @@ def update(
                     start * 0, index, (inner < length) & block_mask, block, block_mask,
                     gradient, compute, form, moments, amsgrad, dims, numbered, wide, observe, True,
                 )  # fmt: skip
-
-
-@triton.jit
-def folded(lanes, count: tl.constexpr):
-    """Add the lanes of `count` chunks by halves: 0 and 16, 1 and 17, ... then 0 and 8, ..."""
-    half = tl.sum(tl.reshape(lanes, [count, 2, 16]), axis=1)
-    half = tl.sum(tl.reshape(half, [count, 2, 8]), axis=1)
-    half = tl.sum(tl.reshape(half, [count, 2, 4]), axis=1)
-    half = tl.sum(tl.reshape(half, [count, 2, 2]), axis=1)
-    return tl.sum(half, axis=1)
-
-
-@triton.jit(do_not_specialize=["row_count", "sum_count"])
-def squares(
-    rows, step, programs, layouts, sums, row_count, sum_count,
-    gradient: tl.constexpr, compute: tl.constexpr, dims: tl.constexpr, wide: tl.constexpr, together: tl.constexpr,
-):  # fmt: skip
-    """Sum the squares of gradients and find the largest entries. Each program reads `together` chunks of one row.
-
-    ``programs``: int64[2, programs]: the row and part as in `update`, and where the first chunk's sum is written.
-    ``sums``: float64[3, sum_count]: the sums of chunks, the largest |g| of chunks computed in float32, and of chunks
-    computed in float64; a NaN counts as infinity.
-    """
-    program = tl.load(programs + tl.program_id(0))
-    to = tl.load(programs + tl.num_programs(0) + tl.program_id(0))
-    number = program & 0xFFFFFFFF
-    row = rows + number * COLUMNS
-    elements = tl.load(row + ELEMENTS)
-    gradient_at = tl.load(step + number)
-    if gradient_at == 0:
-        return
-    real: tl.constexpr = tl.float64 if compute == FLOAT64 else tl.float32
-    layout = layouts + tl.load(row + LAYOUT)
-    start = (program >> 32) * (together * CHUNK)
-    lane = tl.arange(0, together)[:, None] * CHUNK + tl.arange(0, LANES)[None, :]
-    lanes = tl.zeros([together, LANES], tl.float64)
-    most = tl.zeros([together, LANES], real)
-    for _ in range(0, tl.minimum(tl.cdiv(elements - start, LANES), CHUNK // LANES).to(tl.int32)):
-        x = load_gradient(
-            gradient_at, start, lane, layout, start + lane < elements, gradient, compute, dims, wide, True
-        )
-        wide_x = x.to(tl.float64)
-        lanes += wide_x * wide_x
-        size = tl.abs(x)
-        most = tl.maximum(most, tl.where(size == size, size, float("inf")))
-        lane += LANES
-    part = tl.arange(0, together)
-    own = start + part * CHUNK < elements
-    tl.store(sums + to + part, folded(lanes, together), mask=own)
-    if compute == FLOAT64:
-        tl.store(sums + 2 * sum_count + to + part, tl.max(most, axis=1), mask=own)
-    else:
-        tl.store(sums + sum_count + to + part, tl.max(most, axis=1).to(tl.float64), mask=own)
-
-
-@triton.jit
-def sum_chunk(values, value_count, order, begin, count, ordered: tl.constexpr):
-    """Add a chunk of up to 4,096 sums in the order of their lanes; find the largest of the two other columns."""
-    lanes = tl.zeros([1, LANES], tl.float64)
-    most32 = tl.zeros([1, LANES], tl.float64)
-    most64 = tl.zeros([1, LANES], tl.float64)
-    lane = tl.arange(0, LANES)[None, :]
-    for first in range(0, count, LANES):
-        own = first + lane < count
-        if ordered:
-            which = tl.load(order + begin + first + lane, mask=own, other=0)
-        else:
-            which = begin + first + lane
-        lanes += tl.load(values + which, mask=own, other=0)
-        most32 = tl.maximum(most32, tl.load(values + value_count + which, mask=own, other=0))
-        most64 = tl.maximum(most64, tl.load(values + 2 * value_count + which, mask=own, other=0))
-    return tl.sum(folded(lanes, 1), axis=0), tl.max(tl.ravel(most32), axis=0), tl.max(tl.ravel(most64), axis=0)
-
-
-@triton.jit(do_not_specialize=["value_count", "sum_count"])
-def sum_up(values, sums, segments, order, value_count, sum_count, ordered: tl.constexpr):
-    """Add segments of up to 4,096 sums; ``segments``: int64[3, programs]: begin, length, where the sum is written."""
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
-    begin = tl.load(segments + program)
-    count = tl.load(segments + programs + program)
-    to = tl.load(segments + 2 * programs + program)
-    total, most32, most64 = sum_chunk(values, value_count, order, begin, count, ordered)
-    tl.store(sums + to, total)
-    tl.store(sums + sum_count + to, most32)
-    tl.store(sums + 2 * sum_count + to, most64)
-
-
-@triton.jit
-def number_at(address, double):
-    """Load a float32 at an address, or a float64 if `double` is not 0, as float64."""
-    if double != 0:
-        return tl.load(address.to(tl.pointer_type(tl.float64)))
-    else:
-        return tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
-
-
-@triton.jit(do_not_specialize=["sum_count"])
-def decide(config, kept, sums, scalars, sum_count, measured: tl.constexpr):
-    """Decide whether this step is taken and with which factor, and make its scalars.
-
-    The rule is that of ``lucid/optim/gradients.py``. ``config``: int64[1 + sets, SET], the input: first the words of
-    `Told`, then those of `ToldOfSet` for each set. ``kept``: int64[KEPT], the words of `Kept`, read and updated.
-    ``sums``: float64[3, sum_count], of which the first SUMS (up to 4,096) are added, read if `measured`. ``scalars``:
-    float64[1 + sets, SET], the table of scalars, written.
-    """
-    floats = config.to(tl.pointer_type(tl.float64))
-    kept_floats = kept.to(tl.pointer_type(tl.float64))
-    scale = tl.load(floats + SCALE)
-    scale_at = tl.load(config + SCALE_AT)
-    if scale_at != 0:
-        scale = number_at(scale_at, tl.load(config + SCALE_DOUBLE))
-    found_at = tl.load(config + FOUND_INF_AT)
-    skip = tl.load(config + SETS) < 0
-    if found_at != 0:
-        skip = number_at(found_at, 0) != 0.0
-    skip = skip | (scale <= 0.0) | (scale == float("inf")) | (scale != scale)
-    factor = 1.0 / scale
-    if measured:
-        square, most32, most64 = sum_chunk(sums, sum_count, config, 0, tl.load(config + SUMS), False)
-        norm = tl.sqrt(square) / scale
-        bound = tl.load(floats + MAX_NORM)
-        clip = tl.where((bound == float("inf")) | (norm + 1e-6 <= bound), 1.0, bound / (norm + 1e-6))
-        factor = clip / scale
-        large = most32.to(tl.float32) * factor.to(tl.float32) >= 18446744073709551616.0  # 2^64
-        large = large | (most64 * factor >= 1.3407807929942597e154)  # 2^512
-        finite = (most32 < float("inf")) & (most64 < float("inf")) & (norm < float("inf")) & (factor == factor)
-        fine = (square * factor * factor < 1.7014118346046923e38) | (finite & (large == 0))  # 2^127
-        skip = skip | ((tl.load(config + SKIPS) != 0) & (fine == 0))
-        tl.store(kept_floats + NORM, norm)
-
-    correction = tl.load(kept + CORRECTION)
-    sets = tl.load(config + SETS)
-    for number in range(0, sets):
-        at = floats + (number + 1) * SET
-        words = config + (number + 1) * SET
-        to = scalars + (number + 1) * SET
-        lr = tl.load(at + LR)
-        lr_at = tl.load(words + LR_AT)
-        if lr_at != 0:
-            lr = number_at(lr_at, tl.load(words + LR_DOUBLE))
-            skip = skip | (lr < 0.0) | (lr == float("inf")) | (lr != lr)
-        count = tl.load(at + COUNT).to(tl.int64) + correction
-        powers1 = tl.load(words + POWERS1).to(tl.pointer_type(tl.float64))
-        powers2 = tl.load(words + POWERS2).to(tl.pointer_type(tl.float64))
-        power1 = tl.load(powers1 + tl.minimum(count, tl.load(words + LENGTH1) - 1))
-        power2 = tl.load(powers2 + tl.minimum(count, tl.load(words + LENGTH2) - 1))
-        for word in tl.static_range(D):
-            tl.store(to + word, tl.load(at + word))
-        tl.store(to + D, lr * tl.load(at + WEIGHT_DECAY))
-        tl.store(to + K, lr / power1)
-        tl.store(to + S, 1.0 / tl.sqrt(power2))
-        tl.store(to + E, tl.load(at + EPS))
-        tl.store(to + F, factor * tl.load(at + SIGN))
-        tl.store(to + COUNT, count.to(tl.float64))
-
-    tl.store(scalars, skip.to(tl.float64))
-    tl.store(kept_floats + SCALE_WAS, tl.where(skip, tl.load(kept_floats + SCALE_WAS), scale))
-    tl.store(kept + SKIPPED, tl.load(kept + SKIPPED) + skip.to(tl.int64))
-    if tl.load(config + CAPTURED) != 0:
-        correction += (skip == 0).to(tl.int64)
-    else:
-        correction -= skip.to(tl.int64)
-    tl.store(kept + CORRECTION, correction)

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lucid.engine.numbers import MomentFormat
+from lucid.engine.numbers import Dtype, MomentFormat
 
-from .kernels import decide, squares, sum_up, update
-from .row_table import Geometry, Kind
+from .decide import decide
+from .kernels import update
+from .row_table import Geometry, Gradients, Kind
+from .squares import settle, squares
 
-__all__ = ["GPU", "Interpreter", "decide", "squares", "sum_up", "update"]
+__all__ = ["GPU", "Interpreter", "decide", "settle", "squares", "update"]
 
 # A fused multiply-add would round once where the contract rounds twice.
 _OPTIONS = {"enable_fp_fusion": False}
@@ -40,6 +42,12 @@ class GPU:
         if kind.moments == MomentFormat.EIGHT_BIT:
             return Geometry(256 if kind.dims == 0 else 128, 8, 1)  # strides need registers
         return Geometry(256, 8, 2)
+
+    def measuring(self, kind: Gradients) -> Geometry:
+        """Return how elements are divided among programs that sum squares."""
+        if kind.dims:
+            return Geometry(128, 8, 4)  # strides need registers
+        return Geometry(512 if kind.compute == Dtype.FLOAT64 else 1024, 8, 4)
 
     def current(self) -> AbstractContextManager[Any]:
         """Return a context manager that makes this device the current one."""
@@ -88,6 +96,9 @@ class Interpreter:
 
     def geometry(self, kind: Kind) -> Geometry:
         return Geometry(2048, 2, 1)  # large tiles, because the interpreter's time per tile hardly depends on its size
+
+    def measuring(self, kind: Gradients) -> Geometry:
+        return Geometry(16384, 1, 1)
 
     def current(self) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lucid.engine.numbers import BLOCK, CHUNK, COLUMNS, SHAPED_OPERANDS, Column, MomentFormat
+from lucid.engine.numbers import BLOCK, COLUMNS, SHAPED_OPERANDS, Column, MomentFormat
 
 if TYPE_CHECKING:
     from lucid.engine import _cpu
@@ -113,29 +114,13 @@ class KindUpdate(NamedTuple):
     programs: Programs
 
 
-class Segments(NamedTuple):
-    """Runs of up to CHUNK values to add: where each begins, its length, and where its sum is written."""
+class KindSquares(NamedTuple):
+    """The sum of the squares of all gradients of one kind, in rows of one kind of `lucid.engine.DeviceVerdict`."""
 
-    begin: Table
-    length: Table
-    to: Table
-
-
-def cut(counts: Table, begins: Table) -> tuple[Segments, Table, Table]:
-    """Cut runs of values into chunks; ``counts`` and ``begins`` describe the runs.
-
-    Returns the segments to add, how many sums each run becomes, and where the sums of each run begin.
-    """
-    parts = -(-counts // CHUNK)
-    ends = np.cumsum(parts)
-    programs = Programs.of(np.arange(len(counts), dtype=np.int64), parts)
-    offset = programs.parts * CHUNK
-    segments = Segments(
-        begins[programs.rows] + offset,
-        np.minimum(CHUNK, counts[programs.rows] - offset),
-        np.arange(len(programs.rows), dtype=np.int64),
-    )
-    return segments, parts, ends - parts
+    kind: Gradients
+    of_rows: int
+    geometry: Geometry
+    programs: Programs
 
 
 class RowTable:
@@ -177,23 +162,20 @@ class RowTable:
                 found.append(KindUpdate(kind, geometry, programs))
         return found
 
-    def squares(self, device: tuple[int, int], together: int) -> tuple[list[tuple[Gradients, Programs, Table]], Table]:
-        """Return the launches that sum the squares of gradients, and how many sums each row becomes.
-
-        A launch is its kind, its programs, and where the sums of each program are written. ``together``: chunks per
-        program.
-        """
-        own = np.array(self._of_device(device), np.int64)
-        chunks = np.zeros(len(self.rows), np.int64)
-        chunks[own] = -(-self._elements[own] // CHUNK)
-        begins = np.cumsum(chunks) - chunks
-        by_kind: dict[Gradients, list[int]] = {}
-        for number in own.tolist():
-            by_kind.setdefault(Gradients.of(self.rows[number]), []).append(number)
+    def squares(
+        self, device: tuple[int, int], kinds: array[int] | None, geometry_of: Callable[[Gradients], Geometry]
+    ) -> list[KindSquares]:
+        """Return the sums of the squares of a device's gradients. ``kinds``: as in `lucid.engine.DeviceVerdict`."""
+        by_kind: dict[tuple[Gradients, int], list[int]] = {}
+        for number in self._of_device(device):
+            row = self.rows[number]
+            of_row = 0 if kinds is None else kinds[row.row]
+            by_kind.setdefault((Gradients.of(row), of_row), []).append(number)
         found = []
-        for kind, numbers in by_kind.items():
+        for (kind, of_rows), numbers in by_kind.items():
             rows = np.array(numbers, np.int64)
-            programs = Programs.of(rows, -(-chunks[rows] // together))
+            geometry = geometry_of(kind)
+            programs = Programs.of(rows, -(-self._elements[rows] // (geometry.tile * geometry.tiles)))
             if len(programs.rows):
-                found.append((kind, programs, begins[programs.rows] + programs.parts * together))
-        return found, chunks
+                found.append(KindSquares(kind, of_rows, geometry, programs))
+        return found
