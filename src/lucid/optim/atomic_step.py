@@ -21,6 +21,7 @@ from .agreement import Agreement, Finding
 from .gradients import Amp, Described, check_others, device_verdict, found_inf_in, host_verdict, scale_of
 from .groups import ParamGroup, checked_params
 from .hyperparameters import Hyperparameters, Reading, checked_groups
+from .left_to_step import LeftToStep
 from .members import Member, member_at, members, params_of
 from .settings import Settings
 from .state_box import StateBox
@@ -31,7 +32,7 @@ class Inputs(NamedTuple):
 
     ``groups``: ``param_groups``; plain dicts in it are wrapped again. ``read``: the function that reads a group.
     ``state``: the box for new state. ``amp``: the values that GradScaler has set. ``skipped``: the number of steps
-    skipped so far.
+    skipped so far. ``left``: what steps in backward have left to the step of all parameters, None if FSDP2 calls none.
     """
 
     groups: list[ParamGroup]
@@ -40,6 +41,7 @@ class Inputs(NamedTuple):
     state: StateBox
     amp: Amp
     skipped: int
+    left: LeftToStep | None = None
 
 
 class Outcome(NamedTuple):
@@ -141,6 +143,8 @@ class AtomicStep:
             except Exception:
                 self._tell_others(inputs)
                 raise
+            if self.only is None and inputs.left is not None:
+                inputs.left.check(gathered.agreement)
             if verdict is None:
                 judged = self._judge(inputs, gathered, scale, found_inf)
                 # If gradients are judged, all processes skip together. Otherwise others may step and exchange
@@ -176,7 +180,7 @@ class AtomicStep:
             changed = self.plan.gather(params, box.cells)
         if self.plan is None or changed is None:
             checked_params(_flat(params))
-            agreement, plan = Agreement(_flat(params), inputs.settings.shard_group), engine.Plan(params, self.counts)
+            agreement, plan = self._agreement_of(_flat(params), inputs), engine.Plan(params, self.counts)
             self.plan = None  # only now, because an exception above must leave the plan together with its counts
             self.counts.retire()
             self._agreement, self._planned, self.plan = agreement, depends_on, plan
@@ -187,9 +191,17 @@ class AtomicStep:
                 self.plan.bind(row)
             every = _flat(params)
             if not all(self._agreement.knows(row, every[row]) for row in changed):
-                self._agreement = Agreement(every, inputs.settings.shard_group)
+                self._agreement = self._agreement_of(every, inputs)
             self.plan.compare()
-        return _Gathered(self.plan, self._agreement, params, hyperparameters)
+        agreement = self._agreement if self._waits(inputs) else NOBODY
+        return _Gathered(self.plan, agreement, params, hyperparameters)
+
+    def _agreement_of(self, params: list[Tensor], inputs: Inputs) -> Agreement:
+        return Agreement(params, inputs.settings.shard_group if self.only is None else None)
+
+    def _waits(self, inputs: Inputs) -> bool:
+        """Whether the processes wait for each other in this step. In backward they do so only to judge a gradient."""
+        return self.only is None or inputs.settings.judges
 
     # Check
 
@@ -336,6 +348,11 @@ class AtomicStep:
         if not inputs.settings.observing:
             return {}
         every = _flat(gathered.params)
+        if self.only is not None:
+            return {every[row]: values for row, values in seen}
+        if inputs.left is not None and inputs.left.seen:
+            before = inputs.left.seen
+            seen = [*((row, before[param]) for row, param in enumerate(every) if param in before), *seen]
         state: Mapping[Any, Any] = box.peek()
         rows = gathered.agreement.observed(seen, every, state, inputs.skipped + skips)
         return {every[row]: values for row, values in rows}
@@ -343,13 +360,19 @@ class AtomicStep:
     def _tell_others(self, inputs: Inputs) -> None:
         """Tell the processes that wait for this one that it cannot step."""
         with suppress(Exception):  # the caller raises the error that made the step fail
+            if not self._waits(inputs):
+                return
             groups = [group for group in inputs.groups if isinstance(group, dict)]
-            params = params_of(groups)
-            agreement = Agreement(params, inputs.settings.shard_group)
-            if inputs.settings.judges or all(group["lr"] == 0 for group in groups):
+            params = params_of(groups) if self.param is None else [self.param]
+            agreement = self._agreement_of(params, inputs)
+            asks = inputs.settings.judges or inputs.left is not None
+            if asks or all(group["lr"] == 0 for group in groups):
                 agreement.worst(Finding.FAILED)
             elif inputs.settings.observing:  # the others have stepped and exchange observations
                 agreement.observed([], params, {}, inputs.skipped)
+
+
+NOBODY = Agreement([], None)  # that one process decides alone
 
 
 def _flat(groups: list[list[Tensor]]) -> list[Tensor]:

@@ -6,13 +6,16 @@ import weakref
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lucid import engine
 from lucid.engine.told import warn
+from lucid.engine.values import shown
 
 from .atomic_step import AtomicStep
 from .groups import ParamGroup
+from .left_to_step import LeftToStep
 from .members import members, params_of
 
 
@@ -28,13 +31,16 @@ class StepInBackward:
     """The hooks on an optimizer's parameters, and an `AtomicStep` for each parameter.
 
     ``ready``: called with a parameter whose gradient is complete. Neither a hook nor this object holds a reference to
-    the optimizer; when this object is deleted, its hooks are removed.
+    the optimizer; when this object is deleted, its hooks are removed. ``sharded``: the parameters that FSDP2 shards,
+    as far as the user has told. ``left``: what their hooks leave to `step`, None if there are no such parameters.
     """
 
     def __init__(self, ready: weakref.WeakMethod[Callable[[Tensor], None]]) -> None:
         self._ready = ready
         self._handles: dict[Tensor, RemovableHandle] = {}
         self.steps: dict[Tensor, AtomicStep] = {}
+        self.sharded: frozenset[Tensor] = frozenset()
+        self.left: LeftToStep | None = None
         self._warned = False
         weakref.finalize(self, _remove, self._handles).atexit = False
 
@@ -64,18 +70,28 @@ class StepInBackward:
         """Remove the hooks."""
         _remove(self._handles)
 
-    def leaves_to_step(self) -> bool:
-        """Whether the hooks must do nothing and `step` updates everything; warns the first time.
+    def tell(self, sharded: frozenset[Tensor]) -> None:
+        """Set the parameters that FSDP2 shards; what hooks have left to `step` so far stays."""
+        self.sharded = sharded
+        self.left = (self.left or LeftToStep()) if sharded else None
 
-        A hook cannot see which process averages which gradient, and when: DDP averages after the hooks.
+    def leaves_to_step(self, param: Tensor) -> bool:
+        """Whether a hook must do nothing because `step` updates its parameter.
+
+        While a process group is initialized, a hook cannot see which process averages which gradient, and when: DDP
+        averages after the hooks. FSDP2 has averaged before it calls the hooks of its parameters. Autograd calls these
+        hooks too, if a loss uses the shards themselves: such a part of the gradient waits for FSDP2's part.
         """
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return False
-        if not self._warned:
+        if param in self.sharded:
+            return type(torch._C._current_autograd_node()).__name__ == "AccumulateGrad"
+        if not self.sharded and not self._warned:
             self._warned = True
             warn(
                 "step_in_backward() does nothing while a process group is initialized, because gradients may be "
-                "averaged after backward has computed them; step() updates everything, as without step_in_backward()",
+                "averaged after backward has computed them; step() updates everything, as without step_in_backward(). "
+                "With FSDP2, call step_in_backward(model=model)",
                 RuntimeWarning,
             )
         return True
@@ -97,6 +113,44 @@ class StepInBackward:
         # All at once, because one pass over the groups finds the place of every parameter.
         self.steps |= {other: AtomicStep(where, other) for other, where in places.items()}
         return self.steps[param]
+
+
+def record_stream(gradient: Tensor) -> None:
+    """Keep the memory of a gradient, which FSDP2 may have allocated on another stream, until the update has read it."""
+    shard = engine.shards.local(gradient)
+    if shard.is_cuda:
+        shard.record_stream(torch.cuda.current_stream(shard.device))
+
+
+def sharded_by_fsdp(model: nn.Module, params: list[Tensor]) -> frozenset[Tensor]:
+    """Return the parameters of a model that FSDP2 shards; raise if `params` has none of them.
+
+    ``params``: the optimizer's.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {shown(model)}")
+    if not torch.distributed.is_available():
+        return frozenset()
+    from torch.distributed.fsdp import FSDPModule
+
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if modules and torch.__version__ < "2.13":
+        raise RuntimeError(
+            f"step_in_backward(model=...) needs torch 2.13 or newer, got {torch.__version__}: with CPUOffloadPolicy, "
+            "FSDP2 of older versions calls hooks before the gradient has arrived in host memory"
+        )
+    found = set()
+    for group in (group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups):
+        for each in group.fsdp_params:
+            found.add(each.sharded_param)
+            if group.is_sharded:  # to_empty() and others have replaced the parameter; FSDP2 notes it in a forward
+                found.add(getattr(each._module_info.module, each._module_info.param_name))
+    if found and found.isdisjoint(params):
+        raise ValueError(
+            "model: FSDP2 shards its parameters, and the optimizer has none of them; create the optimizer after "
+            "fully_shard() and before the first forward"
+        )
+    return frozenset(found)
 
 
 def _remove(handles: dict[Tensor, RemovableHandle]) -> None:

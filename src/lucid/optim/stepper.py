@@ -13,7 +13,7 @@ from torch import Tensor
 from lucid import engine
 
 from .atomic_step import AtomicStep, Inputs, Outcome
-from .backward import StepInBackward
+from .backward import StepInBackward, record_stream
 from .state_box import StateBox
 from .statistics import Observations
 
@@ -67,28 +67,40 @@ class Stepper:
 
     def step(self, inputs: Inputs, failed: Callable[[], None]) -> None:
         """Update every parameter that has a gradient, all of them or none. ``failed``: called if the step raises."""
-        outcome = self._run(self.whole, inputs, inputs.state, failed)
+        try:
+            outcome = self._run(self.whole, inputs, inputs.state, failed)
+        finally:
+            if inputs.left is not None:
+                inputs.left.clear()
         in_backward = self.backward is not None
         self.grad_norm = None if in_backward else outcome.norm
         self.observations.add(outcome.observed, None if in_backward else outcome.scale)
 
     def step_alone(self, param: Tensor, inputs: Callable[[], Inputs], failed: Callable[[], None]) -> None:
         """Update one parameter, whose gradient is complete in this backward, and free the gradient."""
-        if self.backward is None or self.accumulating or param.grad is None or self.backward.leaves_to_step():
+        if self.backward is None or self.accumulating or param.grad is None or self.backward.leaves_to_step(param):
             return
         read = inputs()
         step = self.backward.step_of(param, read.groups, self.confirm)
         if step is None:
             return
         box = StateBox.of_one(param, read.state.peek().get(param))
+        left = read.left if param in self.backward.sharded else None
         try:
             outcome = self._run(step, read, box, failed)
-        except BaseException:
+        except BaseException as error:
             if step.written:
                 param.grad = None  # the update has used it, even if it raised afterwards
+            if left is not None and isinstance(error, Exception):
+                left.keep(error)  # the other processes wait for this one in the rest of backward
+                return
             raise
+        if left is None:
+            self.observations.add(outcome.observed, None)
+        else:
+            left.seen |= outcome.observed
+            record_stream(param.grad)
         param.grad = None
-        self.observations.add(outcome.observed, None)
 
     def _run(self, step: AtomicStep, inputs: Inputs, box: StateBox, failed: Callable[[], None]) -> Outcome:
         """Run a step under the lock; raise, without ``failed``, if a step of this thread is already running."""
