@@ -97,10 +97,22 @@ def shards(optimizer):
     ]
 
 
-def twins(act=train, dtype=torch.float32, mesh=None, options=None, **settings):
+class Once(Net):
+    """Each layer is applied once."""
+
+    def forward(self, tokens, rare=False, segment=lambda part, x: part(x)):
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = x + segment(lambda x, layer=layer: torch.tanh(layer(x)), x)
+        if rare:
+            x = x + segment(self.rare, x)
+        return self.head(self.norm(x) * self.outside)
+
+
+def twins(act=train, dtype=torch.float32, mesh=None, options=None, make_net=Net, **settings):
     runs = []
     for in_backward in (False, True):
-        net = sharded(Net(dtype), mesh, **options or {})
+        net = sharded(make_net(dtype), mesh, **options or {})
         optimizer = adamw(net, **settings)
         if in_backward:
             optimizer.step_in_backward(model=net)
@@ -147,7 +159,7 @@ def test_every_way(ranks):
     ranks.run(2, in_every_way)
 
 def r():
-    twins(partial(train, segment=reentrant), state_format="8bit")
+    twins(partial(train, segment=reentrant), make_net=Once, state_format="8bit")
 def test_r(ranks):
     ranks.run(2, r)
 

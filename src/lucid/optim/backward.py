@@ -6,14 +6,14 @@ import weakref
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lucid import engine
 from lucid.engine.told import warn
-from lucid.engine.values import shown
 
 from .atomic_step import AtomicStep
+from .fsdp import Sharded
 from .groups import ParamGroup
 from .left_to_step import LeftToStep
 from .members import members, params_of
@@ -31,15 +31,15 @@ class StepInBackward:
     """The hooks on an optimizer's parameters, and an `AtomicStep` for each parameter.
 
     ``ready``: called with a parameter whose gradient is complete. Neither a hook nor this object holds a reference to
-    the optimizer; when this object is deleted, its hooks are removed. ``sharded``: the parameters that FSDP2 shards,
-    as far as the user has told. ``left``: what their hooks leave to `step`, None if there are no such parameters.
+    the optimizer; when this object is deleted, its hooks are removed. ``sharded``: what FSDP2 shards of the model that
+    the user has given. ``left``: what the hooks of these parameters leave to `step`, None if there are none.
     """
 
     def __init__(self, ready: weakref.WeakMethod[Callable[[Tensor], None]]) -> None:
         self._ready = ready
         self._handles: dict[Tensor, RemovableHandle] = {}
         self.steps: dict[Tensor, AtomicStep] = {}
-        self.sharded: frozenset[Tensor] = frozenset()
+        self.sharded = Sharded()
         self.left: LeftToStep | None = None
         self._warned = False
         weakref.finalize(self, _remove, self._handles).atexit = False
@@ -49,6 +49,7 @@ class StepInBackward:
 
         Only leaf tensors can have such hooks.
         """
+        self.sharded.follow()
         params = dict.fromkeys(params_of(groups))
         gone = [param for param in self._handles if param not in params]
         for param in gone:
@@ -69,24 +70,25 @@ class StepInBackward:
     def remove(self) -> None:
         """Remove the hooks."""
         _remove(self._handles)
+        self.sharded.remove()
 
-    def tell(self, sharded: frozenset[Tensor]) -> None:
-        """Set the parameters that FSDP2 shards; what hooks have left to `step` so far stays."""
+    def tell(self, sharded: Sharded) -> None:
+        """Replace what is known of parameters that FSDP2 shards; what hooks have left to `step` so far stays."""
+        self.sharded.remove()
         self.sharded = sharded
-        self.left = (self.left or LeftToStep()) if sharded else None
+        self.left = (self.left or LeftToStep()) if sharded.params else None
 
     def leaves_to_step(self, param: Tensor) -> bool:
         """Whether a hook must do nothing because `step` updates its parameter.
 
         While a process group is initialized, a hook cannot see which process averages which gradient, and when: DDP
-        averages after the hooks. FSDP2 has averaged before it calls the hooks of its parameters. Autograd calls these
-        hooks too, if a loss uses the shards themselves: such a part of the gradient waits for FSDP2's part.
+        averages after the hooks. FSDP2 has averaged before it calls the hooks of its parameters.
         """
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return False
-        if param in self.sharded:
-            return type(torch._C._current_autograd_node()).__name__ == "AccumulateGrad"
-        if not self.sharded and not self._warned:
+        if param in self.sharded.params:
+            return not self.sharded.completes(param)
+        if not self.sharded.params and not self._warned:
             self._warned = True
             warn(
                 "step_in_backward() does nothing while a process group is initialized, because gradients may be "
@@ -120,37 +122,6 @@ def record_stream(gradient: Tensor) -> None:
     shard = engine.shards.local(gradient)
     if shard.is_cuda:
         shard.record_stream(torch.cuda.current_stream(shard.device))
-
-
-def sharded_by_fsdp(model: nn.Module, params: list[Tensor]) -> frozenset[Tensor]:
-    """Return the parameters of a model that FSDP2 shards; raise if `params` has none of them.
-
-    ``params``: the optimizer's.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {shown(model)}")
-    if not torch.distributed.is_available():
-        return frozenset()
-    from torch.distributed.fsdp import FSDPModule
-
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if modules and torch.__version__ < "2.13":
-        raise RuntimeError(
-            f"step_in_backward(model=...) needs torch 2.13 or newer, got {torch.__version__}: with CPUOffloadPolicy, "
-            "FSDP2 of older versions calls hooks before the gradient has arrived in host memory"
-        )
-    found = set()
-    for group in (group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups):
-        for each in group.fsdp_params:
-            found.add(each.sharded_param)
-            if group.is_sharded:  # to_empty() and others have replaced the parameter; FSDP2 notes it in a forward
-                found.add(getattr(each._module_info.module, each._module_info.param_name))
-    if found and found.isdisjoint(params):
-        raise ValueError(
-            "model: FSDP2 shards its parameters, and the optimizer has none of them; create the optimizer after "
-            "fully_shard() and before the first forward"
-        )
-    return frozenset(found)
 
 
 def _remove(handles: dict[Tensor, RemovableHandle]) -> None:

@@ -15,7 +15,8 @@ from lucid import engine
 from lucid.engine.values import checked_flag, one_of, shown
 
 from .atomic_step import Inputs
-from .backward import StepInBackward, no_norm_in_backward, sharded_by_fsdp
+from .backward import StepInBackward, no_norm_in_backward
+from .fsdp import Sharded
 from .gradients import NO_AMP, Amp
 from .groups import ParamGroup
 from .members import params_of
@@ -246,15 +247,15 @@ class Optimizer(StatefulOptimizer):
         stepper, bound = self._stepper, self._settings.max_grad_norm
         if on and bound is not None:
             raise ValueError(no_norm_in_backward(bound))
-        sharded = frozenset() if model is None else sharded_by_fsdp(model, params_of(self.param_groups))
-        if on and stepper.backward is None:
-            stepper.backward = StepInBackward(stepper.alone)
-            stepper.observations.clear()
-        elif not on and stepper.backward is not None:
+        if on:
+            sharded = Sharded(model, params_of(self.param_groups))
+            if stepper.backward is None:
+                stepper.backward = StepInBackward(stepper.alone)
+                stepper.observations.clear()
+            stepper.backward.tell(sharded)
+        elif stepper.backward is not None:
             stepper.backward.remove()
             stepper.backward = None
-        if stepper.backward is not None:
-            stepper.backward.tell(sharded)
         self._follow_hooks()
 
     @contextmanager

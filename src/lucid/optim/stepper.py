@@ -85,7 +85,7 @@ class Stepper:
         if step is None:
             return
         box = StateBox.of_one(param, read.state.peek().get(param))
-        left = read.left if param in self.backward.sharded else None
+        left = read.left if param in self.backward.sharded.params else None
         try:
             outcome = self._run(step, read, box, failed)
         except BaseException as error:
