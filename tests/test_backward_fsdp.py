@@ -243,7 +243,7 @@ def observed():
     runs = []
     for in_backward in (False, True):
         net = sharded(Net())
-        optimizer = adamw(net, nonfinite="skip")
+        optimizer = adamw(net, nonfinite="error")
         if in_backward:
             optimizer.step_in_backward(model=net)
         optimizer.observe()

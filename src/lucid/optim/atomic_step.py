@@ -193,15 +193,11 @@ class AtomicStep:
             if not all(self._agreement.knows(row, every[row]) for row in changed):
                 self._agreement = self._agreement_of(every, inputs)
             self.plan.compare()
-        agreement = self._agreement if self._waits(inputs) else NOBODY
-        return _Gathered(self.plan, agreement, params, hyperparameters)
+        return _Gathered(self.plan, self._agreement, params, hyperparameters)
 
     def _agreement_of(self, params: list[Tensor], inputs: Inputs) -> Agreement:
-        return Agreement(params, inputs.settings.shard_group if self.only is None else None)
-
-    def _waits(self, inputs: Inputs) -> bool:
-        """Whether the processes wait for each other in this step. In backward they do so only to judge a gradient."""
-        return self.only is None or inputs.settings.judges
+        """Return with whom this step decides: in backward, where no process must wait for another, with nobody."""
+        return NOBODY if self.only is not None else Agreement(params, inputs.settings.shard_group)
 
     # Check
 
@@ -348,9 +344,7 @@ class AtomicStep:
         if not inputs.settings.observing:
             return {}
         every = _flat(gathered.params)
-        if self.only is not None:
-            return {every[row]: values for row, values in seen}
-        if inputs.left is not None and inputs.left.seen:
+        if self.only is None and inputs.left is not None:
             before = inputs.left.seen
             seen = [*((row, before[param]) for row, param in enumerate(every) if param in before), *seen]
         state: Mapping[Any, Any] = box.peek()
@@ -359,11 +353,11 @@ class AtomicStep:
 
     def _tell_others(self, inputs: Inputs) -> None:
         """Tell the processes that wait for this one that it cannot step."""
+        if self.only is not None:
+            return
         with suppress(Exception):  # the caller raises the error that made the step fail
-            if not self._waits(inputs):
-                return
             groups = [group for group in inputs.groups if isinstance(group, dict)]
-            params = params_of(groups) if self.param is None else [self.param]
+            params = params_of(groups)
             agreement = self._agreement_of(params, inputs)
             asks = inputs.settings.judges or inputs.left is not None
             if asks or all(group["lr"] == 0 for group in groups):
@@ -372,7 +366,7 @@ class AtomicStep:
                 agreement.observed([], params, {}, inputs.skipped)
 
 
-NOBODY = Agreement([], None)  # that one process decides alone
+NOBODY = Agreement([torch.empty(0)], None)  # of one process
 
 
 def _flat(groups: list[list[Tensor]]) -> list[Tensor]:

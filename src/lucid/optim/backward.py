@@ -27,6 +27,12 @@ def no_norm_in_backward(bound: float) -> str:
     )
 
 
+NO_SKIP = (
+    'nonfinite="skip" does not work in backward under FSDP2: the processes would have to ask each other before each '
+    'update, so that all of them skip; use "propagate" or "error", or call step_in_backward(False)'
+)
+
+
 class StepInBackward:
     """The hooks on an optimizer's parameters, and an `AtomicStep` for each parameter.
 

@@ -15,7 +15,7 @@ from lucid import engine
 from lucid.engine.values import checked_flag, one_of, shown
 
 from .atomic_step import Inputs
-from .backward import StepInBackward, no_norm_in_backward
+from .backward import NO_SKIP, StepInBackward, no_norm_in_backward
 from .fsdp import Sharded
 from .gradients import NO_AMP, Amp
 from .groups import ParamGroup
@@ -153,7 +153,10 @@ class Optimizer(StatefulOptimizer):
 
     @nonfinite.setter
     def nonfinite(self, value: NonFinite) -> None:
-        self._settings.nonfinite = one_of("nonfinite", value, NON_FINITE)
+        chosen = one_of("nonfinite", value, NON_FINITE)
+        if chosen == "skip" and self._stepper.backward is not None and self._stepper.backward.left is not None:
+            raise ValueError(NO_SKIP)
+        self._settings.nonfinite = chosen
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -224,7 +227,7 @@ class Optimizer(StatefulOptimizer):
         ------
         ValueError
             If ``max_grad_norm`` is set: the gradient norm is known only after the last gradient. If FSDP2 shards
-            parameters of ``model`` and the optimizer has none of them.
+            parameters of ``model``, and the optimizer has none of them or ``nonfinite`` is ``"skip"``.
 
         Notes
         -----
@@ -249,6 +252,8 @@ class Optimizer(StatefulOptimizer):
             raise ValueError(no_norm_in_backward(bound))
         if on:
             sharded = Sharded(model, params_of(self.param_groups))
+            if sharded.params and self._settings.nonfinite == "skip":
+                raise ValueError(NO_SKIP)
             if stepper.backward is None:
                 stepper.backward = StepInBackward(stepper.alone)
                 stepper.observations.clear()
