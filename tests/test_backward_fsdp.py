@@ -10,16 +10,17 @@ from functools import partial
 
 import pytest
 import torch
+from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.optim import lr_scheduler as schedules
 from torch.utils.checkpoint import checkpoint
 
 import lucid.optim as optim
-from bits import SEALED, assert_same, on
+from bits import SEALED, assert_same, draw, on
 from fsdp import Net, adamw, grads, hooked, sharded, shards, stepping, train, twins
 from sharded import KINDS, everyone_has
 
@@ -116,7 +117,63 @@ def joining_later(net, optimizer):
     train(net, optimizer, 9, 11)
 
 
+def evaluating(net, optimizer):
+    def evaluate():
+        with torch.no_grad():
+            net.loss(0)
+
+    evaluate()
+    train(net, optimizer, 0, 2, after=evaluate)
+    train(net, optimizer, 2, 4, micro=2, syncs=False, after=evaluate)
+
+
+def kept_gathered(net, optimizer):
+    """Weights stay gathered between micro-batches."""
+    for step in range(3):
+        for part in range(2):
+            net.set_reshard_after_backward(part == 1)
+            net.set_requires_gradient_sync(part == 1)
+            net.loss(step, part).backward()
+        assert not hooked(optimizer) or grads(net) == ["outside"]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Half(nn.Linear):
+    """Uses its weight now and then."""
+
+    def forward(self, x):
+        return super().forward(x) if self.uses else x + self.bias
+
+
+def a_layer_used_by_half(dtype):
+    net = Net(dtype)
+    net.rare = Half(64, 64, dtype=dtype)
+    return net
+
+
+def unused_on_one_process(net, optimizer):
+    """FSDP2 makes zeros for a parameter that one process does not use; there, `step` updates its shard."""
+    net.set_reduce_scatter_unused_params(True)
+    for step in range(4):
+        net.rare.uses = step % 2 == distributed.get_rank()
+        net.loss(step, rare=True).backward()
+        assert not hooked(optimizer) or grads(net) == ["outside"] + ["rare.weight"] * (not net.rare.uses)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def a_frozen_layer(dtype):
+    net = Net(dtype)
+    net.layers[2].requires_grad_(False)
+    return net
+
+
 def ways_to_train():
+    twins(evaluating, state_format="8bit")
+    twins(kept_gathered, state_format="8bit")
+    twins(unused_on_one_process, make_net=a_layer_used_by_half, state_format="8bit")
+    twins(make_net=a_frozen_layer, state_format="8bit")
     twins(sharding={"offload_policy": CPUOffloadPolicy(pin_memory=False)}, state_format="8bit")
     twins(partial(train, segment=checkpointed), state_format="8bit")
     twins(partial(train, segment=reentrant), make_net=partial(Net, twice=False), state_format="8bit")
@@ -147,6 +204,31 @@ def a_penalty_on_the_shards(net, optimizer):
         optimizer.zero_grad()
 
 
+def sharded_otherwise():
+    """Several modules in one group, made without memory first, matrices cut along their columns."""
+    runs = []
+    for in_backward in (False, True):
+        with torch.device("meta"):
+            net = Net()
+        fully_shard([net.layers[0], net.layers[1]])
+        fully_shard(net.layers[2], shard_placement_fn=lambda param: Shard(param.ndim - 1))
+        fully_shard(net)
+        net.to_empty(device="cpu")
+        optimizer = adamw(net)
+        if in_backward:
+            optimizer.step_in_backward(model=net)
+        with torch.no_grad():
+            for number, param in enumerate(net.parameters()):
+                param.to_local().copy_(draw(number, param.to_local().shape) / 8)
+        for step in range(3):
+            net.loss(step, rare=True).backward()
+            assert bool(grads(net)) != in_backward
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(shards(optimizer))
+    assert_same(*runs)
+
+
 def two_optimizers():
     runs = []
     for in_backward in (False, True):
@@ -167,6 +249,7 @@ def two_optimizers():
 def beside_others():
     twins(compiled, make_net=partial(Net, twice=False))
     twins(a_penalty_on_the_shards)
+    sharded_otherwise()
     two_optimizers()
 
 

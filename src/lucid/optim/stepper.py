@@ -78,29 +78,40 @@ class Stepper:
 
     def step_alone(self, param: Tensor, inputs: Callable[[], Inputs], failed: Callable[[], None]) -> None:
         """Update one parameter, whose gradient is complete in this backward, and free the gradient."""
-        if self.backward is None or self.accumulating or param.grad is None or self.backward.leaves_to_step(param):
+        backward = self.backward
+        if backward is None or self.accumulating or param.grad is None or backward.leaves_to_step(param):
             return
-        read = inputs()
-        step = self.backward.step_of(param, read.groups, self.confirm)
-        if step is None:
-            return
-        box = StateBox.of_one(param, read.state.peek().get(param))
-        left = read.left if param in self.backward.sharded.params else None
+        left = backward.left if param in backward.sharded.params else None
         try:
-            outcome = self._run(step, read, box, failed)
-        except BaseException as error:
-            if step.written:
-                param.grad = None  # the update has used it, even if it raised afterwards
-            if left is not None and isinstance(error, Exception):
-                left.keep(error)  # the other processes wait for this one in the rest of backward
-                return
-            raise
+            outcome = self._update_alone(backward, param, inputs(), failed)
+        except Exception as error:
+            if left is None:
+                raise
+            left.keep(error)  # for step(): the other processes wait for this one in the rest of backward
+            return
+        if outcome is None:
+            return
         if left is None:
             self.observations.add(outcome.observed, None)
         else:
             left.seen |= outcome.observed
             record_stream(param.grad)
         param.grad = None
+
+    def _update_alone(
+        self, backward: StepInBackward, param: Tensor, inputs: Inputs, failed: Callable[[], None]
+    ) -> Outcome | None:
+        """Update one parameter; return None if the groups no longer contain it."""
+        step = backward.step_of(param, inputs.groups, self.confirm)
+        if step is None:
+            return None
+        box = StateBox.of_one(param, inputs.state.peek().get(param))
+        try:
+            return self._run(step, inputs, box, failed)
+        except BaseException:
+            if step.written:
+                param.grad = None  # the update has used it, even if it raised afterwards
+            raise
 
     def _run(self, step: AtomicStep, inputs: Inputs, box: StateBox, failed: Callable[[], None]) -> Outcome:
         """Run a step under the lock; raise, without ``failed``, if a step of this thread is already running."""
