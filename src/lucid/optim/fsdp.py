@@ -28,15 +28,11 @@ class Sharded:
     """
 
     def __init__(self, model: nn.Module | None = None, optimized: Iterable[Tensor] = ()) -> None:
-        self.params: set[Tensor] = set()
         self._complete: set[Tensor] = set()
         self._handles: _Handles = {}
         self._modules = [] if model is None else _modules_of(model)
         weakref.finalize(self, _remove, self._handles).atexit = False
-        for group, each in (pair for module in self._modules for pair in _params_of(module)):
-            self.params.add(each.sharded_param)
-            if group.is_sharded:  # to_empty() and others replace a parameter; FSDP2 notes it in the next forward
-                self.params.add(getattr(each._module_info.module, each._module_info.param_name))
+        self.params = {each.sharded_param for module in self._modules for _, each in _params_of(module)}
         if self.params and self.params.isdisjoint(optimized):
             raise ValueError(
                 "model: FSDP2 shards its parameters, and the optimizer has none of them; create the optimizer after "
@@ -109,7 +105,7 @@ def _following(complete: set[Tensor], handles: _Handles) -> Any:
 
 def _noting(group: Any, each: Any, complete: set[Tensor]) -> Any:
     def hook(_: Tensor) -> None:
-        if group.reduce_grads and group.all_reduce_grads:
+        if group.reduce_grads:
             complete.add(each.sharded_param)
         else:
             complete.discard(each.sharded_param)
