@@ -44,7 +44,7 @@ class Net(nn.Module):
         seed = 1000 * step + 10 * micro + distributed.get_rank()
         tokens = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(seed))
         scores = self(tokens[:, :-1], step % 2 == 1 if rare is None else rare, **more)
-        return F.cross_entropy(scores.float().flatten(0, 1), tokens[:, 1:].flatten())
+        return F.cross_entropy(scores.float().flatten(0, 1), tokens[:, 1:].flatten().to(scores.device))
 
 
 def sharded(net, mesh=None, **options):

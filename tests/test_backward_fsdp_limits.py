@@ -29,8 +29,8 @@ def fails(rank_that_fails, error, match):
     """The block raises that on this process if it is this one, and on others that another process has failed."""
     if distributed.get_rank() != rank_that_fails:
         error, match = RuntimeError, "another process could not"
-    with pytest.raises(error, match=match):
-        yield
+    with pytest.raises(error, match=match) as raised:
+        yield raised
 
 
 def bad_state(nonfinite, observing):
@@ -48,8 +48,11 @@ def bad_state(nonfinite, observing):
     assert steps_of(optimizer, net.embedding.weight, net.norm.bias, net.rare.bias) == [4, 4, 2]
     assert steps_of(optimizer, bad) == 4 - fails_here
     assert grads(net) == ["outside"] + ["layers.1.weight"] * fails_here
-    with fails(1, ValueError, "exp_avg"):
+    with fails(1, ValueError, "exp_avg") as raised:
         optimizer.step()
+    assert "load a checkpoint before you continue" in str(raised.value) + "".join(
+        getattr(raised.value, "__notes__", [])
+    )
     assert steps_of(optimizer, net.outside) == 3
     if fails_here:
         optimizer.state[bad]["exp_avg"] = kept

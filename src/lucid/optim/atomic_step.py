@@ -128,6 +128,7 @@ class AtomicStep:
         ``box``: the box with all state, or with that of the one parameter.
         """
         self.written = False
+        left = None if self.only is not None else inputs.left
         if box is inputs.state:
             box = box.now()
             new = _NewState([box])
@@ -135,6 +136,8 @@ class AtomicStep:
             new = _NewState([box, inputs.state])
         try:
             try:
+                if left is not None:
+                    left.check()
                 gathered = self._gather(inputs, box, new)
                 verdict = self._left_to_device(inputs, gathered, new)
                 scale = 1.0 if verdict else scale_of(inputs.amp.grad_scale)
@@ -143,8 +146,8 @@ class AtomicStep:
             except Exception:
                 self._tell_others(inputs)
                 raise
-            if self.only is None and inputs.left is not None:
-                inputs.left.check(gathered.agreement)
+            if left is not None:
+                left.check_others(gathered.agreement)
             if verdict is None:
                 judged = self._judge(inputs, gathered, scale, found_inf)
                 # If gradients are judged, all processes skip together. Otherwise others may step and exchange

@@ -25,15 +25,22 @@ class LeftToStep:
     def keep(self, error: Exception) -> None:
         """Keep an error, unless there was one before."""
         if self.error is None:
+            error.add_note(
+                "This happened in backward. Other parameters, and this one on other processes, may have been updated: "
+                "load a checkpoint before you continue."
+            )
             self.error = error
 
-    def check(self, agreement: Agreement) -> None:
-        """Raise if a step in backward failed on any process. All processes call this together."""
-        finding = agreement.worst(Finding.FAILED if self.error else Finding.NOTHING)
+    def check(self) -> None:
+        """Raise the error of this process, if there was one."""
         if self.error is not None:
             raise self.error
-        if finding is Finding.FAILED:
+
+    @staticmethod
+    def check_others(agreement: Agreement) -> None:
+        """Raise if an update in backward failed on another process, or if one cannot step now."""
+        if agreement.worst(Finding.NOTHING) is Finding.FAILED:
             raise RuntimeError(
-                "another process could not update a parameter; its own error says why. Parameters that backward has "
-                "updated stay so: load a checkpoint before you continue"
+                "another process could not update a parameter; its own error says why. What backward has updated stays "
+                "so: load a checkpoint before you continue"
             )
