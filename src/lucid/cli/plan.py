@@ -22,7 +22,7 @@ TORCH = "torch"
 class Need:
     """Bytes on the process that holds most, for one dtype of weights and one state format.
 
-    ``in_backward``: bytes of gradients in memory at once with ``step_in_backward``, which works in one process only.
+    ``in_backward``: bytes of gradients in memory at once with ``step_in_backward``, None for several processes.
     """
 
     dtype: str

@@ -21,7 +21,9 @@ from .agreement import Agreement, Finding
 from .gradients import NO_AMP, Amp, Described, device_verdict, found_inf_in, host_verdict, scale_of
 from .groups import ParamGroup, checked_params
 from .hyperparameters import Hyperparameters, Reading, Readings
+from .left_to_step import LeftToStep
 from .members import Member, member_at, members, params_of
+from .new_state import NewEntry, NewState
 from .settings import Settings
 from .state_box import StateBox
 
@@ -31,7 +33,7 @@ class Inputs(NamedTuple):
 
     ``groups``: ``param_groups``; plain dicts in it are wrapped again. ``read``: the function that reads a group.
     ``state``: the box for new state. ``amp``: the values that GradScaler has set. ``skipped``: the number of steps
-    skipped so far.
+    skipped so far. ``left``: what steps in backward have left to the step of all parameters, None if FSDP2 calls none.
     """
 
     groups: list[ParamGroup]
@@ -40,6 +42,7 @@ class Inputs(NamedTuple):
     state: StateBox
     amp: Amp
     skipped: int
+    left: LeftToStep | None = None
 
 
 class Outcome(NamedTuple):
@@ -54,45 +57,6 @@ class Outcome(NamedTuple):
     norm: float | Tensor | None
     scale: float | Tensor
     observed: dict[Tensor, engine.Seen]
-
-
-class _NewEntry(NamedTuple):
-    """New state of one parameter that users do not see yet."""
-
-    param: Tensor
-    gradient: Tensor
-    entry: dict[str, Any]
-    missing: dict[str, Tensor]
-
-
-class _NewState:
-    """The new state of a step, which is adopted after all checks have passed."""
-
-    def __init__(self, boxes: list[StateBox]) -> None:
-        self.entries: list[_NewEntry] = []
-        self._boxes = boxes
-        self._before: list[tuple[bool, dict[str, Any]]] = []
-
-    def adopt(self) -> None:
-        """Add it to the optimizer's state, where users see it."""
-        if not self.entries:
-            return
-        self._before = [(item.param in self._boxes[0].peek(), dict(item.entry)) for item in self.entries]
-        states = [box.open() for box in self._boxes[1:]] + [self._boxes[0].peek()]
-        for item in self.entries:
-            item.entry.update(item.missing)
-            for state in states:
-                state[item.param] = item.entry
-
-    def abandon(self) -> None:
-        """Remove it from the optimizer's state again."""
-        states = [box.open() for box in self._boxes[1:]] + [self._boxes[0].peek()]
-        for item, (known, before) in zip(self.entries, self._before, strict=bool(self._before)):
-            item.entry.clear()
-            item.entry.update(before)
-            if not known:
-                for state in states:
-                    state.pop(item.param, None)
 
 
 class _Gathered(NamedTuple):
@@ -128,15 +92,18 @@ class AtomicStep:
         ``box``: the box with all state, or with that of the one parameter.
         """
         self.written = self._exchanged = False
+        left = None if self.only is not None else inputs.left
         if box is inputs.state:
             box = box.now()
-            new = _NewState([box])
+            new = NewState([box])
         else:
-            new = _NewState([box, inputs.state])
+            new = NewState([box, inputs.state])
         try:
             try:
                 if self.counts.alarmed:
                     self.counts.confirm()
+                if left is not None:
+                    left.check()
                 gathered = self._gather(inputs, box, new)
                 exchanges = bool(gathered.agreement) and self._exchanges(
                     inputs, [hyper.lr for hyper in gathered.hyperparameters]
@@ -146,12 +113,16 @@ class AtomicStep:
                 if verdict is None and inputs.amp is not NO_AMP:
                     scale, found_inf = scale_of(inputs.amp.grad_scale), found_inf_in(inputs.amp.found_inf)
                 recipes = self._recipes(gathered, verdict)
+                if left is not None:
+                    self._exchanged = True
+                    left.check_others(gathered.agreement)
+                    self._exchanged, left = False, None
                 if verdict is not None:
                     return self._write(inputs, gathered, box, new, recipes, verdict)
                 begun = self._has_begun(gathered, box, new)
             except Exception:
                 if not self._exchanged:
-                    self._tell_others(inputs)
+                    self._tell_others(inputs, left)
                 raise
             judged, begun = self._judge(inputs, gathered, scale, found_inf, begun=begun, exchanges=exchanges)
             # If gradients are judged, all processes skip together. Otherwise others may step and exchange
@@ -173,7 +144,7 @@ class AtomicStep:
 
     # Gather
 
-    def _gather(self, inputs: Inputs, box: StateBox, new: _NewState) -> _Gathered:
+    def _gather(self, inputs: Inputs, box: StateBox, new: NewState) -> _Gathered:
         read = self._readings
         read.renew(inputs.groups, inputs.read)
         params, hyperparameters = read.params, read.hyperparameters.copy()
@@ -185,7 +156,7 @@ class AtomicStep:
             changed = self.plan.gather(params, box.cells)
         if self.plan is None or changed is None:
             checked_params(_flat(params))
-            agreement, plan = Agreement(_flat(params), inputs.settings.shard_group), engine.Plan(params, self.counts)
+            agreement, plan = self._agreement_of(_flat(params), inputs), engine.Plan(params, self.counts)
             self.plan = None  # only now, because an exception above must leave the plan together with its counts
             self.counts.retire()
             self._agreement, self._planned, self.plan = agreement, read.slots_depend_on, plan
@@ -196,9 +167,13 @@ class AtomicStep:
                 self.plan.bind(row)
             every = _flat(params)
             if not all(self._agreement.knows(row, every[row]) for row in changed):
-                self._agreement = Agreement(every, inputs.settings.shard_group)
+                self._agreement = self._agreement_of(every, inputs)
             self.plan.compare()
         return _Gathered(self.plan, self._agreement, params, hyperparameters)
+
+    def _agreement_of(self, params: list[Tensor], inputs: Inputs) -> Agreement:
+        """Return with whom this step decides: in backward, where no process must wait for another, with nobody."""
+        return NOBODY if self.only is not None else Agreement(params, inputs.settings.shard_group)
 
     # Check
 
@@ -212,7 +187,7 @@ class AtomicStep:
         changed: Iterable[int],
         box: StateBox,
         hyperparameters: list[Hyperparameters],
-        new: _NewState,
+        new: NewState,
     ) -> Iterator[engine.Row]:
         """Check the changed rows and make state for those that have none; raise if one is invalid."""
         own = self._members(inputs.groups)
@@ -225,7 +200,7 @@ class AtomicStep:
             entry = box.entry(param, name)
             missing = kept.complete(param, entry, hyper.amsgrad, name, member.rounding_key(hyper.seed))
             if missing:
-                new.entries.append(_NewEntry(param, gradient, entry, missing))
+                new.entries.append(NewEntry(param, gradient, entry, missing))
             whole: dict[str, Any] = entry | missing
             slots = {key: whole[key] for key in kept.slots_with(hyper.amsgrad)}
             form = kept.row_format
@@ -235,7 +210,7 @@ class AtomicStep:
             yield row
 
     def _left_to_device(
-        self, inputs: Inputs, gathered: _Gathered, new: _NewState, *, exchanges: bool
+        self, inputs: Inputs, gathered: _Gathered, new: NewState, *, exchanges: bool
     ) -> engine.DeviceVerdict | None:
         """Return what the device needs if it decides this step, else None; confirm step counts if the host decides."""
         plan, counts = gathered.plan, self.counts
@@ -320,7 +295,7 @@ class AtomicStep:
             untouched,
         )
 
-    def _has_begun(self, gathered: _Gathered, box: StateBox, new: _NewState) -> bool:
+    def _has_begun(self, gathered: _Gathered, box: StateBox, new: NewState) -> bool:
         """Whether this step is not, as far as this process knows, one by which torch creates the optimizer's state.
 
         torch's checkpoint tools step a new optimizer with lr 0 and zero gradients. This must not count as a step.
@@ -338,7 +313,7 @@ class AtomicStep:
         inputs: Inputs,
         gathered: _Gathered,
         box: StateBox,
-        new: _NewState,
+        new: NewState,
         recipes: list[engine.Recipe],
         verdict: engine.Verdict,
     ) -> Outcome:
@@ -378,20 +353,28 @@ class AtomicStep:
         if not inputs.settings.observing:
             return {}
         every = _flat(gathered.params)
+        if self.only is None and inputs.left is not None:
+            before = inputs.left.seen
+            seen = [*((row, before[param]) for row, param in enumerate(every) if param in before), *seen]
         state: Mapping[Any, Any] = box.peek()
         rows = gathered.agreement.observed(seen, every, state, inputs.skipped + skips)
         return {every[row]: values for row, values in rows}
 
-    def _tell_others(self, inputs: Inputs) -> None:
-        """Tell the processes that wait for this one that it cannot step."""
+    def _tell_others(self, inputs: Inputs, left: LeftToStep | None) -> None:
+        """Tell the processes that wait for this one that it cannot step. ``left``: if they ask about backward too."""
+        if self.only is not None:
+            return
         with suppress(Exception):  # the caller raises the error that made the step fail
             groups = [group for group in inputs.groups if isinstance(group, dict)]
             params = params_of(groups)
-            agreement = Agreement(params, inputs.settings.shard_group)
-            if self._exchanges(inputs, [group["lr"] for group in groups]):
+            agreement = self._agreement_of(params, inputs)
+            if left is not None or self._exchanges(inputs, [group["lr"] for group in groups]):
                 agreement.worst(Finding.FAILED)
             elif inputs.settings.observing:  # the others have stepped and exchange observations
                 agreement.observed([], params, {}, inputs.skipped)
+
+
+NOBODY = Agreement([torch.empty(0)], None)  # of one process
 
 
 def _flat(groups: list[list[Tensor]]) -> list[Tensor]:

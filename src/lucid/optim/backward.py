@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lucid import engine
 from lucid.engine.told import warn
 
 from .atomic_step import AtomicStep
+from .fsdp import Sharded
 from .groups import ParamGroup
+from .left_to_step import LeftToStep
 from .members import members, params_of
 from .unheard import outside_graphs
 
@@ -24,6 +27,12 @@ def no_norm_in_backward(bound: float) -> str:
         f"max_grad_norm={bound:g} does not work in backward: the gradient norm is known after the last gradient, and "
         "the first parameters are updated before that; set max_grad_norm=None, or call step_in_backward(False)"
     )
+
+
+NO_SKIP = (
+    'nonfinite="skip" does not work in backward under FSDP2: the processes would have to ask each other before each '
+    'update, so that all of them skip; use "propagate" or "error", or call step_in_backward(False)'
+)
 
 
 class UpdatesAlone(Protocol):
@@ -37,13 +46,16 @@ class StepInBackward:
     """The hooks on an optimizer's parameters, and an `AtomicStep` for each parameter.
 
     ``ready``: the optimizer, which updates a parameter whose gradient is complete. Neither a hook nor this object holds
-    a reference to it; when this object is deleted, its hooks are removed.
+    a reference to it; when this object is deleted, its hooks are removed. ``sharded``: what FSDP2 shards of the model
+    that the user has given. ``left``: what the hooks of these parameters leave to `step`, None if there are none.
     """
 
     def __init__(self, ready: weakref.ref[UpdatesAlone]) -> None:
         self._ready = ready
         self._handles: dict[Tensor, RemovableHandle] = {}
         self.steps: dict[Tensor, AtomicStep] = {}
+        self.sharded = Sharded()
+        self.left: LeftToStep | None = None
         self._warned = False
         weakref.finalize(self, _remove, self._handles).atexit = False
 
@@ -52,6 +64,7 @@ class StepInBackward:
 
         Only leaf tensors can have such hooks.
         """
+        self.sharded.follow()
         params = dict.fromkeys(params_of(groups))
         gone = [param for param in self._handles if param not in params]
         for param in gone:
@@ -73,19 +86,30 @@ class StepInBackward:
     def remove(self) -> None:
         """Remove the hooks."""
         _remove(self._handles)
+        self.sharded.remove()
 
-    def leaves_to_step(self) -> bool:
-        """Whether the hooks must do nothing and `step` updates everything; warns the first time.
+    def tell(self, sharded: Sharded) -> None:
+        """Replace what is known of parameters that FSDP2 shards; what hooks have left to `step` so far stays."""
+        self.sharded.remove()
+        self.sharded = sharded
+        self.left = (self.left or LeftToStep()) if sharded.params else None
 
-        A hook cannot see which process averages which gradient, and when: DDP averages after the hooks.
+    def leaves_to_step(self, param: Tensor) -> bool:
+        """Whether a hook must do nothing because `step` updates its parameter.
+
+        While a process group is initialized, a hook cannot see which process averages which gradient, and when: DDP
+        averages after the hooks. FSDP2 has averaged before it calls the hooks of its parameters.
         """
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return False
-        if not self._warned:
+        if param in self.sharded.params:
+            return not self.sharded.completes(param)
+        if not self.sharded.params and not self._warned:
             self._warned = True
             warn(
                 "step_in_backward() does nothing while a process group is initialized, because gradients may be "
-                "averaged after backward has computed them; step() updates everything, as without step_in_backward()",
+                "averaged after backward has computed them; step() updates everything, as without step_in_backward(). "
+                "With FSDP2, call step_in_backward(model=model)",
                 RuntimeWarning,
             )
         return True
@@ -107,6 +131,13 @@ class StepInBackward:
         # All at once, because one pass over the groups finds the place of every parameter.
         self.steps |= {other: AtomicStep(where, other) for other, where in places.items()}
         return self.steps[param]
+
+
+def record_stream(gradient: Tensor) -> None:
+    """Keep the memory of a gradient, which FSDP2 may have allocated on another stream, until the update has read it."""
+    shard = engine.shards.local(gradient)
+    if shard.is_cuda:
+        shard.record_stream(torch.cuda.current_stream(shard.device))
 
 
 def _remove(handles: dict[Tensor, RemovableHandle]) -> None:

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lucid import engine
 from lucid.engine.values import checked_flag, one_of, shown
 
 from .atomic_step import Inputs
-from .backward import StepInBackward, no_norm_in_backward
+from .backward import NO_SKIP, StepInBackward, no_norm_in_backward
+from .fsdp import Sharded
 from .gradients import NO_AMP, Amp
 from .groups import ParamGroup
 from .members import params_of
@@ -113,8 +114,11 @@ class Optimizer(StatefulOptimizer):
         own = vars(self)
         set_by_scaler = "grad_scale" in own or "found_inf" in own
         amp = Amp(own.get("grad_scale"), own.get("found_inf")) if set_by_scaler else NO_AMP
-        skipped = self._stepper.skipped.whole
-        return Inputs(self.param_groups, self._hyperparameters, self._settings, self._box, amp, skipped)
+        stepper = self._stepper
+        left = None if stepper.backward is None else stepper.backward.left
+        return Inputs(
+            self.param_groups, self._hyperparameters, self._settings, self._box, amp, stepper.skipped.whole, left
+        )
 
     def _drop_amp(self) -> None:
         """Drop the attributes that GradScaler sets: it deletes them only after a step that returns.
@@ -149,7 +153,10 @@ class Optimizer(StatefulOptimizer):
 
     @nonfinite.setter
     def nonfinite(self, value: NonFinite) -> None:
-        self._settings.nonfinite = one_of("nonfinite", value, NON_FINITE)
+        chosen = one_of("nonfinite", value, NON_FINITE)
+        if chosen == "skip" and self._stepper.backward is not None and self._stepper.backward.left is not None:
+            raise ValueError(NO_SKIP)
+        self._settings.nonfinite = chosen
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -197,24 +204,30 @@ class Optimizer(StatefulOptimizer):
 
     # Step in backward
 
-    def step_in_backward(self, on: bool = True) -> None:
+    def step_in_backward(self, on: bool = True, *, model: nn.Module | None = None) -> None:
         """Update each parameter during backward, as soon as its gradient is complete, and free the gradient.
 
         The bits are those of ordinary steps. This saves the memory of all gradients except the largest few. The rest of
         your training loop may stay as it is: `step` updates the parameters that still have a gradient, usually none.
-        Put all micro-batches except the last into `accumulate`. While a ``torch.distributed`` process group is
-        initialized, gradients may have to be averaged first. Then the hooks do nothing and `step` updates everything,
-        with a warning.
+        Put all micro-batches except the last into `accumulate`.
+
+        While a ``torch.distributed`` process group is initialized, gradients may have to be averaged first. FSDP2
+        averages before it calls hooks: give the model, and backward updates the parameters that its FSDP2 modules
+        shard. The hooks of all other parameters do nothing and `step` updates them, without ``model`` with a warning.
 
         Parameters
         ----------
         on : bool, default True
             False removes the hooks and switches back to ordinary steps.
+        model : torch.nn.Module, optional
+            The model after ``fully_shard``. Call `step` after each backward then, on all processes: what fails in
+            backward on one process raises there, on all of them.
 
         Raises
         ------
         ValueError
-            If ``max_grad_norm`` is set: the gradient norm is known only after the last gradient.
+            If ``max_grad_norm`` is set: the gradient norm is known only after the last gradient. If FSDP2 shards
+            parameters of ``model``, and the optimizer has none of them or ``nonfinite`` is ``"skip"``.
 
         Notes
         -----
@@ -237,10 +250,15 @@ class Optimizer(StatefulOptimizer):
         stepper, bound = self._stepper, self._settings.max_grad_norm
         if on and bound is not None:
             raise ValueError(no_norm_in_backward(bound))
-        if on and stepper.backward is None:
-            stepper.backward = StepInBackward(stepper.alone)
-            stepper.observations.clear()
-        elif not on and stepper.backward is not None:
+        if on:
+            sharded = Sharded(model, params_of(self.param_groups))
+            if sharded.params and self._settings.nonfinite == "skip":
+                raise ValueError(NO_SKIP)
+            if stepper.backward is None:
+                stepper.backward = StepInBackward(stepper.alone)
+                stepper.observations.clear()
+            stepper.backward.tell(sharded)
+        elif stepper.backward is not None:
             stepper.backward.remove()
             stepper.backward = None
         self._follow_hooks()

@@ -13,7 +13,7 @@ from torch import Tensor
 from lucid import engine
 
 from .atomic_step import AtomicStep, Inputs, Outcome
-from .backward import StepInBackward, UpdatesAlone
+from .backward import StepInBackward, UpdatesAlone, record_stream
 from .state_box import StateBox
 from .statistics import Observations
 
@@ -78,29 +78,52 @@ class Stepper:
 
     def step(self, inputs: Inputs, failed: Callable[[], None]) -> None:
         """Update every parameter that has a gradient, all of them or none. ``failed``: called if the step raises."""
-        outcome = self._run(self.whole, inputs, inputs.state, failed)
+        try:
+            outcome = self._run(self.whole, inputs, inputs.state, failed)
+        finally:
+            if inputs.left is not None:
+                inputs.left.clear()
         in_backward = self.backward is not None
         self.grad_norm = None if in_backward else outcome.norm
         self.observations.add(outcome.observed, None if in_backward else outcome.scale)
 
     def step_alone(self, param: Tensor, inputs: Callable[[], Inputs], failed: Callable[[], None]) -> None:
         """Update one parameter, whose gradient is complete in this backward, and free the gradient."""
-        if self.backward is None or self.accumulating or param.grad is None or self.backward.leaves_to_step():
+        backward = self.backward
+        if backward is None or self.accumulating or param.grad is None or backward.leaves_to_step(param):
             return
-        read = inputs()
-        step = self.backward.step_of(param, read.groups, self.confirm)
-        if step is None:
-            return
-        box = StateBox.of_one(param, read.state.peek().get(param))
+        left = backward.left if param in backward.sharded.params else None
         try:
-            outcome = self._run(step, read, box, failed)
+            outcome = self._update_alone(backward, param, inputs(), failed)
+        except Exception as error:
+            if left is None:
+                raise
+            left.keep(error)  # for step(): the other processes wait for this one in the rest of backward
+            return
+        if outcome is None:
+            return
+        if left is None:
+            if outcome.observed:
+                self.observations.add(outcome.observed, None)
+        else:
+            left.seen |= outcome.observed
+            record_stream(param.grad)
+        param.grad = None
+
+    def _update_alone(
+        self, backward: StepInBackward, param: Tensor, inputs: Inputs, failed: Callable[[], None]
+    ) -> Outcome | None:
+        """Update one parameter; return None if the groups no longer contain it."""
+        step = backward.step_of(param, inputs.groups, self.confirm)
+        if step is None:
+            return None
+        box = StateBox.of_one(param, inputs.state.peek().get(param))
+        try:
+            return self._run(step, inputs, box, failed)
         except BaseException:
             if step.written:
                 param.grad = None  # the update has used it, even if it raised afterwards
             raise
-        param.grad = None
-        if outcome.observed:
-            self.observations.add(outcome.observed, None)
 
     def _run(self, step: AtomicStep, inputs: Inputs, box: StateBox, failed: Callable[[], None]) -> Outcome:
         """Run a step under the lock; raise, without ``failed``, if a step of this thread is already running."""
