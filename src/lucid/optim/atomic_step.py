@@ -56,6 +56,9 @@ class Outcome(NamedTuple):
     observed: dict[Tensor, engine.Seen]
 
 
+_UPDATED = Outcome(False, None, 1.0, {})  # of an update whose gradients nobody has judged or observed
+
+
 class _NewEntry(NamedTuple):
     """New state of one parameter that users do not see yet."""
 
@@ -323,6 +326,8 @@ class AtomicStep:
                 with suppress(Exception):
                     self._observed(inputs, gathered, box)
             raise
+        if verdict is engine.UNJUDGED and not observe:
+            return _UPDATED
         observed = self._observed(inputs, gathered, box, seen) if observe else {}
         if isinstance(verdict, engine.HostVerdict):
             return Outcome(False, verdict.norm, verdict.scale, observed)
