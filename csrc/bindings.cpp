@@ -41,6 +41,7 @@ bool hold(nb::list dicts, nb::handle kind, nb::tuple keys, nb::list values) {
   for (size_t i = 0; i < n; ++i) {
     PyObject* const dict = PyList_GetItem(dicts.ptr(), static_cast<Py_ssize_t>(i));
     PyObject* const wanted = PyList_GetItem(values.ptr(), static_cast<Py_ssize_t>(i));
+    if (dict == nullptr || wanted == nullptr) throw nb::python_error();
     if (Py_TYPE(dict) != reinterpret_cast<PyTypeObject*>(kind.ptr()) || !PyDict_Check(dict)) return false;
     for (size_t k = 0; k < keys.size(); ++k) {
       const auto at = static_cast<Py_ssize_t>(k);

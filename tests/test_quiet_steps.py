@@ -273,6 +273,18 @@ def test_a_value_that_becomes_bad_is_refused_at_each_step_until_it_is_good(key):
     assert_same(results(world.run(2).optimizer), results(twin.run(2).optimizer))
 
 
+def test_groups_that_become_no_list_are_refused():
+    world, twin = World().run(SEALED), World().run(SEALED)
+    groups = world.optimizer.param_groups
+    world.set_gradients()
+    for bad in (tuple(groups), None, [*groups, None]):
+        world.optimizer.param_groups = bad
+        with pytest.raises(TypeError, match="param_groups"):
+            world.optimizer.step()
+    world.optimizer.param_groups = groups
+    assert_same(results(world.run(2).optimizer), results(twin.run(2).optimizer))
+
+
 def test_settings_of_a_running_optimizer_hold_from_the_next_step_on():
     param, optimizer = quiet()
     assert optimizer.grad_norm is None

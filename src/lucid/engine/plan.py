@@ -78,8 +78,9 @@ class Plan:
         reference to the state. If nobody has read it and nobody holds a reference to a part of it, the state is
         unchanged, and the plan does not read it again.
         """
-        for engine in self._engines[1:]:  # if an interrupt has prevented the last release
-            engine.release()
+        if len(self._engines) > 1:
+            for engine in self._engines[1:]:  # if an interrupt has prevented the last release
+                engine.release()
         return self._rows.gather(groups, state_box) if self._only == _only else None
 
     def bind(self, row: Row) -> None:

@@ -59,6 +59,9 @@ class Outcome(NamedTuple):
     observed: dict[Tensor, engine.Seen]
 
 
+_UPDATED = Outcome(False, None, 1.0, {})  # of an update whose gradients nobody has judged or observed
+
+
 class _Gathered(NamedTuple):
     """A gathered step: the plan with all rows bound, and for each group its parameters and hyperparameters."""
 
@@ -332,6 +335,8 @@ class AtomicStep:
                 with suppress(Exception):
                     self._observed(inputs, gathered, box)
             raise
+        if verdict is engine.UNJUDGED and not observe:
+            return _UPDATED
         observed = self._observed(inputs, gathered, box, seen) if observe else {}
         if isinstance(verdict, engine.HostVerdict):
             return Outcome(False, verdict.norm, verdict.scale, observed)

@@ -100,8 +100,8 @@ class Readings:
 
     def renew(self, groups: list[ParamGroup], read: Reading) -> None:
         """Read what the groups hold now; raise if a value is out of range."""
-        own = groups if self._only is None or type(groups) is not list else groups[self._only : self._only + 1]
-        if not (self._held and engine.hold(own, ParamGroup, _HELD, self._held)):
+        own = groups if self._only is None else groups[self._only : self._only + 1]
+        if not (self._held and isinstance(own, list) and engine.hold(own, ParamGroup, _HELD, self._held)):
             self._read(checked_groups(groups, read, self._only), read)
             return
         for index, group in enumerate(own):  # schedulers set another lr at each step

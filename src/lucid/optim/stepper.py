@@ -139,7 +139,7 @@ class Stepper:
                 try:
                     outcome = step.update(inputs, box)
                 finally:
-                    if step in self._unconfirmed or step.counts.assumed or step.counts.left_out:
+                    if self._unconfirmed or step.counts.assumed or step.counts.left_out:
                         self._count(step)
                 if outcome.skipped:
                     self.skipped.count(step, 1)

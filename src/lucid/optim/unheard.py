@@ -9,11 +9,18 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torchs
 
 from lucid import engine
+
+try:
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback  # None where torch.compile does not run
+except ImportError:  # a torch that has renamed it: as if torch.compile ran everywhere
+
+    def get_eval_frame_callback() -> Any:  # type: ignore[misc]
+        return False
+
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,6 +67,7 @@ def _skipped(function: Callable[..., Any]) -> Callable[..., Any]:
     """Tell torch.compile not to look into a function, though into those that it calls."""
     from torch._dynamo import eval_frame  # late, because it takes a second; torch does so when it adds the first group
 
-    eval_frame.skip_code(function.__code__)
+    if hasattr(eval_frame, "skip_code"):
+        eval_frame.skip_code(function.__code__)
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
