@@ -19,6 +19,7 @@ import lucid.optim as optim
 from bits import SEALED, draw, on, peek, same
 from deciding import decisions
 from launchers import Device
+from lucid import engine
 from lucid.engine import only
 from sharded import SHAPES, assert_whole, everyone_has, give_gradients, spread_over, whole
 from test_device_ranks import device
@@ -295,6 +296,29 @@ def too_large_after_clipping():
 
 def test_a_clipped_gradient_that_is_too_large(ranks):
     ranks.run(2, too_large_after_clipping)
+
+
+def captured_steps():
+    """They are refused on every process, without an exchange."""
+    mesh = init_device_mesh("cpu", (2,))
+    with device(Device()), on("cuda"):
+        ours, theirs, spread, plain = pair(mesh, max_grad_norm=0.5)
+        for step in range(3):
+            give_gradients(spread, plain, step)
+            if step == 2:
+                capturing = mock.patch.object(engine.cuda, "is_capturing", return_value=True)
+                all_reduce = mock.patch.object(distributed, "all_reduce")
+                with capturing, all_reduce as reduce, pytest.raises(RuntimeError, match="not sharded"):
+                    ours.step()
+                assert not reduce.called
+            ours.step()
+            with only("cpu"):
+                theirs.step()
+        assert_whole(ours, theirs)
+
+
+def test_captured_steps_are_refused(ranks):
+    ranks.run(2, captured_steps)
 
 
 def a_long_run():

@@ -375,6 +375,8 @@ class AtomicStep:
 
     def _tell_others(self, inputs: Inputs) -> None:
         """Tell the processes that wait for this one that it cannot step."""
+        if engine.cuda.is_capturing():  # which is refused on every process
+            return
         with suppress(Exception):  # the caller raises the error that made the step fail
             groups = [group for group in inputs.groups if isinstance(group, dict)]
             params = params_of(groups)
