@@ -84,7 +84,8 @@ def test_a_step_of_sharded_parameters_never_waits(options, tensors, dims):
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert same(optimizer.grad_norm.cpu(), twin.grad_norm), step
+        if twin.grad_norm is not None:  # else its host knew without measuring
+            assert same(optimizer.grad_norm.cpu(), twin.grad_norm), step
     assert optimizer.skipped_steps == twin.skipped_steps == tensors + ("nonfinite" in options)
     for mine, its in zip(ours, theirs, strict=True):
         assert same(local(mine), its.detach())
