@@ -176,6 +176,29 @@ def test_others_raise_when_they_next_look(ranks, notice):
     ranks.run(2, one_fails, spoil_state, notice, {"nonfinite": "skip"})
 
 
+def measuring_fails():
+    """On one process's host: it takes part in the exchange all the same."""
+    mesh = init_device_mesh("cpu", (2,))
+    ours, theirs, spread, plain = pair(mesh, max_grad_norm=0.5)
+    for step in range(4):
+        give_gradients(spread, plain, step)
+        if step == 2:
+            if distributed.get_rank() == 1:
+                failing = mock.patch.object(engine.Plan, "measure", side_effect=MemoryError("no memory"))
+                with failing, pytest.raises(MemoryError):
+                    ours.step()
+            else:
+                with pytest.raises(RuntimeError, match=OTHER):
+                    ours.step()
+        ours.step()
+        theirs.step()
+    assert_whole(ours, theirs)
+
+
+def test_a_host_that_cannot_measure_tells_the_others(ranks):
+    ranks.run(2, measuring_fails)
+
+
 def the_exchange_fails():
     """On every process, before anything is written; it is not tried again."""
     mesh = init_device_mesh("cpu", (2,))

@@ -96,12 +96,16 @@ class _NewState:
 
 
 class _Gathered(NamedTuple):
-    """A gathered step: the plan with all rows bound, and for each group its parameters and hyperparameters."""
+    """A gathered step: the plan with all rows bound, and for each group its parameters and hyperparameters.
+
+    ``exchanges``: whether processes exchange words in this step.
+    """
 
     plan: engine.Plan
     agreement: Agreement
     params: list[list[Tensor]]
     hyperparameters: list[Hyperparameters]
+    exchanges: bool
 
 
 class AtomicStep:
@@ -137,19 +141,18 @@ class AtomicStep:
                 if self.counts.alarmed:
                     self.counts.confirm()
                 gathered = self._gather(inputs, box, new)
-                exchanges = self._exchanges(inputs, [hyper.lr for hyper in gathered.hyperparameters])
-                verdict = self._left_to_device(inputs, gathered, new, exchanges=exchanges)
+                verdict = self._left_to_device(inputs, gathered, new)
                 scale = 1.0 if verdict else scale_of(inputs.amp.grad_scale)
                 found_inf = not verdict and found_inf_in(inputs.amp.found_inf)
                 recipes = self._recipes(gathered, verdict)
                 if verdict is not None:
                     return self._write(inputs, gathered, box, new, recipes, verdict)
                 begun = self._has_begun(gathered, box, new)
+                judged, begun = self._judge(inputs, gathered, scale, found_inf, begun)
             except Exception:
                 if not self._exchanged:
                     self._tell_others(inputs)
                 raise
-            judged, begun = self._judge(inputs, gathered, scale, found_inf, begun=begun, exchanges=exchanges)
             # If gradients are judged, all processes skip together. Otherwise others may step and exchange
             # observations, so this process must take part in that exchange.
             if judged.skip:
@@ -195,7 +198,8 @@ class AtomicStep:
             if not all(self._agreement.knows(row, every[row]) for row in changed):
                 self._agreement = Agreement(every, inputs.settings.shard_group)
             self.plan.compare()
-        return _Gathered(self.plan, self._agreement, params, hyperparameters)
+        exchanges = bool(self._agreement) and self._exchanges(inputs, [hyper.lr for hyper in hyperparameters])
+        return _Gathered(self.plan, self._agreement, params, hyperparameters, exchanges)
 
     # Check
 
@@ -231,9 +235,7 @@ class AtomicStep:
             engine.check_memory(row)
             yield row
 
-    def _left_to_device(
-        self, inputs: Inputs, gathered: _Gathered, new: _NewState, *, exchanges: bool
-    ) -> engine.DeviceVerdict | None:
+    def _left_to_device(self, inputs: Inputs, gathered: _Gathered, new: _NewState) -> engine.DeviceVerdict | None:
         """Return what the device needs if it decides this step, else None; confirm step counts if the host decides."""
         plan, counts = gathered.plan, self.counts
         captured = counts.captured
@@ -250,7 +252,7 @@ class AtomicStep:
             inputs.amp,
             gathered.hyperparameters,
             gathered.agreement,
-            self._exchange if exchanges and gathered.agreement else None,
+            self._exchange if gathered.exchanges else None,
             fresh=bool(new.entries),
         )
         waits = verdict is None or (captured and not verdict.captured)
@@ -273,6 +275,11 @@ class AtomicStep:
         self._exchanged = True
         return self._agreement.exchange(words)
 
+    def _total(self, words: list[int]) -> list[int]:
+        assert self._agreement is not None
+        self._exchanged = True
+        return self._agreement.total(words)
+
     def _recipes(self, gathered: _Gathered, verdict: engine.DeviceVerdict | None) -> list[engine.Recipe]:
         """Return the recipes of this step's scalars; learning rate tensors are read unless the device reads them."""
         plan, hyperparameters = gathered.plan, gathered.hyperparameters
@@ -287,7 +294,7 @@ class AtomicStep:
     # Judge
 
     def _judge(
-        self, inputs: Inputs, gathered: _Gathered, scale: float, found_inf: bool, *, begun: bool, exchanges: bool
+        self, inputs: Inputs, gathered: _Gathered, scale: float, found_inf: bool, begun: bool
     ) -> tuple[engine.HostVerdict, bool]:
         def described() -> Iterator[Described]:
             for row, member in enumerate(self._members(inputs.groups)):
@@ -298,18 +305,8 @@ class AtomicStep:
                     yield Described(member.name, member.param, gradient)
 
         untouched = "nothing was updated" if self.only is None else "it was not updated"
-        agreement = gathered.agreement
-        return host_verdict(
-            gathered.plan,
-            agreement,
-            inputs.settings,
-            scale,
-            found_inf,
-            begun,
-            exchanges and bool(agreement),
-            described,
-            untouched,
-        )
+        plan, agreement, total = gathered.plan, gathered.agreement, self._total if gathered.exchanges else None
+        return host_verdict(plan, agreement, inputs.settings, scale, found_inf, begun, total, described, untouched)
 
     def _has_begun(self, gathered: _Gathered, box: StateBox, new: _NewState) -> bool:
         """Whether this step is not, as far as this process knows, one by which torch creates the optimizer's state.
