@@ -51,7 +51,7 @@ def one_norm(engine_name):
             assert_whole(ours, theirs, f"{placements}")
 
 
-@pytest.mark.parametrize("engine_name", ["cpu", "reference"])
+@pytest.mark.parametrize("engine_name", ["cpu", "reference", "cuda"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_the_norm_is_of_all_gradients(ranks, world, engine_name):
     ranks.run(world, one_norm, engine_name)
@@ -113,7 +113,7 @@ def all_skip_together(engine_name, bad):
         assert all(float(peek(ours)[param]["step"]) == 2 for param in spread)
 
 
-@pytest.mark.parametrize("engine_name", ["cpu", "reference"])
+@pytest.mark.parametrize("engine_name", ["cpu", "reference", "cuda"])
 @pytest.mark.parametrize("bad", [NAN, INF, 1e20])
 def test_a_bad_gradient_on_one_rank_is_skipped_or_told_by_all(ranks, bad, engine_name):
     ranks.run(3, all_skip_together, engine_name, bad)

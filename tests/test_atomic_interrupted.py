@@ -66,7 +66,7 @@ PLACES = {
     "write": (engine.Plan, "_write"),
     "scalars": (engine.Scalars, "of"),
     "adopt": (atomic_step._NewState, "adopt"),
-    "initialising": (atomic_step.AtomicStep, "_is_initialising"),
+    "begun": (atomic_step.AtomicStep, "_has_begun"),
     "judged": (atomic_step.AtomicStep, "_judge"),
     "complete": (formats.StateFormat, "complete"),
     "new slot": (formats.Slot, "new"),
@@ -80,6 +80,7 @@ PLACES = {
 ON_DEVICE = {
     **{place: PLACES[place] for place in ("gather", "bind", "steps", "scalars", "increment_version", "run", "write")},
     "prepare": (CUDA, "prepare"),
+    "exchange": (CUDA, "exchange"),
     "upload": (Interpreter, "upload"),
 }
 

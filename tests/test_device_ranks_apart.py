@@ -19,6 +19,7 @@ import lucid.optim as optim
 from bits import SEALED, draw, on, peek, same
 from deciding import decisions
 from launchers import Device
+from lucid import engine
 from lucid.engine import only
 from sharded import SHAPES, assert_whole, everyone_has, give_gradients, spread_over, whole
 from test_device_ranks import device
@@ -175,6 +176,29 @@ def test_others_raise_when_they_next_look(ranks, notice):
     ranks.run(2, one_fails, spoil_state, notice, {"nonfinite": "skip"})
 
 
+def measuring_fails():
+    """On one process's host: it takes part in the exchange all the same."""
+    mesh = init_device_mesh("cpu", (2,))
+    ours, theirs, spread, plain = pair(mesh, max_grad_norm=0.5)
+    for step in range(4):
+        give_gradients(spread, plain, step)
+        if step == 2:
+            if distributed.get_rank() == 1:
+                failing = mock.patch.object(engine.Plan, "measure", side_effect=MemoryError("no memory"))
+                with failing, pytest.raises(MemoryError):
+                    ours.step()
+            else:
+                with pytest.raises(RuntimeError, match=OTHER):
+                    ours.step()
+        ours.step()
+        theirs.step()
+    assert_whole(ours, theirs)
+
+
+def test_a_host_that_cannot_measure_tells_the_others(ranks):
+    ranks.run(2, measuring_fails)
+
+
 def the_exchange_fails():
     """On every process, before anything is written; it is not tried again."""
     mesh = init_device_mesh("cpu", (2,))
@@ -295,6 +319,29 @@ def too_large_after_clipping():
 
 def test_a_clipped_gradient_that_is_too_large(ranks):
     ranks.run(2, too_large_after_clipping)
+
+
+def captured_steps():
+    """They are refused on every process, without an exchange."""
+    mesh = init_device_mesh("cpu", (2,))
+    with device(Device()), on("cuda"):
+        ours, theirs, spread, plain = pair(mesh, max_grad_norm=0.5)
+        for step in range(3):
+            give_gradients(spread, plain, step)
+            if step == 2:
+                capturing = mock.patch.object(engine.cuda, "is_capturing", return_value=True)
+                all_reduce = mock.patch.object(distributed, "all_reduce")
+                with capturing, all_reduce as reduce, pytest.raises(RuntimeError, match="not sharded"):
+                    ours.step()
+                assert not reduce.called
+            ours.step()
+            with only("cpu"):
+                theirs.step()
+        assert_whole(ours, theirs)
+
+
+def test_captured_steps_are_refused(ranks):
+    ranks.run(2, captured_steps)
 
 
 def a_long_run():

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from lucid.engine import numbers
+from lucid.engine import exact_sum, numbers
 from lucid.engine.cuda import decide, formats, kernels, squares
 from lucid.engine.row import ROLES
 
 SOURCES = {
-    name: (Path(__file__).parents[1] / "csrc" / name).read_text() for name in ("kernels.h", "rows.h", "bindings.cpp")
+    name: (Path(__file__).parents[1] / "csrc" / name).read_text()
+    for name in ("kernels.h", "rows.h", "bindings.cpp", "exact_sum.h")
 }
 
 
@@ -55,6 +56,16 @@ def test_constants_are_those_of_csrc():
     assert constant("step_role", "rows.h") == numbers.STEP_ROLE
     assert constant("stream_role", "rows.h") == numbers.STREAM_ROLE
     assert constant("words_of_set", "bindings.cpp") == numbers.SET
+
+
+def test_sums_are_those_of_csrc():
+    assert constant("sum_words", "exact_sum.h") == exact_sum.WORDS == exact_sum.Count.NAN
+    assert constant("word_bits", "exact_sum.h") == exact_sum.WORD_BITS
+    assert constant("lowest_exponent", "exact_sum.h") == exact_sum.LOWEST
+    assert "nan_count = sum_words, infinite_count, large_count" in SOURCES["exact_sum.h"]
+    counts = int(re.search(r"total_words = sum_words \+ (\d+)", SOURCES["exact_sum.h"]).group(1))
+    assert exact_sum.WORDS + counts == exact_sum.TOTAL_WORDS == max(exact_sum.Count) + 1
+    assert [squares.WORDS.value, squares.TOTAL_WORDS.value] == [exact_sum.WORDS, exact_sum.TOTAL_WORDS]
 
 
 @pytest.mark.parametrize("ours", [numbers.Column, numbers.Operand, numbers.Scalar, numbers.Told, numbers.ToldOfSet])

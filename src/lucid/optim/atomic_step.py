@@ -63,12 +63,16 @@ _UPDATED = Outcome(False, None, 1.0, {})  # of an update whose gradients nobody 
 
 
 class _Gathered(NamedTuple):
-    """A gathered step: the plan with all rows bound, and for each group its parameters and hyperparameters."""
+    """A gathered step: the plan with all rows bound, and for each group its parameters and hyperparameters.
+
+    ``exchanges``: whether processes exchange words in this step.
+    """
 
     plan: engine.Plan
     agreement: Agreement
     params: list[list[Tensor]]
     hyperparameters: list[Hyperparameters]
+    exchanges: bool
 
 
 class AtomicStep:
@@ -108,10 +112,7 @@ class AtomicStep:
                 if left is not None:
                     left.check()
                 gathered = self._gather(inputs, box, new)
-                exchanges = bool(gathered.agreement) and self._exchanges(
-                    inputs, [hyper.lr for hyper in gathered.hyperparameters]
-                )
-                verdict = self._left_to_device(inputs, gathered, new, exchanges=exchanges)
+                verdict = self._left_to_device(inputs, gathered, new)
                 scale, found_inf = 1.0, False
                 if verdict is None and inputs.amp is not NO_AMP:
                     scale, found_inf = scale_of(inputs.amp.grad_scale), found_inf_in(inputs.amp.found_inf)
@@ -123,11 +124,11 @@ class AtomicStep:
                 if verdict is not None:
                     return self._write(inputs, gathered, box, new, recipes, verdict)
                 begun = self._has_begun(gathered, box, new)
+                judged, begun = self._judge(inputs, gathered, scale, found_inf, begun)
             except Exception:
                 if not self._exchanged:
                     self._tell_others(inputs, left)
                 raise
-            judged, begun = self._judge(inputs, gathered, scale, found_inf, begun=begun, exchanges=exchanges)
             # If gradients are judged, all processes skip together. Otherwise others may step and exchange
             # observations, so this process must take part in that exchange.
             if judged.skip:
@@ -172,7 +173,8 @@ class AtomicStep:
             if not all(self._agreement.knows(row, every[row]) for row in changed):
                 self._agreement = self._agreement_of(every, inputs)
             self.plan.compare()
-        return _Gathered(self.plan, self._agreement, params, hyperparameters)
+        exchanges = bool(self._agreement) and self._exchanges(inputs, [hyper.lr for hyper in hyperparameters])
+        return _Gathered(self.plan, self._agreement, params, hyperparameters, exchanges)
 
     def _agreement_of(self, params: list[Tensor], inputs: Inputs) -> Agreement:
         """Return with whom this step decides: in backward, where no process must wait for another, with nobody."""
@@ -212,9 +214,7 @@ class AtomicStep:
             engine.check_memory(row)
             yield row
 
-    def _left_to_device(
-        self, inputs: Inputs, gathered: _Gathered, new: NewState, *, exchanges: bool
-    ) -> engine.DeviceVerdict | None:
+    def _left_to_device(self, inputs: Inputs, gathered: _Gathered, new: NewState) -> engine.DeviceVerdict | None:
         """Return what the device needs if it decides this step, else None; confirm step counts if the host decides."""
         plan, counts = gathered.plan, self.counts
         captured = counts.captured
@@ -233,7 +233,7 @@ class AtomicStep:
             inputs.amp,
             gathered.hyperparameters,
             gathered.agreement,
-            self._exchange if exchanges else None,
+            self._exchange if gathered.exchanges else None,
             fresh=bool(new.entries),
         )
         waits = verdict is None or (captured and not verdict.captured)
@@ -256,6 +256,11 @@ class AtomicStep:
         self._exchanged = True
         return self._agreement.exchange(words)
 
+    def _total(self, words: list[int]) -> list[int]:
+        assert self._agreement is not None
+        self._exchanged = True
+        return self._agreement.total(words)
+
     def _recipes(self, gathered: _Gathered, verdict: engine.DeviceVerdict | None) -> list[engine.Recipe]:
         """Return the recipes of this step's scalars; learning rate tensors are read unless the device reads them."""
         plan, hyperparameters = gathered.plan, gathered.hyperparameters
@@ -272,9 +277,9 @@ class AtomicStep:
     # Judge
 
     def _judge(
-        self, inputs: Inputs, gathered: _Gathered, scale: float, found_inf: bool, *, begun: bool, exchanges: bool
+        self, inputs: Inputs, gathered: _Gathered, scale: float, found_inf: bool, begun: bool
     ) -> tuple[engine.HostVerdict, bool]:
-        if inputs.amp is NO_AMP and not inputs.settings.judges and not exchanges:
+        if inputs.amp is NO_AMP and not inputs.settings.judges and not gathered.exchanges:
             return engine.UNJUDGED, begun
 
         def described() -> Iterator[Described]:
@@ -286,17 +291,8 @@ class AtomicStep:
                     yield Described(member.name, member.param, gradient)
 
         untouched = "nothing was updated" if self.only is None else "it was not updated"
-        return host_verdict(
-            gathered.plan,
-            gathered.agreement,
-            inputs.settings,
-            scale,
-            found_inf,
-            begun,
-            exchanges,
-            described,
-            untouched,
-        )
+        plan, agreement, total = gathered.plan, gathered.agreement, self._total if gathered.exchanges else None
+        return host_verdict(plan, agreement, inputs.settings, scale, found_inf, begun, total, described, untouched)
 
     def _has_begun(self, gathered: _Gathered, box: StateBox, new: NewState) -> bool:
         """Whether this step is not, as far as this process knows, one by which torch creates the optimizer's state.
@@ -368,6 +364,9 @@ class AtomicStep:
     def _tell_others(self, inputs: Inputs, left: LeftToStep | None) -> None:
         """Tell the processes that wait for this one that it cannot step. ``left``: if they ask about backward too."""
         if self.only is not None:
+    def _tell_others(self, inputs: Inputs) -> None:
+        """Tell the processes that wait for this one that it cannot step."""
+        if engine.cuda.is_capturing():  # which is refused on every process
             return
         with suppress(Exception):  # the caller raises the error that made the step fail
             groups = [group for group in inputs.groups if isinstance(group, dict)]

@@ -57,23 +57,23 @@ def host_verdict(
     scale: float,
     found_inf: bool,
     begun: bool,
-    exchanges: bool,
+    exchange: Callable[[list[int]], list[int]] | None,
     described: Callable[[], Iterable[Described]],
     untouched: str,
 ) -> tuple[engine.HostVerdict, bool]:
     """Measure the gradients if the settings need it, decide this step, and return whether any process has begun.
 
-    ``begun``: whether this process has, see `Count.BEGUN`. ``exchanges``: whether processes exchange words in this
-    step. ``described``: returns the rows of this step. ``untouched``: the words in the error message for what was not
-    updated.
+    ``begun``: whether this process has, see `Count.BEGUN`. ``exchange``: `Agreement.total` if processes exchange in
+    this step, else None. ``described``: returns the rows of this step. ``untouched``: the words in the error message
+    for what was not updated.
     """
     max_norm, nonfinite = settings.max_grad_norm, settings.nonfinite
-    if not exchanges and (not settings.judges or (max_norm is None and found_inf)):
+    if exchange is None and (not settings.judges or (max_norm is None and found_inf)):
         return engine.HostVerdict(1.0 / scale, None, scale, found_inf), begun
     words = plan.measure(scale, agreement.kinds) if settings.judges else blank(agreement.kinds)
     words[Count.BAD] += found_inf
     words[Count.BEGUN] = begun
-    total = agreement.total(words)
+    total = words if exchange is None else exchange(words)
     finding = worst_in(total)
     check_others(finding)
     begun = total[Count.BEGUN] > 0

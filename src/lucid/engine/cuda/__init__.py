@@ -1,9 +1,9 @@
 """The CUDA engine: Triton kernels, each launched once for all rows of one kind.
 
-Three modules are in Triton: ``adamw.py`` is the rule, ``formats.py`` loads and stores values, ``kernels.py`` has the
-kernels. ``row_table.py`` makes the tables of rows that kernels read, ``launch.py`` launches kernels,
-``device_tables.py`` holds the tables on one device, and ``device.py`` runs a step. These modules import Triton; they
-are imported when the first row on a GPU is bound.
+Five modules are in Triton: ``adamw.py`` is the rule, ``formats.py`` loads and stores values, ``kernels.py`` updates,
+``squares.py`` adds squares exactly, and ``decide.py`` decides a step. ``row_table.py`` makes the tables of rows that
+kernels read, ``launch.py`` launches kernels, ``device_tables.py`` holds the tables on one device, and ``device.py``
+runs a step. These modules import Triton; they are imported when the first row on a GPU is bound.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ class DeviceTables:
 
         ``kinds``: as in `DeviceVerdict`.
         """
-        if self._measuring is None or kinds != self._kinds:
+        if self._measuring is None or (kinds is not self._kinds and kinds != self._kinds):
             count = 1 if kinds is None else 1 + max(kinds)
             found = self.row_table.squares(self.device, kinds, self.launcher.measuring)
             tables = self._put([each.programs.packed for each in found]) if found else []
