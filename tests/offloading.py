@@ -1,4 +1,4 @@
-"""State on the host where no GPU is: copies that happen as late as they may, of rows that are all taken for offloaded."""
+"""State on the host where no GPU is: copies that happen as late as they may, of rows taken for offloaded."""
 
 import torch
 
