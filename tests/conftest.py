@@ -20,6 +20,7 @@ SHARED = [path.stem for path in Path(__file__).parent.glob("*.py") if not path.s
 pytest.register_assert_rewrite(*SHARED)
 
 import quick  # noqa: E402
+from capturing import capturing  # noqa: E402, F401
 from interpreter import quicken  # noqa: E402
 from launchers import device  # noqa: E402, F401
 from ranks import ranks  # noqa: E402, F401

@@ -1,0 +1,72 @@
+"""Guards that features compose: every pair on in one training gives the bits of the plain loop, or is refused."""
+
+import re
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+from bits import on
+from composing import SHARDED, TITLES, Training, assert_alike, excluded, matrix
+from offloading import offload_all
+
+ALONE = [feature for feature in TITLES if feature not in (*SHARDED, "capture", "host")]
+
+
+@pytest.mark.parametrize("engine_name", ["cpu", "cuda"])
+@pytest.mark.parametrize("one", ALONE)
+def test_pairs_on_one_process(one, engine_name):
+    for other in ALONE[ALONE.index(one) :]:
+        if excluded(one, other):
+            continue
+        features = {one, other}
+        with on(engine_name):
+            ours = Training(features).run()
+        assert_alike(ours, Training(features, twin=True).run(), features)
+
+
+@pytest.mark.parametrize("other", [each for each in ALONE if not excluded("capture", each)])
+def test_pairs_with_a_captured_step(other, capturing):
+    features = {"capture", other}
+    with on("cuda"):
+        ours = Training(features, capturing=capturing).run()
+    assert_alike(ours, Training(features, twin=True).run(), features)
+
+
+@pytest.mark.parametrize("other", ALONE)
+def test_pairs_with_state_on_the_host(other, monkeypatch):
+    features, log = {"host", other}, []
+    with monkeypatch.context() as patch:
+        offload_all(patch, log)
+        ours = Training(features).run()
+    assert log
+    assert_alike(ours, Training(features, twin=True).run(), features)
+
+
+def pairs_of_ranks(one, others, engine_name):
+    torch._dynamo.reset()
+    failed = []
+    for other in others:
+        features = {one, other}
+        try:
+            with on(engine_name):
+                ours = Training(features).run()
+            assert_alike(ours, Training(features, twin=True).run(), features)
+        except Exception:
+            failed.append(f"{sorted(features)}: {traceback.format_exc()[-1500:]}")
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("engine_name", ["cpu", "cuda"])
+@pytest.mark.parametrize("one", SHARDED)
+def test_pairs_on_several_processes(ranks, one, engine_name):
+    others = [*ALONE, *SHARDED[: SHARDED.index(one)]]
+    others = [other for other in others if not excluded(one, other)]
+    ranks.run(4 if one == "hsdp" or "tp" in (one,) else 2, pairs_of_ranks, one, others, engine_name)
+
+
+def test_the_page_has_these_pairs():
+    page = (Path(__file__).parents[1] / "docs/compose.md").read_text()
+    _, table, _ = re.split(r"<!-- (?:matrix|end) -->", page)
+    assert table.strip() == matrix()
