@@ -28,12 +28,17 @@ struct Used {
   V root, update;
 };
 
-// One step of a vector of elements.
-template <bool amsgrad, class V, class T>
-[[gnu::always_inline]] inline Used<V> adamw(const Scalars<T>& h, V& theta, V gradient, V& m, V& v, V& w) {
+// The two running averages of a vector of elements.
+template <class V, class T>
+[[gnu::always_inline]] inline void average(const Scalars<T>& h, V gradient, V& m, V& v) {
   const V g = h.scaled ? h.f * gradient : gradient;
   m = mean(m, g, h.weight1, h.from_average1);
   v = mean(v, g * g, h.weight2, h.from_average2);
+}
+
+// The rest of the step.
+template <bool amsgrad, class V, class T>
+[[gnu::always_inline]] inline Used<V> move_param(const Scalars<T>& h, V& theta, V m, V v, V& w) {
   w = amsgrad ? maximum(w, v) : v;
   const V root = square_root(w);
   const V update = h.d * theta + (h.k * m) / (root * h.s + h.e);
