@@ -30,12 +30,12 @@ template <class T, int N, class Part>
   return count < lanes ? (lane_numbers() < static_cast<uint32_t>(count) ? x : Bits{}) : x;
 }
 
-// The parameters' part of a step, for the elements from index i on.
+// The parameters' part of a step, for the elements from index i on. theta: the parameters, loaded.
 template <class Param, class Gradient, bool amsgrad, class T, int N>
 [[gnu::always_inline]] inline void move_params(const Scalars<T>& h, const Slice& s, int64_t i, int64_t count,
-                                               const Vector<T> (&m)[N], const Vector<T> (&v)[N]) {
-  Vector<T> theta[N], w[N] = {};
-  Param::load(s, i, count, theta);
+                                               Vector<T> (&theta)[N], const Vector<T> (&m)[N],
+                                               const Vector<T> (&v)[N]) {
+  Vector<T> w[N] = {};
   if constexpr (amsgrad) load_vectors(static_cast<const T*>(s.at[max_exp_avg_sq]) + i, count, w);
   if (s.observed == nullptr) [[likely]] {
     for (int n = 0; n < N; ++n) move_param<amsgrad>(h, theta[n], m[n], v[n], w[n]);
@@ -60,12 +60,13 @@ void update(const Scalars<typename Param::Compute>& scalars, const Slice& slice)
     Draws draws(s.key, s.number + begin);
     const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
       constexpr int N = decltype(vectors)::number;
-      Vector<T> g[N], m[N], v[N];
+      Vector<T> theta[N], g[N], m[N], v[N];
+      Param::load(s, i, count, theta);
       Gradient::load(s, i, count, g);
       Moments::template load<exp_avg>(s, i, count, m);
       Moments::template load<exp_avg_sq>(s, i, count, v);
       for (int n = 0; n < N; ++n) average(h, g[n], m[n], v[n]);
-      move_params<Param, Gradient, amsgrad>(h, s, i, count, m, v);
+      move_params<Param, Gradient, amsgrad>(h, s, i, count, theta, m, v);
       Bits drawn[N] = {};
       if constexpr (Moments::draws) draws.next(drawn);
       Moments::template store<exp_avg>(s, i, count, m, drawn);
@@ -84,17 +85,16 @@ struct Block {
   alignas(64) float m[block], v[block];
 };
 
-// Calls part(Vectors<n>, i, count) for elements of a block: four vectors at a time, and at the end one. A whole block
-// is compiled for itself.
-template <class Part>
+// The same for a block, four vectors at a time. With `usual`, a whole block is compiled for itself.
+template <bool usual, class Part>
 [[gnu::always_inline]] inline void for_each_vector_of_block(int64_t begin, int64_t end, Part part) {
-  if (end - begin == block) [[likely]] {
+  if (!usual || end - begin < block) {
+    for_each_vector<float, 4>(begin, end, part);
+  } else {
     for (int64_t i = begin; i < begin + block; i += 8 * lanes) {
       part(Vectors<4>{}, i, 4 * lanes);
       part(Vectors<4>{}, i + 4 * lanes, 4 * lanes);
     }
-  } else {
-    for_each_vector<float, 4>(begin, end, part);
   }
 }
 
@@ -103,7 +103,7 @@ template <int N, class V>
 inline V (&some_of(V* x)) [N] { return *reinterpret_cast<V(*)[N]>(x); }
 
 // Decodes the moments of a block and averages them with the gradient.
-template <class Gradient>
+template <bool usual, class Gradient>
 [[gnu::always_inline]] inline void average_block(const Scalars<float>& h, const Slice& s, float m_scale, float v_scale,
                                                  Block& b) {
   // The processor does not prefetch the gradient by itself in time: -7 % from memory.
@@ -127,12 +127,12 @@ template <class Gradient>
       most_v = larger(most_v, first_of(bits_of(v[n]), N == 1 ? count : lanes));  // a negative v makes the scale NaN
     }
   };
-  for_each_vector_of_block(b.begin, b.end, part);
+  for_each_vector_of_block<usual>(b.begin, b.end, part);
   b.most = largest(most_m, most_v);
 }
 
 // Moves the parameters of a block and encodes its moments.
-template <class Param, class Gradient, bool amsgrad>
+template <bool usual, class Param, class Gradient, bool amsgrad>
 [[gnu::always_inline]] inline void move_block(const Scalars<float>& h, const Slice& s, const Block& b) {
   auto* const m_codes = static_cast<uint8_t*>(s.at[exp_avg]);
   auto* const v_codes = static_cast<uint8_t*>(s.at[exp_avg_sq]);
@@ -148,7 +148,9 @@ template <class Param, class Gradient, bool amsgrad>
       }
       constexpr int at_once = N == 1 ? 1 : 2;
       for (int n = 0; n < N; n += at_once) {
-        move_params<Param, Gradient, amsgrad>(h, s, i + n * lanes, count, some_of<at_once>(m + n),
+        Float theta[at_once];
+        Param::load(s, i + n * lanes, count, theta);
+        move_params<Param, Gradient, amsgrad>(h, s, i + n * lanes, count, theta, some_of<at_once>(m + n),
                                               some_of<at_once>(v + n));
       }
       Bits below[N];
@@ -157,7 +159,7 @@ template <class Param, class Gradient, bool amsgrad>
       encode_signed(m_codes + i, count, b.scales.inverse[0], m, below);
       encode_unsigned(v_codes + i, count, b.scales.inverse[1], v, below);
     };
-    for_each_vector_of_block(begin, end, part);
+    for_each_vector_of_block<usual>(begin, end, part);
     begin = end;
   }
   // A value that is not finite makes the whole block NaN; its codes mean nothing and are set to zero.
@@ -167,7 +169,7 @@ template <class Param, class Gradient, bool amsgrad>
 }
 
 // Some blocks at a time, because a block waits long for its scale: two divisions after its last element.
-template <class Param, class Gradient, bool amsgrad>
+template <bool usual, class Param, class Gradient, bool amsgrad>
 [[gnu::always_inline]] inline void update_blocks(const Scalars<float>& h, const Slice& s) {
   auto* const m_scales = static_cast<float*>(s.at[exp_avg_scale]);
   auto* const v_scales = static_cast<float*>(s.at[exp_avg_sq_scale]);
@@ -183,14 +185,14 @@ template <class Param, class Gradient, bool amsgrad>
       b.begin = end;
       b.end = end += least(block, s.row - in_row);
       in_row = in_row + block < s.row ? in_row + block : 0;
-      average_block<Gradient>(h, s, m_scales[number + count], v_scales[number + count], b);
+      average_block<usual, Gradient>(h, s, m_scales[number + count], v_scales[number + count], b);
     }
     for (int n = 0; n < count; ++n, ++number) {
       blocks[n].scales = scales_of(blocks[n].most);
       m_scales[number] = blocks[n].scales.scale[0];
       v_scales[number] = blocks[n].scales.scale[1];
     }
-    for (int n = 0; n < count; ++n) move_block<Param, Gradient, amsgrad>(h, s, blocks[n]);
+    for (int n = 0; n < count; ++n) move_block<usual, Param, Gradient, amsgrad>(h, s, blocks[n]);
   }
 }
 
@@ -201,9 +203,9 @@ void update_eight_bit(const Scalars<float>& scalars, const Slice& slice) noexcep
   if (h.from_average1 && h.from_average2 && s.observed == nullptr) {
     h.from_average1 = h.from_average2 = true;  // compiled again without these branches, which cost 10 %
     s.observed = nullptr;
-    update_blocks<Param, Gradient, amsgrad>(h, s);
+    update_blocks<true, Param, Gradient, amsgrad>(h, s);
   } else {
-    update_blocks<Param, Gradient, amsgrad>(h, s);
+    update_blocks<false, Param, Gradient, amsgrad>(h, s);
   }
 }
 
