@@ -36,9 +36,10 @@ template <class V, class T>
   v = mean(v, g * g, h.weight2, h.from_average2);
 }
 
-// The rest of the step.
-template <bool amsgrad, class V, class T>
-[[gnu::always_inline]] inline Used<V> move_param(const Scalars<T>& h, V& theta, V m, V v, V& w) {
+// One step of a vector of elements. With `averaged`, m and v are the new averages already.
+template <bool amsgrad, bool averaged, class V, class T>
+[[gnu::always_inline]] inline Used<V> adamw(const Scalars<T>& h, V& theta, V gradient, V& m, V& v, V& w) {
+  if constexpr (!averaged) average(h, gradient, m, v);
   w = amsgrad ? maximum(w, v) : v;
   const V root = square_root(w);
   const V update = h.d * theta + (h.k * m) / (root * h.s + h.e);

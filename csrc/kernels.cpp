@@ -30,20 +30,20 @@ template <class T, int N, class Part>
   return count < lanes ? (lane_numbers() < static_cast<uint32_t>(count) ? x : Bits{}) : x;
 }
 
-// The parameters' part of a step, for the elements from index i on. theta: the parameters, loaded.
-template <class Param, class Gradient, bool amsgrad, class T, int N>
-[[gnu::always_inline]] inline void move_params(const Scalars<T>& h, const Slice& s, int64_t i, int64_t count,
-                                               Vector<T> (&theta)[N], const Vector<T> (&m)[N],
-                                               const Vector<T> (&v)[N]) {
-  Vector<T> w[N] = {};
+// One step of the elements from index i on; their moments are given and returned in m and v. With `averaged`, they are
+// the new moments already.
+template <class Param, class Gradient, bool amsgrad, bool averaged, class T, int N>
+[[gnu::always_inline]] inline void step(const Scalars<T>& h, const Slice& s, int64_t i, int64_t count,
+                                        Vector<T> (&m)[N], Vector<T> (&v)[N]) {
+  Vector<T> theta[N], g[N], w[N] = {};
+  Param::load(s, i, count, theta);
+  Gradient::load(s, i, count, g);
   if constexpr (amsgrad) load_vectors(static_cast<const T*>(s.at[max_exp_avg_sq]) + i, count, w);
   if (s.observed == nullptr) [[likely]] {
-    for (int n = 0; n < N; ++n) move_param<amsgrad>(h, theta[n], m[n], v[n], w[n]);
+    for (int n = 0; n < N; ++n) adamw<amsgrad, averaged>(h, theta[n], g[n], m[n], v[n], w[n]);
   } else {
-    Vector<T> g[N];
-    Gradient::load(s, i, count, g);
     Used<Vector<T>> used[N];
-    for (int n = 0; n < N; ++n) used[n] = move_param<amsgrad>(h, theta[n], m[n], v[n], w[n]);
+    for (int n = 0; n < N; ++n) used[n] = adamw<amsgrad, averaged>(h, theta[n], g[n], m[n], v[n], w[n]);
     observe(*static_cast<Observed<T>*>(s.observed), count, theta, g, m, used);
   }
   if constexpr (amsgrad) store_vectors(static_cast<T*>(s.at[max_exp_avg_sq]) + i, count, w);
@@ -60,13 +60,10 @@ void update(const Scalars<typename Param::Compute>& scalars, const Slice& slice)
     Draws draws(s.key, s.number + begin);
     const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
       constexpr int N = decltype(vectors)::number;
-      Vector<T> theta[N], g[N], m[N], v[N];
-      Param::load(s, i, count, theta);
-      Gradient::load(s, i, count, g);
+      Vector<T> m[N], v[N];
       Moments::template load<exp_avg>(s, i, count, m);
       Moments::template load<exp_avg_sq>(s, i, count, v);
-      for (int n = 0; n < N; ++n) average(h, g[n], m[n], v[n]);
-      move_params<Param, Gradient, amsgrad>(h, s, i, count, theta, m, v);
+      step<Param, Gradient, amsgrad, false>(h, s, i, count, m, v);
       Bits drawn[N] = {};
       if constexpr (Moments::draws) draws.next(drawn);
       Moments::template store<exp_avg>(s, i, count, m, drawn);
@@ -85,10 +82,10 @@ struct Block {
   alignas(64) float m[block], v[block];
 };
 
-// The same for a block, four vectors at a time. With `usual`, a whole block is compiled for itself.
+// The same for a block, four vectors at a time. With `usual`, a whole block is compiled for itself if vectors are wide.
 template <bool usual, class Part>
 [[gnu::always_inline]] inline void for_each_vector_of_block(int64_t begin, int64_t end, Part part) {
-  if (!usual || end - begin < block) {
+  if (!usual || lanes == 4 || end - begin < block) {
     for_each_vector<float, 4>(begin, end, part);
   } else {
     for (int64_t i = begin; i < begin + block; i += 8 * lanes) {
@@ -148,10 +145,8 @@ template <bool usual, class Param, class Gradient, bool amsgrad>
       }
       constexpr int at_once = N == 1 ? 1 : 2;
       for (int n = 0; n < N; n += at_once) {
-        Float theta[at_once];
-        Param::load(s, i + n * lanes, count, theta);
-        move_params<Param, Gradient, amsgrad>(h, s, i + n * lanes, count, theta, some_of<at_once>(m + n),
-                                              some_of<at_once>(v + n));
+        step<Param, Gradient, amsgrad, true>(h, s, i + n * lanes, count, some_of<at_once>(m + n),
+                                             some_of<at_once>(v + n));
       }
       Bits below[N];
       draws.next(below);
