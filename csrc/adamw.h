@@ -28,12 +28,18 @@ struct Used {
   V root, update;
 };
 
-// One step of a vector of elements.
-template <bool amsgrad, class V, class T>
-[[gnu::always_inline]] inline Used<V> adamw(const Scalars<T>& h, V& theta, V gradient, V& m, V& v, V& w) {
+// The two running averages of a vector of elements.
+template <class V, class T>
+[[gnu::always_inline]] inline void average(const Scalars<T>& h, V gradient, V& m, V& v) {
   const V g = h.scaled ? h.f * gradient : gradient;
   m = mean(m, g, h.weight1, h.from_average1);
   v = mean(v, g * g, h.weight2, h.from_average2);
+}
+
+// One step of a vector of elements. With `averaged`, m and v are the new averages already.
+template <bool amsgrad, bool averaged, class V, class T>
+[[gnu::always_inline]] inline Used<V> adamw(const Scalars<T>& h, V& theta, V gradient, V& m, V& v, V& w) {
+  if constexpr (!averaged) average(h, gradient, m, v);
   w = amsgrad ? maximum(w, v) : v;
   const V root = square_root(w);
   const V update = h.d * theta + (h.k * m) / (root * h.s + h.e);

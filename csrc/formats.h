@@ -226,6 +226,7 @@ struct Float16MasterParam {
 
 template <class T>
 struct PlainGradient {
+  static constexpr int64_t bytes = sizeof(T);
   template <int N>
   [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Vector<T> (&gradient)[N]) {
     load_vectors(static_cast<const T*>(s.at[grad]) + i, count, gradient);
@@ -234,6 +235,7 @@ struct PlainGradient {
 
 template <class Half>
 struct HalfGradient {
+  static constexpr int64_t bytes = 2;
   template <int N>
   [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&gradient)[N]) {
     Half::load(halves(s, grad, i), count, gradient);
@@ -280,51 +282,76 @@ constexpr float unsigned_offset = 1.9375f;        // the lowest code decodes to 
 constexpr float unsigned_largest = 126974.0625f;  // z from 2 to 126976
 constexpr float least_scale = 0x1p-126f;
 
-[[gnu::always_inline]] inline Float decoded_signed(Bytes code, float scale) {
-  const Bits bits = widened_signed(code) << code_shift;  // the sign is at its place, and copied to the bits below
-  const Float z = float_of((bits & 0x03f80000u) | two);
-  return (z - 2.0f) * float_of(bits_of(Float{} + scale) ^ (bits & sign_bit));
+// All functions below process four vectors at once, because four pack best; or one, of which only `count` elements
+// exist.
+
+template <int N>
+[[gnu::always_inline]] inline void decode_signed(const uint8_t* from, int64_t count, float scale, Float (&x)[N]) {
+  for (int n = 0; n < N; ++n) {
+    const Bytes code = load<Bytes>(from + n * lanes, N == 1 ? count : lanes);
+    const Bits bits = widened_signed(code) << code_shift;  // the sign is at its place, and copied to the bits below
+    const Float z = float_of((bits & 0x03f80000u) | two);
+    x[n] = (z - 2.0f) * float_of(bits_of(Float{} + scale) ^ (bits & sign_bit));
+  }
 }
 
-[[gnu::always_inline]] inline Float decoded_unsigned(Bytes code, float scale) {
-  return (float_of((widened(code) << code_shift) | two) - unsigned_offset) * scale;
+template <int N>
+[[gnu::always_inline]] inline void decode_unsigned(const uint8_t* from, int64_t count, float scale, Float (&x)[N]) {
+  Bits z[N];
+  if constexpr (N == 1) {
+    z[0] = (widened(load<Bytes>(from, count)) << code_shift) | two;
+  } else {
+    upper_halves<code_shift - 16>(load_whole<PackedBytes>(from), two >> (code_shift + 8), z);
+  }
+  for (int n = 0; n < N; ++n) x[n] = (float_of(z[n]) - unsigned_offset) * scale;
 }
 
-// What is added to the bits of z below a code before they are cut off: 16 random bits and half a unit of the last. So a
-// value that a code represents exactly keeps that code, whatever the random bits are.
-[[gnu::always_inline]] inline Bits below_code(Bits drawn) { return ((drawn >> 13) & 0x7fff8u) | 4u; }
+// What is added to the bits of z before those below a code are cut off: 16 random bits and half a unit of the last,
+// minus the bits of 2. So a value that a code represents exactly keeps that code, whatever the random bits are.
+[[gnu::always_inline]] inline Bits below_code(Bits drawn) { return ((drawn >> 13) & 0x7fff8u) | (4u - two); }
 
-// Bits whose upper halves contain the code. signed_code() and unsigned_code() move it to the low byte.
-[[gnu::always_inline]] inline Bits encoded_signed(Float x, float inverse, Bits below) {
-  return bits_of(x * inverse + float_of((bits_of(x) & sign_bit) | two)) + below;
-}
-[[gnu::always_inline]] inline Bits encoded_unsigned(Float x, float inverse, Bits below) {
-  const Float z = x * inverse + unsigned_offset;
-  return larger(bits_of(z), all(two)) + below;
-}
-template <class Upper>
-[[gnu::always_inline]] inline Upper signed_code(Upper upper) {
-  return selected(0x7f, upper >> (code_shift - 16), upper >> 8);
-}
-template <class Upper>
-[[gnu::always_inline]] inline Upper unsigned_code(Upper upper) {
-  return (upper >> (code_shift - 16)) & 0xff;
+template <int N>
+[[gnu::always_inline]] inline void encode_signed(uint8_t* to, int64_t count, float inverse, const Float (&x)[N],
+                                                 const Bits (&below)[N]) {
+  Bits bits[N];
+  for (int n = 0; n < N; ++n) {
+    bits[n] = bits_of(x[n] * inverse + float_of((bits_of(x[n]) & sign_bit) | two)) + below[n];
+  }
+  if constexpr (N == 1) {
+    store(to, low_bytes(selected(0x7f, bits[0] >> code_shift, bits[0] >> 24)), count);
+  } else {
+    store_whole(to, signed_bytes_from<code_shift>(bits));
+  }
 }
 
-// The scale of a block whose largest magnitude has the bits `most` (NaN if that is not finite), and the scale's inverse
-// (0 for a scale of 0 or NaN).
-struct Scale {
-  float scale, inverse;
+template <int N>
+[[gnu::always_inline]] inline void encode_unsigned(uint8_t* to, int64_t count, float inverse, const Float (&x)[N],
+                                                   const Bits (&below)[N]) {
+  Bits bits[N];  // below zero if z is below 2
+  for (int n = 0; n < N; ++n) bits[n] = bits_of(x[n] * inverse + unsigned_offset) + below[n];
+  if constexpr (N == 1) {
+    store(to, low_bytes(bits[0] < sign_bit ? bits[0] >> code_shift : Bits{}), count);
+  } else {
+    store_whole(to, bytes_from<code_shift>(bits));
+  }
+}
+
+// The scales of a block's two moments, and the scales' inverses (0 for a scale of 0 or NaN).
+struct Scales {
+  float scale[4], inverse[4];  // the last two mean nothing
 };
 
-inline Scale scale_of(uint32_t most, float largest_code) {
-  if (most == 0) return {0.0f, 0.0f};
-  float scale;
-  memcpy(&scale, most < infinity ? &most : &quiet_nan, sizeof scale);
-  if (most >= infinity) return {scale, 0.0f};
-  scale /= largest_code;
-  scale = scale < least_scale ? least_scale : scale;
-  return {scale, 1.0f / scale};
+// most: the bits of the moments' largest magnitudes. A scale is NaN if that is not finite.
+[[gnu::always_inline]] inline Scales scales_of(Few most) {
+  FewFloats scale = (FewFloats)most / FewFloats{signed_largest, unsigned_largest, 1.0f, 1.0f};
+  scale = scale < least_scale ? FewFloats{} + least_scale : scale;
+  scale = most == 0u ? FewFloats{} : scale;
+  scale = most >= infinity ? (FewFloats)(Few{} + quiet_nan) : scale;
+  const FewFloats inverse = scale > 0.0f ? 1.0f / scale : FewFloats{};
+  Scales scales;
+  store_whole(scales.scale, scale);
+  store_whole(scales.inverse, inverse);
+  return scales;
 }
 
 }  // namespace

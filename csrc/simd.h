@@ -37,6 +37,10 @@ using Bytes = uint8_t __attribute__((vector_size(lanes)));
 using Words = uint16_t __attribute__((vector_size(vector_bytes)));
 using PackedBytes = uint8_t __attribute__((vector_size(vector_bytes)));
 
+// A few numbers, as many at every level.
+using Few = uint32_t __attribute__((vector_size(16)));
+using FewFloats = float __attribute__((vector_size(16)));
+
 template <class T>
 struct VectorOf;
 template <>
@@ -128,7 +132,7 @@ template <class V, class T>
 }
 
 // widened(): Bits from shorter integers, zero-extended; widened_signed(): sign-extended. low_bytes(), low_halves():
-// shorter integers from the low bits of Bits.
+// shorter integers from the low bits of Bits. largest(): the largest number of a and of b, the first two of the result.
 
 #if defined(__AVX512F__)
 inline Float square_root(Float x) { return _mm512_sqrt_ps(x); }
@@ -139,9 +143,15 @@ inline Bits widened(Halves x) { return (Bits)_mm512_cvtepu16_epi32((__m256i)x); 
 inline Bits widened_signed(Halves x) { return (Bits)_mm512_cvtepi16_epi32((__m256i)x); }
 inline Bytes low_bytes(Bits x) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)x); }
 inline Halves low_halves(Bits x) { return (Halves)_mm512_cvtepi32_epi16((__m512i)x); }
-inline uint32_t largest(Bits x) { return _mm512_reduce_max_epu32((__m512i)x); }
+inline Few largest(Bits a, Bits b) {
+  const __m512i x =
+      _mm512_max_epu32(_mm512_unpacklo_epi32((__m512i)a, (__m512i)b), _mm512_unpackhi_epi32((__m512i)a, (__m512i)b));
+  const __m256i y = _mm256_max_epu32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+  const __m128i z = _mm_max_epu32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+  return (Few)_mm_max_epu32(z, _mm_shuffle_epi32(z, 0x4e));
+}
 
-// high_halves(), low_halves(): the upper or lower halves of two vectors in order. packed(): bytes from words below 256.
+// high_halves(), low_halves(): the upper or lower halves of two vectors in order.
 inline Words every_second(Bits a, Bits b, uint16_t first) {
   Words numbers;
   for (int k = 0; k < 2 * lanes; ++k) numbers[k] = static_cast<uint16_t>(2 * k + first);
@@ -157,10 +167,6 @@ inline Bits interleaved(Words upper, Words lower, int first) {
     numbers[2 * k + 1] = static_cast<uint16_t>(2 * lanes + first + k);
   }
   return (Bits)_mm512_permutex2var_epi16((__m512i)lower, (__m512i)numbers, (__m512i)upper);
-}
-inline PackedBytes packed(Words a, Words b) {
-  return (PackedBytes)_mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0),
-                                               _mm512_packus_epi16((__m512i)a, (__m512i)b));
 }
 #elif defined(__AVX2__)
 inline __m128i eight(Bytes x) {
@@ -197,13 +203,11 @@ inline Bits interleaved(Words upper, Words lower, int first) {
   const __m256i u = _mm256_permute4x64_epi64((__m256i)upper, 0xd8), l = _mm256_permute4x64_epi64((__m256i)lower, 0xd8);
   return (Bits)(first == 0 ? _mm256_unpacklo_epi16(l, u) : _mm256_unpackhi_epi16(l, u));
 }
-inline PackedBytes packed(Words a, Words b) {
-  return (PackedBytes)_mm256_permute4x64_epi64(_mm256_packus_epi16((__m256i)a, (__m256i)b), 0xd8);
-}
-inline uint32_t largest(Bits x) {
-  __m128i y = _mm_max_epu32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
-  y = _mm_max_epu32(y, _mm_shuffle_epi32(y, 0x4e));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(y, _mm_shuffle_epi32(y, 0xb1))));
+inline Few largest(Bits a, Bits b) {
+  const __m256i x =
+      _mm256_max_epu32(_mm256_unpacklo_epi32((__m256i)a, (__m256i)b), _mm256_unpackhi_epi32((__m256i)a, (__m256i)b));
+  const __m128i y = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  return (Few)_mm_max_epu32(y, _mm_shuffle_epi32(y, 0x4e));
 }
 #elif defined(__x86_64__)
 inline Float square_root(Float x) { return _mm_sqrt_ps(x); }
@@ -244,10 +248,12 @@ inline Bits interleaved(Words upper, Words lower, int first) {
   return (Bits)(first == 0 ? _mm_unpacklo_epi16((__m128i)lower, (__m128i)upper)
                            : _mm_unpackhi_epi16((__m128i)lower, (__m128i)upper));
 }
-inline PackedBytes packed(Words a, Words b) { return (PackedBytes)_mm_packus_epi16((__m128i)a, (__m128i)b); }
-inline uint32_t largest(Bits x) {
-  uint32_t most = 0;
-  for (int k = 0; k < lanes; ++k) most = x[k] > most ? x[k] : most;
+inline Few largest(Bits a, Bits b) {
+  Few most = {};
+  for (int k = 0; k < lanes; ++k) {
+    most[0] = a[k] > most[0] ? a[k] : most[0];
+    most[1] = b[k] > most[1] ? b[k] : most[1];
+  }
   return most;
 }
 #else
@@ -282,8 +288,7 @@ inline Bits interleaved(Words upper, Words lower, int first) {
   return (Bits)(first == 0 ? vzip1q_u16((uint16x8_t)lower, (uint16x8_t)upper)
                            : vzip2q_u16((uint16x8_t)lower, (uint16x8_t)upper));
 }
-inline PackedBytes packed(Words a, Words b) { return (PackedBytes)vuzp1q_u8((uint8x16_t)a, (uint8x16_t)b); }
-inline uint32_t largest(Bits x) { return vmaxvq_u32((uint32x4_t)x); }
+inline Few largest(Bits a, Bits b) { return Few{vmaxvq_u32((uint32x4_t)a), vmaxvq_u32((uint32x4_t)b)}; }
 #endif
 
 // The same numbers in float64, in order.
@@ -435,6 +440,118 @@ inline Words selected(uint16_t mask, Words a, Words b) {
   return (a & mask) | (b & static_cast<uint16_t>(~mask));
 #endif
 }
+
+// Bytes and four vectors of Bits
+
+// bytes_from<shift>(): bits `shift` to `shift` + 7 as bytes, zero for negative numbers; the higher bits of the others
+// are zero. signed_bytes_from<shift>(): seven bits from `shift` on and the sign; the bits between are zero.
+// upper_halves<shift>(): Bits whose upper halves are 16-bit numbers of these bytes, shifted left, and zero below.
+#if defined(__AVX512F__)
+template <int shift>
+inline PackedBytes bytes_from(const Bits (&x)[4]) {
+  const __m512i a = _mm512_srai_epi16((__m512i)high_halves(x[0], x[1]), shift - 16);
+  const __m512i b = _mm512_srai_epi16((__m512i)high_halves(x[2], x[3]), shift - 16);
+  return (PackedBytes)_mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), _mm512_packus_epi16(a, b));
+}
+template <int shift>
+inline PackedBytes signed_bytes_from(const Bits (&x)[4]) {
+  const auto bytes = [](Words w) { return (__m512i)selected(0x7f, w >> (shift - 16), w >> 8); };
+  return (PackedBytes)_mm512_permutexvar_epi64(
+      _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0),
+      _mm512_packus_epi16(bytes(high_halves(x[0], x[1])), bytes(high_halves(x[2], x[3]))));
+}
+template <int shift>
+inline void upper_halves(PackedBytes lower, uint8_t upper, Bits (&x)[4]) {
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  const __m512i l = _mm512_permutexvar_epi32(order, (__m512i)lower), u = (__m512i)(PackedBytes{} + upper);
+  const __m512i a = _mm512_slli_epi16(_mm512_unpacklo_epi8(l, u), shift);
+  const __m512i b = _mm512_slli_epi16(_mm512_unpackhi_epi8(l, u), shift);
+  x[0] = (Bits)_mm512_unpacklo_epi16(__m512i{}, a);
+  x[1] = (Bits)_mm512_unpackhi_epi16(__m512i{}, a);
+  x[2] = (Bits)_mm512_unpacklo_epi16(__m512i{}, b);
+  x[3] = (Bits)_mm512_unpackhi_epi16(__m512i{}, b);
+}
+#elif defined(__AVX2__)
+// Packing and unpacking work in halves of a vector, so one permutation puts the bytes in order.
+template <int shift>
+inline __m256i shifted(Bits a, Bits b) {
+  return _mm256_packs_epi32(_mm256_srai_epi32((__m256i)a, shift), _mm256_srai_epi32((__m256i)b, shift));
+}
+inline PackedBytes in_order(__m256i x) {
+  return (PackedBytes)_mm256_permutevar8x32_epi32(x, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
+}
+template <int shift>
+inline PackedBytes bytes_from(const Bits (&x)[4]) {
+  return in_order(_mm256_packus_epi16(shifted<shift>(x[0], x[1]), shifted<shift>(x[2], x[3])));
+}
+template <int shift>
+inline PackedBytes signed_bytes_from(const Bits (&x)[4]) {
+  const __m256i a = shifted<shift>(x[0], x[1]), b = shifted<shift>(x[2], x[3]), mask = _mm256_set1_epi16(0x7f);
+  const __m256i bits = _mm256_packus_epi16(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+  return in_order(_mm256_or_si256(bits, _mm256_packs_epi16(a, b)));  // negative numbers are packed to -128
+}
+template <int shift>
+inline void upper_halves(PackedBytes lower, uint8_t upper, Bits (&x)[4]) {
+  const __m256i order = _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0), zero = _mm256_setzero_si256();
+  const __m256i l = _mm256_permutevar8x32_epi32((__m256i)lower, order);
+  const __m256i u = (__m256i)(PackedBytes{} + upper);
+  const __m256i a = _mm256_slli_epi16(_mm256_unpacklo_epi8(l, u), shift);
+  const __m256i b = _mm256_slli_epi16(_mm256_unpackhi_epi8(l, u), shift);
+  x[0] = (Bits)_mm256_unpacklo_epi16(zero, a);
+  x[1] = (Bits)_mm256_unpackhi_epi16(zero, a);
+  x[2] = (Bits)_mm256_unpacklo_epi16(zero, b);
+  x[3] = (Bits)_mm256_unpackhi_epi16(zero, b);
+}
+#elif defined(__x86_64__)
+template <int shift>
+inline __m128i shifted(Bits a, Bits b) {
+  return _mm_packs_epi32(_mm_srai_epi32((__m128i)a, shift), _mm_srai_epi32((__m128i)b, shift));
+}
+template <int shift>
+inline PackedBytes bytes_from(const Bits (&x)[4]) {
+  return (PackedBytes)_mm_packus_epi16(shifted<shift>(x[0], x[1]), shifted<shift>(x[2], x[3]));
+}
+template <int shift>
+inline PackedBytes signed_bytes_from(const Bits (&x)[4]) {
+  const __m128i a = shifted<shift>(x[0], x[1]), b = shifted<shift>(x[2], x[3]), mask = _mm_set1_epi16(0x7f);
+  const __m128i bits = _mm_packus_epi16(_mm_and_si128(a, mask), _mm_and_si128(b, mask));
+  return (PackedBytes)_mm_or_si128(bits, _mm_packs_epi16(a, b));  // negative numbers are packed to -128
+}
+template <int shift>
+inline void upper_halves(PackedBytes lower, uint8_t upper, Bits (&x)[4]) {
+  const __m128i u = (__m128i)(PackedBytes{} + upper);
+  const __m128i a = _mm_slli_epi16(_mm_unpacklo_epi8((__m128i)lower, u), shift);
+  const __m128i b = _mm_slli_epi16(_mm_unpackhi_epi8((__m128i)lower, u), shift);
+  x[0] = (Bits)_mm_unpacklo_epi16(_mm_setzero_si128(), a);
+  x[1] = (Bits)_mm_unpackhi_epi16(_mm_setzero_si128(), a);
+  x[2] = (Bits)_mm_unpacklo_epi16(_mm_setzero_si128(), b);
+  x[3] = (Bits)_mm_unpackhi_epi16(_mm_setzero_si128(), b);
+}
+#else
+template <int shift>
+inline PackedBytes bytes_from(const Bits (&x)[4]) {
+  const int16x8_t a = (int16x8_t)high_halves(x[0], x[1]), b = (int16x8_t)high_halves(x[2], x[3]);
+  return (PackedBytes)vqshrun_high_n_s16(vqshrun_n_s16(a, shift - 16), b, shift - 16);
+}
+template <int shift>
+inline PackedBytes signed_bytes_from(const Bits (&x)[4]) {
+  const uint16x8_t a = (uint16x8_t)high_halves(x[0], x[1]), b = (uint16x8_t)high_halves(x[2], x[3]);
+  const uint8x16_t bits = vshrn_high_n_u16(vshrn_n_u16(a, shift - 16), b, shift - 16);
+  const uint8x16_t signs = vuzp2q_u8((uint8x16_t)a, (uint8x16_t)b);
+  return (PackedBytes)vbslq_u8(vdupq_n_u8(0x7f), bits, signs);
+}
+template <int shift>
+inline void upper_halves(PackedBytes lower, uint8_t upper, Bits (&x)[4]) {
+  const uint8x16_t u = vdupq_n_u8(upper);
+  const uint16x8_t zero = vdupq_n_u16(0);
+  const uint16x8_t a = vshlq_n_u16((uint16x8_t)vzip1q_u8((uint8x16_t)lower, u), shift);
+  const uint16x8_t b = vshlq_n_u16((uint16x8_t)vzip2q_u8((uint8x16_t)lower, u), shift);
+  x[0] = (Bits)vzip1q_u16(zero, a);
+  x[1] = (Bits)vzip2q_u16(zero, a);
+  x[2] = (Bits)vzip1q_u16(zero, b);
+  x[3] = (Bits)vzip2q_u16(zero, b);
+}
+#endif
 
 // 0, 1, 2, ...
 inline Bits lane_numbers() {

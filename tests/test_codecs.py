@@ -362,6 +362,17 @@ def test_rows_shorter_than_a_block_and_tails(width):
             assert torch.equal(scales[:, block], part.abs().amax(1) / SIGNED_LARGEST)
 
 
+@pytest.mark.parametrize("blocks", range(1, 10))
+@pytest.mark.parametrize("name", LEVELS)
+def test_slices_of_any_number_of_blocks(name, blocks):
+    """The CPU engine takes some blocks at a time: what is left at the end of a slice, and what marks one of them."""
+    gradient = torch.randn(3, 128 * 14 + 7, generator=generator(blocks))
+    gradient[0, 128 * blocks - 1] = math.nan
+    gradient[1, : 128 * blocks] = 0.0
+    with engine.cpu.forced_batch_elements(128 * blocks):
+        assert_encodes(name, gradient, "8bit")
+
+
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("size", [1e-25, 1e-22, 1e-19, 1.0, 1e19])
 def test_moments_of_every_size_are_encoded(name, size):
