@@ -363,10 +363,7 @@ class AtomicStep:
 
     def _tell_others(self, inputs: Inputs, left: LeftToStep | None) -> None:
         """Tell the processes that wait for this one that it cannot step. ``left``: if they ask about backward too."""
-        if self.only is not None:
-    def _tell_others(self, inputs: Inputs) -> None:
-        """Tell the processes that wait for this one that it cannot step."""
-        if engine.cuda.is_capturing():  # which is refused on every process
+        if self.only is not None or engine.cuda.is_capturing():  # the latter is refused on every process
             return
         with suppress(Exception):  # the caller raises the error that made the step fail
             groups = [group for group in inputs.groups if isinstance(group, dict)]
