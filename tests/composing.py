@@ -220,7 +220,7 @@ class Training:
         if "statistics" in self.on:
             optimizer.observe()
         if self.has("backward"):
-            optimizer.step_in_backward()
+            optimizer.step_in_backward(model=self.net if {"fsdp2", "hsdp"} & self.on else None)
         if self.on >= {"fp16 weights", "scaler"}:  # GradScaler itself does not unscale float16
             optimizer._step_supports_amp_scaling = True
         return optimizer
@@ -265,16 +265,23 @@ class Training:
             loss = loss.full_tensor()
         return loss if self.scaler is None else self.scaler.scale(loss)
 
+    def backward(self, directions):
+        loss = self.loss(directions)
+        with warnings.catch_warnings():
+            if self.shards in ("tp", "shard_group"):
+                warnings.filterwarnings("ignore", r"step_in_backward\(\) does nothing", RuntimeWarning)
+            loss.backward()
+
     def gradients(self, step):
         directions = self.directions(step)
         if "accumulate" not in self.on:
             with self.optimizer.accumulate() if self.has("capture") else contextlib.nullcontext():
-                self.loss(directions).backward()
+                self.backward(directions)
             return
         first, second = ([direction * share for direction in directions] for share in (0.25, 0.75))
         with self.optimizer.accumulate() if self.has("accumulate") else contextlib.nullcontext():
-            self.loss(first).backward()
-        self.loss(second).backward()
+            self.backward(first)
+        self.backward(second)
 
     def step(self, step):
         if self.has("dcp") and step == SAVED:

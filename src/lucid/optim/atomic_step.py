@@ -217,8 +217,8 @@ class AtomicStep:
     def _left_to_device(self, inputs: Inputs, gathered: _Gathered, new: NewState) -> engine.DeviceVerdict | None:
         """Return what the device needs if it decides this step, else None; confirm step counts if the host decides."""
         plan, counts = gathered.plan, self.counts
-        captured = counts.captured
-        if not (plan.on_device or captured or engine.cuda.is_capturing()):
+        captured, capturing = counts.captured, engine.cuda.is_capturing()
+        if not (plan.on_device or captured or capturing) or (capturing and not plan.steps()):
             return None
         if captured and plan.steps() and plan.leaves_captured_alone():
             raise RuntimeError(
@@ -264,11 +264,11 @@ class AtomicStep:
     def _recipes(self, gathered: _Gathered, verdict: engine.DeviceVerdict | None) -> list[engine.Recipe]:
         """Return the recipes of this step's scalars; learning rate tensors are read unless the device reads them."""
         plan, hyperparameters = gathered.plan, gathered.hyperparameters
-        for group, hyper in enumerate(hyperparameters):
+        recipes, sets = [], plan.steps()
+        for group, hyper in enumerate(hyperparameters) if sets else ():
             if isinstance(hyper.lr, Tensor) and (verdict is None or not is_on(plan.deciding, hyper.lr)):
                 hyperparameters[group] = hyper.with_lr(checked_lr(hyper.lr))
-        recipes = []
-        for group, step in plan.steps():
+        for group, step in sets:
             if not (1 <= step < MAX_STEP and step.is_integer()):
                 raise _bad_count(step, group + self._first_group)
             recipes.append(hyperparameters[group].recipe(group, step))

@@ -134,7 +134,7 @@ class Stepper:
                 raise RuntimeError("step() was called within a running step(), perhaps by a signal handler")
             self._stepping = True
             try:
-                if self._unconfirmed:
+                if self._unconfirmed and not engine.cuda.is_capturing():
                     self._confirm_others(step)
                 try:
                     outcome = step.update(inputs, box)
