@@ -22,7 +22,6 @@ from . import launch
 from .launch import Launcher
 from .row_table import RowTable, Table
 
-
 _ROOM = 8  # for sets of scalars, at least
 
 
