@@ -84,6 +84,7 @@ void ExactSum::add_alone(const T* values, int64_t n, double large) {
 
 void ExactSum::set_window(int exponent) {
   exponent_ = exponent;
+  wide_ = 0;
   end_ = power(exponent + 53);
   const double most = end_ - power(exponent);
   for (const Type type : {Type::float32, Type::float64, Type::float16, Type::bfloat16}) {
@@ -97,7 +98,7 @@ void ExactSum::set_window(int exponent) {
   std::fill_n(begin_.bin[2], max_square_lanes, 1.5 * power(exponent + 7 - bits_of_bin));
 }
 
-// Adds the lanes to the words and begins them again, in a lower window if the sums were small.
+// Adds the lanes to the words and begins them again, in a lower window if elements were too small for two bins in this.
 void ExactSum::fold() {
   if (rounds_ == 0) return;
   const int lanes = kernels_.square_lanes;
@@ -108,11 +109,12 @@ void ExactSum::fold() {
     if (bin == 0) first = sum;
     deposit(sum, exponent_ - bin * bits_of_bin);
   }
-  // What a lane would hold after `most_rounds`: best are 50 bits, of the 52 that it can.
+  // What a lane would hold after `most_rounds`: best are 48 bits of the 52 that it can, so that some may hold more.
   const auto held = static_cast<int>(std::bit_width(static_cast<uint64_t>(first / (lanes * rounds_) * most_rounds)));
   rounds_ = 0;
   added_ = &begin_;
-  if (held > 0 && held < (bins_ == 2 ? 46 : 30)) set_window(std::max(exponent_ - (50 - held), lowest_window));
+  if (too_small_ && held > 0 && held < 32) set_window(std::max(exponent_ - (48 - held), lowest_window));
+  too_small_ = false;
 }
 
 // Adds n numbers with so many bins if they fit the window.
@@ -135,8 +137,9 @@ bool ExactSum::try_window(Type type, double large, const void* from, int64_t n) 
     if (try_bins(2, type, from, n)) return true;
     wide_ = attempts_with_three;
   }
-  --wide_;
-  return large * large >= end_ && try_bins(3, type, from, n);
+  if (large * large < end_ || !try_bins(3, type, from, n)) return false;
+  too_small_ |= wide_-- == attempts_with_three;
+  return true;
 }
 
 // Adds at most `careful` numbers, which it may change, in a window that is right for most of them.
@@ -153,9 +156,9 @@ void ExactSum::settle(double large, T* values, int64_t n) {
   double sum = 0;
   for (const double part : sums) sum += part;
   const double largest = *std::max_element(most, most + parts);
-  // So that a lane can hold the sum of `careful` such numbers.
+  // So that a lane can hold the sum of four times `careful` such numbers.
   int wanted = largest > 0 ? lowest_window : usual_window;
-  if (sum > 0) wanted = std::max(std::ilogb(sum / static_cast<double>(n)) + 10 - 52, lowest_window);
+  if (sum > 0) wanted = std::max(std::ilogb(sum / static_cast<double>(n)) + 12 - 52, lowest_window);
   if (!std::isfinite(sum) || largest >= large || wanted > highest_window) {
     add_alone(values, n, large);
     return;

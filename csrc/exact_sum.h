@@ -67,6 +67,7 @@ class ExactSum {
   SquareLanes lanes_[2];                // what was added, and room for the next attempt
   const SquareLanes* added_ = &begin_;  // what was added
   int bins_ = 2;                        // of what was added
+  bool too_small_ = false;              // whether some elements needed the third bin
   int wide_ = 0;                        // how many more attempts take three bins at once
   int64_t rounds_ = 0;                  // additions to each lane, at most
   int64_t words_[total_words] = {};
