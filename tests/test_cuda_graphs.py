@@ -365,6 +365,10 @@ def with_errors(world):
     world.optimizer.nonfinite = "error"
 
 
+def with_a_large_bound(world):
+    world.optimizer.nonfinite, world.optimizer.max_grad_norm = "skip", 2.0**63
+
+
 def with_amsgrad(world):
     world.optimizer.param_groups[0]["amsgrad"] = True
 
@@ -374,6 +378,7 @@ REFUSED = {
     without_state: "before",
     with_a_new_parameter: "before",
     with_errors: "error",
+    with_a_large_bound: "2\\^63",
     with_amsgrad: "before",
 }
 

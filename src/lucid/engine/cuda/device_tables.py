@@ -22,6 +22,8 @@ from . import launch
 from .launch import Launcher
 from .row_table import RowTable, Table
 
+_ROOM = 8  # for sets of scalars, at least
+
 
 class Launch(NamedTuple):
     """A kernel that is ready for launch: what `launch.Launcher.launch` takes."""
@@ -111,7 +113,7 @@ class DeviceTables:
     # Scalars
 
     def _make_room(self, sets: int) -> None:
-        size = max(8, 2 ** sets.bit_length()) * SET
+        size = max(_ROOM, 1 + sets) * SET
         if len(self._scalars) < size:
             self._scalars, self._config = self.launcher.empty(size), self.launcher.empty(size)
             self._update_launches.clear()
