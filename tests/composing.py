@@ -22,7 +22,8 @@ from sharded import bits_of, whole
 
 FORMATS = {"fp32": "float32 moments", "bf16": "bfloat16 moments", "8bit": "8-bit moments"}
 WEIGHTS = {"bf16 weights": torch.bfloat16, "fp16 weights": torch.float16}
-SHARDED = ("fsdp2", "hsdp", "tp", "shard_group")
+DTENSORS = ("fsdp2", "hsdp", "tp")
+SHARDED = (*DTENSORS, "shard_group")
 TITLES = {
     **FORMATS,
     "bf16 weights": "bfloat16 weights",
@@ -51,10 +52,20 @@ EXCLUDED = {
     ("skip", "error"): "`nonfinite` has one value.",
     ("error", "capture"): "A graph cannot raise an error.",
     ("scaler", "backward"): "GradScaler checks the gradients after backward, which has used and freed them.",
-    ("fsdp2", "shard_group"): "DTensors know their processes; a group would count their shards twice.",
-    ("hsdp", "shard_group"): "DTensors know their processes; a group would count their shards twice.",
-    ("tp", "shard_group"): "DTensors know their processes; a group would count their shards twice.",
+    **dict.fromkeys(
+        [(each, "shard_group") for each in DTENSORS],
+        "DTensors know their processes; a group would count their shards twice.",
+    ),
     ("fsdp2", "hsdp"): "HSDP is FSDP2 with replicas.",
+    ("host", "capture"): "The host computes the update, which no graph can.",
+    **dict.fromkeys(
+        [("host", each) for each in DTENSORS],
+        "Not built yet: the host's engine for this state takes whole parameters. FSDP2's `CPUOffloadPolicy` works.",
+    ),
+    **dict.fromkeys(
+        [("capture", each) for each in SHARDED],
+        "Refused: a captured exchange between processes has not been tried on GPUs yet.",
+    ),
 }
 OFF_IN_BACKWARD = (
     "Hooks cannot see whether a gradient is still to be averaged, so they do nothing, with a warning, and `step()` "

@@ -50,7 +50,9 @@ def pairs_of_ranks(one, others, engine_name):
     for other in others:
         features = {one, other}
         try:
-            with on(engine_name):
+            with pytest.MonkeyPatch.context() as patch, on(engine_name):
+                if "host" in features:
+                    offload_all(patch, [])
                 ours = Training(features).run()
             assert_alike(ours, Training(features, twin=True).run(), features)
         except Exception:
@@ -61,9 +63,24 @@ def pairs_of_ranks(one, others, engine_name):
 @pytest.mark.parametrize("engine_name", ["cpu", "cuda"])
 @pytest.mark.parametrize("one", SHARDED)
 def test_pairs_on_several_processes(ranks, one, engine_name):
-    others = [*ALONE, *SHARDED[: SHARDED.index(one)]]
+    others = [*ALONE, "host", *SHARDED[: SHARDED.index(one)]]
     others = [other for other in others if not excluded(one, other)]
-    ranks.run(4 if one == "hsdp" or "tp" in (one,) else 2, pairs_of_ranks, one, others, engine_name)
+    ranks.run(4 if one in ("hsdp", "tp") else 2, pairs_of_ranks, one, others, engine_name)
+
+
+def refused(pairs):
+    for features in pairs:
+        with pytest.raises(ValueError, match="does not work for sharded parameters"):
+            Training(features).run()
+
+
+def test_state_on_the_host_is_refused_for_shards(ranks):
+    ranks.run(2, refused, [{"host", one} for one in ("fsdp2", "tp")])
+
+
+def test_a_norm_is_refused_in_backward():
+    with pytest.raises(ValueError, match="does not work in backward"):
+        Training({"clip", "backward"})
 
 
 def test_the_page_has_these_pairs():
