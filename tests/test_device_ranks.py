@@ -20,6 +20,7 @@ from guarded import Forbidden, Guarded, OnDevice
 from lucid.engine import only
 from lucid.engine.cuda import device_tables, launch
 from sharded import assert_whole, give_gradients, spread_over
+from test_exact_norm_ranks import clipped
 
 NAN, INF = math.nan, math.inf
 SHAPES = [(33, 200), (1, 500), (6, 8, 10), (2, 3)]  # fewer rows than processes: some have none
@@ -161,6 +162,12 @@ CASES = [(2, "fsdp"), (2, "tensor parallel"), (3, "fsdp"), (4, "hsdp"), (4, "sev
 @pytest.mark.parametrize(("world", "layout"), CASES)
 def test_no_host_reads_a_device(ranks, world, layout, kind):
     ranks.run(world, decided_on_devices, layout, kind)
+
+
+@pytest.mark.parametrize("kind", ["8bit", "bf16", "8bit of bfloat16", "fp32 of float16"])
+def test_every_format_on_every_mesh(ranks, kind):
+    """With gradients of very different sizes, beside one process."""
+    ranks.run(4, clipped, kind, "cuda")
 
 
 def parts_of_a_group():

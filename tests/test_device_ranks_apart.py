@@ -72,6 +72,28 @@ def test_hosts_and_devices_decide_the_same_step(ranks, options):
     ranks.run(3, host_beside_devices, options)
 
 
+def engines_differ():
+    """As where the parameters of one process are on another kind of device."""
+    mesh = init_device_mesh("cpu", (2,))
+    with device(Device()) as asked:
+        ours, theirs, spread, plain = pair(mesh, max_grad_norm=0.5, nonfinite="skip")
+        for step in range(5):
+            give_gradients(spread, plain, step)
+            if step == 3:
+                spread[0].grad.to_local()[:1] = plain[0].grad[0] = NAN
+            with on("cuda") if distributed.get_rank() else only("reference"):
+                ours.step()
+            theirs.step()
+            assert same(ours.grad_norm, theirs.grad_norm)
+        assert decisions(asked) == 4 * distributed.get_rank()
+        assert ours.skipped_steps == theirs.skipped_steps == 1
+        assert_whole(ours, theirs)
+
+
+def test_engines_differ(ranks):
+    ranks.run(2, engines_differ)
+
+
 # Failures
 
 

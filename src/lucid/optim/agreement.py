@@ -76,7 +76,8 @@ class Agreement:
     def __init__(self, params: Sequence[Tensor], group: ProcessGroup | None) -> None:
         self._group = group
         # Where the host exchanges words: on a device if there is one, as other processes do, whose device may decide.
-        self._device = next((param.device for param in params if param.device.type != "cpu"), torch.device("cpu"))
+        devices = (param.device for param in params if param.device.type not in ("cpu", "meta"))
+        self._device = next(devices, torch.device("cpu"))
         self._reached: dict[str, bool] = {}
         self._meshes: list[DeviceMesh] = []
         self._kinds: list[_Kind] = [] if params else [_Kind()]
