@@ -40,6 +40,7 @@ from lucid.bench.contenders import LR, WEIGHT_DECAY
 from lucid.bench.machine import Neighbours
 from lucid.bench.paired import Quartiles, order, ratios
 from lucid.bench.shapes import CASES, Case
+from lucid.engine.exact_sum import TOTAL_WORDS
 from lucid.engine.formats import StateFormatName
 
 from . import machine, report
@@ -59,6 +60,8 @@ CONTENDERS = {
     LARGE.name: (*FORMATS, CLIPPED, FUSED, FUSED_CLIPPED),
     SMALL.name: ("lucid", CLIPPED, FUSED, FUSED_CLIPPED),
 }
+# What a clipped step exchanges for each mesh dimension, and what it exchanged before sums were exact.
+REDUCED, GATHERED = f"all-reduce of {8 * TOTAL_WORDS} bytes", "all-gather of 16 bytes a rank"
 WARM_UP = {LARGE.name: 1, SMALL.name: 12}  # the second: until plans are sealed
 ROUNDS = {LARGE.name: 1, SMALL.name: 2}  # for each that is asked for
 
@@ -134,6 +137,16 @@ def _step_of(name: str, params: list[nn.Parameter]) -> tuple[torch.optim.Optimiz
     return own, own.step
 
 
+def _exchanges() -> dict[str, Callable[[], object]]:
+    words = torch.zeros(TOTAL_WORDS, dtype=torch.int64)
+    own = torch.zeros(2, dtype=torch.float64)
+    every = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    return {
+        REDUCED: lambda: distributed.all_reduce(words),
+        GATHERED: lambda: distributed.all_gather(every, own),
+    }
+
+
 def _measure(case: Case, rounds: int) -> Measured:
     """Step on this rank and all others; the parameters are shared, each contender has a state of its own."""
     world = distributed.get_world_size()
@@ -151,12 +164,13 @@ def _measure(case: Case, rounds: int) -> Measured:
         distributed.all_gather_object(held[name], [*sizes, state])
         for _ in range(WARM_UP[case.name]):
             step()
-    samples: dict[str, list[float]] = {name: [] for name in made}
-    cpu: dict[str, list[float]] = {name: [] for name in made}
+    steps_of = {name: step for name, (_, step) in made.items()} | (_exchanges() if case is SMALL else {})
+    samples: dict[str, list[float]] = {name: [] for name in steps_of}
+    cpu: dict[str, list[float]] = {name: [] for name in steps_of}
     for number in range(rounds * ROUNDS[case.name]):
-        for name in order(list(made), number):
-            step = made[name][1]
-            steps = 10 if case is SMALL and name in ("lucid", CLIPPED) else 1
+        for name in order(list(steps_of), number):
+            step = steps_of[name]
+            steps = 10 if name in (REDUCED, GATHERED) or (case is SMALL and name in ("lucid", CLIPPED)) else 1
             if case is SMALL:
                 step()  # brings to the caches what the contender before has driven out
             distributed.barrier()
@@ -422,6 +436,18 @@ def measured_tables(results: Results) -> Iterator[Table]:
     header = ["ranks", "lucid ms", "µs per tensor", "CPU µs per tensor", "torch fused ms", "×"]
     header += ["lucid, clipped ms", "torch, clipped ms", "×"]
     yield Table("Measured: many small tensors", note, header, rows)
+
+    rows = []
+    for found in small:
+        if REDUCED in found.samples:
+            row = [f"{found.world}", *(f"{1e3 * _milliseconds(found, name):.0f}" for name in (REDUCED, GATHERED))]
+            rows.append([*row, f"{8 * TOTAL_WORDS}", f"{16 * found.world}"])
+    note = (
+        "What a clipped step exchanges for each mesh dimension, now and before the sum was exact, over gloo: µs of the "
+        "slowest rank. With so few processes the time is that of waking them."
+    )
+    header = ["ranks", f"{REDUCED}, µs", f"{GATHERED} (before), µs", "bytes a rank receives", "before"]
+    yield Table("Measured: the exchange of the norm", note, header, rows)
 
 
 def _bytes_a_parameter(found: Sequence[Measured], name: str) -> float:
