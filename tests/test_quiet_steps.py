@@ -52,6 +52,20 @@ def test_a_hook_of_a_running_optimizer_is_called_until_it_is_removed(kind):
     assert called == [(optimizer, (optimizer,), {})] * 2
 
 
+@pytest.mark.parametrize("kind", ["post", "global post"])
+def test_a_hook_that_a_closure_registers_is_called_after_this_step(kind):
+    def closure():
+        handles.append(HOOKS[kind](optimizer, lambda *given: called.append(given[0])))
+
+    _, optimizer = quiet()
+    handles, called = [], []
+    optimizer.step(closure)
+    handles.pop().remove()
+    optimizer.step(closure=closure)
+    handles.pop().remove()
+    assert called == [optimizer] * 2
+
+
 def test_a_profiler_of_a_running_optimizer_sees_its_steps():
     _, optimizer = quiet()
     for _ in range(2):
@@ -312,7 +326,7 @@ def test_settings_of_a_running_optimizer_hold_from_the_next_step_on():
 # How long it is
 
 
-@pytest.mark.parametrize(("way", "most"), [("step", 46), ("backward", 68)])
+@pytest.mark.parametrize(("way", "most"), [("step", 46), ("backward", 70)])
 def test_a_quiet_step_calls_few_functions(way, most):
     """In Python 3.11; later versions inline comprehensions."""
     param, optimizer = quiet()

@@ -30,14 +30,17 @@ def hooked(func: Callable[P, R]) -> Callable[P, R]:
     """Wrap a class's ``step`` as ``torch.optim.Optimizer.profile_hook_step`` does.
 
     Torch's wrapper runs if there are hooks, of the optimizer or global, if anything records the step (a profiler, an
-    execution trace), or where torch.compile runs, which leaves the step alone.
+    execution trace), or where torch.compile runs, which leaves the step alone. It also runs if the step is called with
+    a closure, which may add hooks.
     """
     heard = _disable_dynamo(torchs.Optimizer.profile_hook_step(func))
 
     @functools.wraps(func)
     def unheard(self: Any, *args: Any, **kwargs: Any) -> Any:
         if (
-            self._optimizer_step_pre_hooks
+            args
+            or kwargs
+            or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or torchs._global_optimizer_pre_hooks
             or torchs._global_optimizer_post_hooks
