@@ -155,7 +155,9 @@ def refusal(call, optimizer, params):
     before = seen(optimizer, params)
     refused = None
     try:
-        call()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "param_groups: the optimizer keeps the key", UserWarning)  # is no refusal
+            call()
     except Exception as error:
         refused = error
     if refused is not None:

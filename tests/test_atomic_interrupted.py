@@ -17,7 +17,7 @@ from lucid import engine
 from lucid.engine import formats, reference
 from lucid.engine.cuda.device import CUDA
 from lucid.engine.cuda.launch import Interpreter
-from lucid.optim import atomic_step, hyperparameters
+from lucid.optim import atomic_step, hyperparameters, new_state
 from stages import EVERY_STAGE, NOT_ON_CUDA, STAGES, at, world_at
 
 
@@ -65,7 +65,7 @@ PLACES = {
     "run": (engine.Plan, "write"),
     "write": (engine.Plan, "_write"),
     "scalars": (engine.Scalars, "of"),
-    "adopt": (atomic_step._NewState, "adopt"),
+    "adopt": (new_state.NewState, "adopt"),
     "begun": (atomic_step.AtomicStep, "_has_begun"),
     "judged": (atomic_step.AtomicStep, "_judge"),
     "complete": (formats.StateFormat, "complete"),

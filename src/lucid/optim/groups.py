@@ -36,7 +36,7 @@ def _tell(key: object) -> None:
     if not isinstance(key, str) or key in _KNOWN or key in _told:
         return
     _told.add(key)
-    nearest = get_close_matches(key, {*_read, "betas"}, 1)
+    nearest = get_close_matches(key, {*_read, "betas"}, 1, cutoff=0.75)
     warn(
         f"param_groups: the optimizer keeps the key {key!r} but does not read it; expected a hyperparameter, "
         + (f"perhaps {nearest[0]!r}" if nearest else "or a key that another tool reads; then ignore this warning"),
