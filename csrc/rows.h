@@ -175,7 +175,7 @@ class Rows {
   struct SeenSlot {
     PyObject *key, *value;
     int tensor;      // which tensor of the row, or -1
-    uintptr_t near;  // like near_param
+    uintptr_t near;  // the address of its shape, only to prefetch
   };
 
   bool same_groups(nb::list groups) const;

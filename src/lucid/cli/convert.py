@@ -77,7 +77,7 @@ def _group(to: Target, group: Mapping[str, Any]) -> dict[str, Any]:
     nobody = [torch.empty(0, device="cpu")]
     if to == "torch":
         return torch.optim.AdamW(nobody).defaults | torch_group(group)
-    own = ParamGroup(group)
+    own = ParamGroup.saved(group)
     for key, default in AdamW(nobody).defaults.items():
         own.setdefault(key, default)
     return dict(own) | {"betas": own["betas"], "state_format": to, VERSION: STATE_VERSION}

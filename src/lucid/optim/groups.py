@@ -62,6 +62,15 @@ class ParamGroup(dict[str, Any]):
         super().__init__()
         self.update(items)
 
+    @classmethod
+    def saved(cls, items: Mapping[str, Any]) -> Self:
+        """Return a group that was saved. No warning tells of its keys: who loads it has not set them."""
+        group = cls()
+        dict.update(group, {key: value for key, value in items.items() if key != "betas"})
+        if "betas" in items:
+            group["betas"] = items["betas"]
+        return group
+
     def __contains__(self, key: object) -> bool:
         if key == "betas":
             return super().__contains__("beta1") and super().__contains__("beta2")

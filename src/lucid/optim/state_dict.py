@@ -178,7 +178,7 @@ def check_version(version: Any) -> None:
 def _group(saved: Mapping[str, Any], own: ParamGroup, defaults: ParamGroup) -> ParamGroup:
     """Return a group with the hyperparameters of the saved group, and with the parameters and names of `own`."""
     without = {"params", "param_names", VERSION}
-    group = ParamGroup({key: copied(value) for key, value in saved.items() if key not in without})
+    group = ParamGroup.saved({key: copied(value) for key, value in saved.items() if key not in without})
     group["params"] = own["params"]
     if "param_names" in own:
         group["param_names"] = own["param_names"]

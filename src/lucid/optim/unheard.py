@@ -38,7 +38,7 @@ def hooked(func: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(func)
     def unheard(self: Any, *args: Any, **kwargs: Any) -> Any:
         if (
-            args
+            (args and args[0] is not None)
             or kwargs
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
