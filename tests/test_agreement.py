@@ -191,6 +191,42 @@ def test_nobody_waits_for_one_that_cannot_step(ranks, world, before):
     ranks.run(world, one_cannot_step, before)
 
 
+BROKEN = {  # groups on one rank, from which it cannot read with whom it decides, and whether it exchanges words
+    "no lr": lambda groups: groups[0].pop("lr"),
+    "no beta1": lambda groups: groups[0].pop("beta1"),
+    "bad lr": lambda groups: groups[0].update(lr=-1.0),
+    "bad parameter": lambda groups: groups[0]["params"].append(3),
+    "no list": lambda groups: groups[0].update(params=None),
+    "no params": lambda groups: groups[0].pop("params"),
+    "no dict": lambda groups: groups.__setitem__(0, "group"),
+}
+
+
+def broken_groups(name, options, rate):
+    mesh = init_device_mesh("cpu", (2,))
+    ours, _, spread, plain = pairs(mesh, [Shard(0)], [(6, 5), (3,)], **options)
+    for step in range(3):
+        give_gradients(spread, plain, step)
+        ours.param_groups[0]["lr"] = rate(0.01)
+        if step < 2:
+            ours.step()
+    before = [whole(param) for param in spread]
+    if distributed.get_rank() == 1:
+        BROKEN[name](ours.param_groups)
+        expected = pytest.raises((TypeError, ValueError))
+    else:
+        expected = pytest.raises(RuntimeError, match="another process")
+    with expected:
+        ours.step()
+    assert all(map(same, before, [whole(param) for param in spread]))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize(("options", "rate"), [({"max_grad_norm": 1.0}, float), ({}, torch.tensor)], ids=["clip", "lr"])
+def test_nobody_waits_for_one_whose_groups_are_broken(ranks, name, options, rate):
+    ranks.run(2, broken_groups, name, options, rate)
+
+
 def others_are_told_before_anything_is_written():
     """What is found wrong only once all rows are known: state that two share, a count that is full, a bad scale."""
     own = distributed.get_rank()

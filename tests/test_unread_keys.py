@@ -97,6 +97,12 @@ def test_keys_of_torchs_tools_are_known():
             optimizer.load_state_dict(optimizer.state_dict())
 
 
+def test_options_that_zero_redundancy_optimizer_copies_are_known():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optim.AdamW([group(max_grad_norm=1.0, nonfinite="skip", shard_group=None, state_device=None)])
+
+
 def test_keys_that_are_not_text_are_kept_without_a_word():
     optimizer = optim.AdamW([group()])
     optimizer.param_groups[0][7] = 1

@@ -11,16 +11,16 @@ from .plan import Plan, name_for, only
 from .protocol import StepOrder
 from .row import COMPUTE, Row, RowFormat, check_memory, check_param, checked_gradient, has_memory, is_plain
 from .scalars import Recipe, Scalars, table
-from .step_counts import OTHER_FAILED, StepCounts
+from .step_counts import OtherFailedError, StepCounts
 from .verdict import UNJUDGED, DeviceVerdict, HostVerdict, Verdict
 
 __all__ = [
     "COMPUTE",
-    "OTHER_FAILED",
     "UNJUDGED",
     "DeviceVerdict",
     "HostVerdict",
     "Observed",
+    "OtherFailedError",
     "Plan",
     "Recipe",
     "Row",

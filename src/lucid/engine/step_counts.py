@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 Device = tuple[int, int]  # DLPack's type and index
 
-OTHER_FAILED = "another process could not step, so nothing was updated here; its own error says why"
+
+class OtherFailedError(RuntimeError):
+    """Another process could not step, so nothing was updated here."""
+
+    def __init__(self) -> None:
+        super().__init__("another process could not step, so nothing was updated here; its own error says why")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,7 +162,7 @@ class StepCounts:
     def confirm(self) -> None:
         """Confirm all assumed counts, waiting for the devices; add the skipped steps to ``left_out``.
 
-        Raises RuntimeError, after all this, if another process could not take one of the steps.
+        Raises OtherFailedError, after all this, if another process could not take one of the steps.
         """
         any_refused = 0
         for counts in self._all():
@@ -165,7 +170,7 @@ class StepCounts:
             self.left_out += skipped
             any_refused += refused
         if any_refused:
-            raise RuntimeError(OTHER_FAILED)
+            raise OtherFailedError
 
     def leaves_captured_alone(self, own: list[tuple[int, Tensor]]) -> bool:
         """Whether captured steps update rows that are not among the rows with these step counts."""

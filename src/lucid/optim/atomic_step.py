@@ -22,7 +22,7 @@ from .gradients import NO_AMP, Amp, Described, device_verdict, found_inf_in, hos
 from .groups import ParamGroup, checked_params
 from .hyperparameters import Hyperparameters, Reading, Readings
 from .left_to_step import LeftToStep
-from .members import Member, member_at, members, params_of
+from .members import Member, flat, member_at, members, params_of
 from .new_state import NewEntry, NewState
 from .settings import Settings
 from .state_box import StateBox
@@ -125,9 +125,9 @@ class AtomicStep:
                     return self._write(inputs, gathered, box, new, recipes, verdict)
                 begun = self._has_begun(gathered, box, new)
                 judged, begun = self._judge(inputs, gathered, scale, found_inf, begun)
-            except Exception:
+            except Exception as error:
                 if not self._exchanged:
-                    self._tell_others(inputs, left)
+                    self._tell_others(inputs, left, error)
                 raise
             # If gradients are judged, all processes skip together. Otherwise others may step and exchange
             # observations, so this process must take part in that exchange.
@@ -159,8 +159,8 @@ class AtomicStep:
         if self.plan is not None and self._planned == read.slots_depend_on:
             changed = self.plan.gather(params, box.cells)
         if self.plan is None or changed is None:
-            checked_params(_flat(params))
-            agreement, plan = self._agreement_of(_flat(params), inputs), engine.Plan(params, self.counts)
+            checked_params(flat(params))
+            agreement, plan = self._agreement_of(flat(params), inputs), engine.Plan(params, self.counts)
             self.plan = None  # only now, because an exception above must leave the plan together with its counts
             self.counts.retire()
             self._agreement, self._planned, self.plan = agreement, read.slots_depend_on, plan
@@ -169,7 +169,7 @@ class AtomicStep:
         if changed:
             for row in self._rows(inputs, changed, box, hyperparameters, new):
                 self.plan.bind(row)
-            every = _flat(params)
+            every = flat(params)
             if not all(self._agreement.knows(row, every[row]) for row in changed):
                 self._agreement = self._agreement_of(every, inputs)
             self.plan.compare()
@@ -353,7 +353,7 @@ class AtomicStep:
         """Return the observations of all processes together. If observing is on, every process must call this."""
         if not inputs.settings.observing:
             return {}
-        every = _flat(gathered.params)
+        every = flat(gathered.params)
         if self.only is None and inputs.left is not None:
             before = inputs.left.seen
             seen = [*((row, before[param]) for row, param in enumerate(every) if param in before), *seen]
@@ -361,25 +361,32 @@ class AtomicStep:
         rows = gathered.agreement.observed(seen, every, state, inputs.skipped + skips)
         return {every[row]: values for row, values in rows}
 
-    def _tell_others(self, inputs: Inputs, left: LeftToStep | None) -> None:
-        """Tell the processes that wait for this one that it cannot step. ``left``: if they ask about backward too."""
+    def _tell_others(self, inputs: Inputs, left: LeftToStep | None, error: Exception) -> None:
+        """Tell the processes that wait for this one that it cannot step. ``left``: if they ask about backward too.
+
+        If it has only learned that another failed in an earlier step, they skip this one: an error would come back.
+        """
         if self.only is not None or engine.cuda.is_capturing():  # the latter is refused on every process
             return
+        late = isinstance(error, engine.OtherFailedError) and left is None
         with suppress(Exception):  # the caller raises the error that made the step fail
-            groups = [group for group in inputs.groups if isinstance(group, dict)]
-            params = params_of(groups)
-            agreement = self._agreement_of(params, inputs)
-            if left is not None or self._exchanges(inputs, [group["lr"] for group in groups]):
-                agreement.worst(Finding.FAILED)
+            agreement, params = self._others(inputs)
+            rates = [hyper.lr for hyper in self._readings.hyperparameters]  # groups may hold an invalid one now
+            if left is not None or self._exchanges(inputs, rates or (group["lr"] for group in inputs.groups)):
+                agreement.worst(Finding.BAD if late else Finding.FAILED)
             elif inputs.settings.observing:  # the others have stepped and exchange observations
                 agreement.observed([], params, {}, inputs.skipped)
 
+    def _others(self, inputs: Inputs) -> tuple[Agreement, list[Tensor]]:
+        """Return with whom this step decides, and its parameters; if the groups are broken, those of the last step."""
+        with suppress(Exception):
+            params = params_of(inputs.groups)
+            return self._agreement_of(params, inputs), params
+        params = flat(self._readings.params) or params_of([group for group in inputs.groups if isinstance(group, dict)])
+        return self._agreement or self._agreement_of(params, inputs), params
+
 
 NOBODY = Agreement([torch.empty(0)], None)  # of one process
-
-
-def _flat(groups: list[list[Tensor]]) -> list[Tensor]:
-    return [param for group in groups for param in group]
 
 
 def _bad_count(step: float, group: int) -> ValueError:

@@ -177,7 +177,7 @@ def _check_capture(settings: Settings, *, alone: bool, ready: bool) -> None:
 def check_others(finding: Finding) -> None:
     """Raise if another process cannot step."""
     if finding is Finding.FAILED:
-        raise RuntimeError(engine.OTHER_FAILED)
+        raise engine.OtherFailedError
 
 
 def scale_of(value: Any) -> float:

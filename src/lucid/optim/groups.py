@@ -21,6 +21,7 @@ _read: set[str] = set()  # the names of hyperparameters, from `add_read`
 _KNOWN = {
     *("params", "param_names", "state_version", "name"),
     *("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"),
+    *("max_grad_norm", "nonfinite", "shard_group", "state_device"),  # ZeroRedundancyOptimizer copies options to groups
     *("initial_lr", "base_lr", "min_lr", "max_lr", "swa_lr", "momentum", "base_momentum", "max_momentum"),
 }
 _told: set[str] = set()  # keys of which a warning has told

@@ -51,3 +51,8 @@ def member_at(groups: Sequence[ParamGroup], group: int, place: int) -> Member:
 def params_of(groups: Sequence[ParamGroup]) -> list[Tensor]:
     """Return the parameters of all groups in order."""
     return [param for group in groups for param in group["params"]]
+
+
+def flat(params: Sequence[list[Tensor]]) -> list[Tensor]:
+    """Return the parameters of several lists, one for each group, in order."""
+    return [param for group in params for param in group]
