@@ -123,20 +123,22 @@ def exchanges():
     net, optimizer = stepping(nonfinite="error")
     optimizer.observe()
     train(net, optimizer, 0, 2)
-    count, gather = [], distributed.all_gather
+    count = []
 
-    def counted(*arguments, **options):
-        count.append(1)
-        return gather(*arguments, **options)
+    def counted(collective):
+        def call(*arguments, **options):
+            count.append(collective.__name__)
+            return collective(*arguments, **options)
 
-    distributed.all_gather = counted
-    try:
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather"):
+            patch.setattr(distributed, name, counted(getattr(distributed, name)))
         net.loss(2).backward()
         assert not count
         optimizer.step()
-        assert len(count) == 3  # errors in backward, the gradients that step uses, statistics
-    finally:
-        distributed.all_gather = gather
+    assert count == ["all_reduce", "all_reduce", "all_gather"]  # errors of backward, the step's gradients, statistics
 
 
 def test_nonfinite_gradients(ranks):
