@@ -521,6 +521,7 @@ def test_init_state_makes_all_or_none():
     assert not any(optimizer.state.values())
 
 
+@pytest.mark.filterwarnings("ignore:param_groups")
 def test_defaults_never_gain_keys():
     params = make_params()
     optimizer = optim.AdamW(params[:1], betas=(0.5, 0.75))

@@ -201,7 +201,6 @@ def test_an_optimizer_loads_its_own_state_dict():
     assert bits(params) == bits(twins)
 
 
-@pytest.mark.filterwarnings("ignore:param_groups")
 def test_keys_that_are_not_ours_are_kept():
     optimizer, _ = trained()
     saved = optimizer.state_dict()
