@@ -107,6 +107,8 @@ class AtomicStep:
             new = NewState([box, inputs.state])
         try:
             try:
+                if inputs.left is not None:
+                    inputs.left.check_uncaptured()
                 if self.counts.alarmed:
                     self.counts.confirm()
                 if left is not None:
@@ -218,7 +220,7 @@ class AtomicStep:
         """Return what the device needs if it decides this step, else None; confirm step counts if the host decides."""
         plan, counts = gathered.plan, self.counts
         captured, capturing = counts.captured, engine.cuda.is_capturing()
-        if not (plan.on_device or captured or capturing) or (capturing and not plan.steps()):
+        if not (plan.on_device or captured or capturing) or (capturing and not (plan.steps() or gathered.agreement)):
             return None
         if captured and plan.steps() and plan.leaves_captured_alone():
             raise RuntimeError(
