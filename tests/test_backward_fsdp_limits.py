@@ -7,6 +7,7 @@ import math
 import re
 import weakref
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ from torch.distributed.tensor import DTensor
 
 import lucid.optim as optim
 import train_gpt
-from bits import assert_same, peek
+from bits import assert_same, on, peek
 from fsdp import Net, adamw, grads, sharded, shards, stepping, train
+from launchers import Device
+from lucid import engine
+from test_device_ranks import device
 from twins import steps_of
 
 # A process that fails
@@ -73,6 +77,48 @@ def each_bad_state():
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_process_that_cannot_update_a_parameter(ranks, world):
     ranks.run(world, each_bad_state)
+
+
+def captured():
+    """Neither hooks nor step() launch anything, and no words are exchanged."""
+    with device(Device()) as asked, on("cuda"):
+        net, optimizer = stepping()
+        train(net, optimizer, 0, 2)
+        asked.forget()
+        with mock.patch.object(engine.cuda, "is_capturing", return_value=True):
+            net.loss(2).backward()
+            net.outside.grad = None
+            with mock.patch.object(distributed, "all_reduce") as reduce:
+                with pytest.raises(RuntimeError, match="captured in a CUDA graph"):
+                    optimizer.step()
+                assert not reduce.called
+        assert not asked.launched
+        net.zero_grad()
+        train(net, optimizer, 2, 3)
+        assert steps_of(optimizer, net.embedding.weight) == 3
+
+
+def test_captured_steps_are_refused(ranks):
+    ranks.run(2, captured)
+
+
+def sharded_without_gradients():
+    """A captured step of shards is refused even where this process has nothing to update."""
+    with device(Device()), on("cuda"):
+        net = sharded(Net())
+        optimizer = adamw(net, max_grad_norm=1.0)
+        train(net, optimizer, 0, 2)
+        with (
+            mock.patch.object(engine.cuda, "is_capturing", return_value=True),
+            mock.patch.object(distributed, "all_reduce") as reduce,
+            pytest.raises(RuntimeError, match="not sharded"),
+        ):
+            optimizer.step()
+        assert not reduce.called
+
+
+def test_captured_steps_of_shards_without_gradients_are_refused(ranks):
+    ranks.run(2, sharded_without_gradients)
 
 
 def fails_in_step():

@@ -21,6 +21,7 @@ from deciding import decisions
 from launchers import Device
 from lucid import engine
 from lucid.engine import only
+from lucid.optim import atomic_step, gradients
 from sharded import SHAPES, assert_whole, everyone_has, give_gradients, spread_over, whole
 from test_device_ranks import device
 
@@ -272,6 +273,30 @@ def test_an_exchange_that_fails_leaves_everything(ranks):
 
 
 # Steps by which torch creates state
+
+
+def rate_on_host():
+    """A learning rate in a tensor of the host's makes processes exchange, and no host waits for that."""
+    mesh = init_device_mesh("cpu", (2,))
+    with device(Device()) as asked, on("cuda"):
+        ours, theirs, spread, plain = pair(mesh)
+        with (
+            mock.patch.object(gradients, "is_on", return_value=False),
+            mock.patch.object(atomic_step, "is_on", return_value=False),
+        ):
+            for step in range(4):
+                give_gradients(spread, plain, step)
+                for each in (ours, theirs):
+                    each.param_groups[0]["lr"] = torch.tensor(0.01 * (step + 1))
+                ours.step()
+                with only("cpu"):
+                    theirs.step()
+        assert decisions(asked) == 3
+        assert_whole(ours, theirs)
+
+
+def test_no_host_waits_because_of_a_rate_in_a_tensor(ranks):
+    ranks.run(2, rate_on_host)
 
 
 def created(judges):

@@ -107,6 +107,8 @@ class AtomicStep:
             new = NewState([box, inputs.state])
         try:
             try:
+                if inputs.left is not None:
+                    inputs.left.check_uncaptured()
                 if self.counts.alarmed:
                     self.counts.confirm()
                 if left is not None:
@@ -218,7 +220,7 @@ class AtomicStep:
         """Return what the device needs if it decides this step, else None; confirm step counts if the host decides."""
         plan, counts = gathered.plan, self.counts
         captured, capturing = counts.captured, engine.cuda.is_capturing()
-        if not (plan.on_device or captured or capturing) or (capturing and not plan.steps()):
+        if not (plan.on_device or captured or capturing) or (capturing and not (plan.steps() or gathered.agreement)):
             return None
         if captured and plan.steps() and plan.leaves_captured_alone():
             raise RuntimeError(
@@ -370,23 +372,24 @@ class AtomicStep:
             return
         late = isinstance(error, engine.OtherFailedError) and left is None
         with suppress(Exception):  # the caller raises the error that made the step fail
-            agreement, params = self._others(inputs)
+            agreement, params = _others(inputs, self._agreement, flat(self._readings.params))
             rates = [hyper.lr for hyper in self._readings.hyperparameters]  # groups may hold an invalid one now
             if left is not None or self._exchanges(inputs, rates or (group["lr"] for group in inputs.groups)):
                 agreement.worst(Finding.BAD if late else Finding.FAILED)
             elif inputs.settings.observing:  # the others have stepped and exchange observations
                 agreement.observed([], params, {}, inputs.skipped)
 
-    def _others(self, inputs: Inputs) -> tuple[Agreement, list[Tensor]]:
-        """Return with whom this step decides, and its parameters; if the groups are broken, those of the last step."""
-        with suppress(Exception):
-            params = params_of(inputs.groups)
-            return self._agreement_of(params, inputs), params
-        params = flat(self._readings.params) or params_of([group for group in inputs.groups if isinstance(group, dict)])
-        return self._agreement or self._agreement_of(params, inputs), params
-
 
 NOBODY = Agreement([torch.empty(0)], None)  # of one process
+
+
+def _others(inputs: Inputs, agreement: Agreement | None, before: list[Tensor]) -> tuple[Agreement, list[Tensor]]:
+    """Return with whom a step decides, and its parameters; if the groups are broken, those of the step before."""
+    with suppress(Exception):
+        params = params_of(inputs.groups)
+        return Agreement(params, inputs.settings.shard_group), params
+    params = before or params_of([group for group in inputs.groups if isinstance(group, dict)])
+    return agreement or Agreement(params, inputs.settings.shard_group), params
 
 
 def _bad_count(step: float, group: int) -> ValueError:

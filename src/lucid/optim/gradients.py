@@ -131,7 +131,8 @@ def device_verdict(
         return None
     given, found_inf = amp
     told = any(is_on(device, value) for value in (given, found_inf, *(hyper.lr for hyper in hyperparameters)))
-    if not captured and (fresh or settings.nonfinite == "error" or not (told or settings.judges)):
+    decides = told or settings.judges or exchange is not None
+    if not captured and (fresh or settings.nonfinite == "error" or not decides):
         return None
     scale = given if is_on(device, given) else scale_of(given)
     if found_inf is not None and not is_on(device, found_inf):

@@ -37,6 +37,15 @@ class LeftToStep:
             raise self.error
 
     @staticmethod
+    def check_uncaptured() -> None:
+        """Raise if a step is being captured in a CUDA graph: in its replays nothing could be left to `step`."""
+        if engine.cuda.is_capturing():
+            raise RuntimeError(
+                "a step in backward under FSDP2 is being captured in a CUDA graph, which does not work; call "
+                "step_in_backward(False), or step without a graph"
+            )
+
+    @staticmethod
     def check_others(agreement: Agreement) -> None:
         """Raise if an update in backward failed on another process, or if one cannot step now."""
         if agreement.worst(Finding.NOTHING) is Finding.FAILED:
