@@ -60,6 +60,7 @@ def pairs_of_ranks(one, others, engine_name):
     assert not failed, "\n".join(failed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine_name", ["cpu", "cuda"])
 @pytest.mark.parametrize("one", SHARDED)
 def test_pairs_on_several_processes(ranks, one, engine_name):
