@@ -5,24 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lucid.engine import numbers
-from lucid.engine.numbers import Kept, Scalar, Told, ToldOfSet
+from lucid.engine.numbers import Kept, Told, ToldOfSet
 
-from .kernels import number_at
-from .squares import BAD, FAILED, INFINITE, LARGE, NAN, root_of, scale_of
+from .kernels import COUNT, SET, D, E, F, K, S, number_at
+from .squares import BAD, FAILED, FOUND_INF_AT, INFINITE, LARGE, NAN, SETS, root_of, scale_of
 
-D = tl.constexpr(int(Scalar.D))
-K = tl.constexpr(int(Scalar.K))
-S = tl.constexpr(int(Scalar.S))
-E = tl.constexpr(int(Scalar.E))
-F = tl.constexpr(int(Scalar.F))
-COUNT = tl.constexpr(int(Scalar.COUNT))
-SET = tl.constexpr(numbers.SET)
-
-SETS = tl.constexpr(int(Told.SETS))
 MAX_NORM = tl.constexpr(int(Told.MAX_NORM))
 SKIPS = tl.constexpr(int(Told.SKIPS))
-FOUND_INF_AT = tl.constexpr(int(Told.FOUND_INF_AT))
 CAPTURED = tl.constexpr(int(Told.CAPTURED))
 ALARM_AT = tl.constexpr(int(Told.ALARM_AT))
 LR = tl.constexpr(int(ToldOfSet.LR))

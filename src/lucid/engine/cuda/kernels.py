@@ -41,7 +41,7 @@ from .formats import (
     store_param,
 )
 
-# A kernel can read only constants of its own module. lucid.engine.numbers describes each of these.
+# A kernel can read only constants, under a name of its own module. lucid.engine.numbers describes each of these.
 
 # The columns of the table of rows.
 PARAM = tl.constexpr(int(Operand.PARAM))

@@ -12,14 +12,11 @@ import triton
 import triton.language as tl
 
 from lucid.engine import exact_sum, numbers
-from lucid.engine.numbers import Column, Told
+from lucid.engine.numbers import Told
 
 from .formats import FLOAT64, bits_of
-from .kernels import load_gradient, number_at
+from .kernels import COLUMNS, ELEMENTS, LAYOUT, load_gradient, number_at
 
-ELEMENTS = tl.constexpr(int(Column.ELEMENTS))
-LAYOUT = tl.constexpr(int(Column.LAYOUT))
-COLUMNS = tl.constexpr(numbers.COLUMNS)
 SETS = tl.constexpr(int(Told.SETS))
 SCALE = tl.constexpr(int(Told.SCALE))
 SCALE_AT = tl.constexpr(int(Told.SCALE_AT))
