@@ -11,7 +11,8 @@ namespace {
 bool stores(ParamFormat format, Type type) {
   switch (type) {
     case Type::bfloat16:
-      return format == ParamFormat::bfloat16 || format == ParamFormat::bfloat16_residual;
+      return format == ParamFormat::bfloat16 || format == ParamFormat::bfloat16_residual ||
+             format == ParamFormat::bfloat16_drawn;
     case Type::float16:
       return format == ParamFormat::float16 || format == ParamFormat::float16_master;
     default:
@@ -78,6 +79,8 @@ const char* Rows::work_of(Row& row, const std::vector<RowSlot>& found, const std
   work->own_gradient = work->gradient == type;
   work->param_format = format.param;
   work->moment_format = format.moments;
+  work->draws =
+      format.moments != MomentFormat::plain || format.param == ParamFormat::bfloat16_drawn || format.ema;
   work->elements = elements(parameter) * (is_complex ? 2 : 1);
   work->row = parameter.ndim == 0 || parameter.shape[0] == 0 ? work->elements : work->elements / parameter.shape[0];
   work->numbering = row.numbering.first == 0 && row.numbering.run >= work->elements ? nullptr : &row.numbering;
@@ -89,6 +92,9 @@ const char* Rows::work_of(Row& row, const std::vector<RowSlot>& found, const std
     if (role < shaped_operands) work->size[role] = static_cast<int8_t>(tensors[k].dtype.bits / (is_complex ? 16 : 8));
     if ((role == exp_avg || role == exp_avg_sq) && !holds(format.moments, work->compute, tensors[k].dtype)) {
       return "no engine knows the dtype of its state";
+    }
+    if (role == ema && !holds(MomentFormat::plain, work->compute, tensors[k].dtype)) {
+      return "no engine knows the dtype of its average";
     }
   }
   return nullptr;
@@ -113,7 +119,7 @@ const char* Rows::lay_out(size_t index, const std::vector<RowSlot>& found, const
     strides_of[role] = to;
   }
   Layout& layout = layouts_[index];
-  layout = Layout::of(ndim, shape.data(), strides_of, work->moment_format != MomentFormat::plain);
+  layout = Layout::of(ndim, shape.data(), strides_of, work->draws);
   if (work->moment_format == MomentFormat::eight_bit) {
     for (const int codes : {exp_avg, exp_avg_sq}) {
       if (!layout.contiguous[codes]) return "its codes do not lie in row-major order";

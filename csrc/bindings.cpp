@@ -21,7 +21,7 @@ namespace {
 // The sets in a table of scalars (lucid.engine.scalars.table), float64[1 + sets, words_of_set]; the first row is not a
 // set.
 std::vector<lucid::HostScalars> sets_in(nb::handle table) {
-  constexpr size_t words_of_set = 16;
+  constexpr size_t words_of_set = 24;
   Py_buffer buffer;
   if (PyObject_GetBuffer(table.ptr(), &buffer, PyBUF_SIMPLE) != 0) throw nb::python_error();
   const size_t sets = static_cast<size_t>(buffer.len) / (words_of_set * sizeof(double));
@@ -55,7 +55,7 @@ bool hold(nb::list dicts, nb::handle kind, nb::tuple keys, nb::list values) {
 }
 
 // lucid.engine.cuda.row_table.DeviceRow, the same as lucid::DeviceRow field by field.
-using DeviceRowTuple = std::tuple<int, int, int, int, int, int, int, bool, int, bool, bool, bool, int64_t>;
+using DeviceRowTuple = std::tuple<int, int, int, int, int, int, int, bool, bool, int, bool, bool, bool, int64_t>;
 
 // lucid.engine.observed.Observed, the same as lucid::RowObserved field by field.
 using ObservedTuple = std::tuple<double, double, double, double>;
@@ -78,16 +78,17 @@ NB_MODULE(_cpu, m) {
       .def(
           "bind",
           [](lucid::Rows& rows, size_t index, nb::handle gradient, nb::dict entry,
-             const std::vector<lucid::RowSlot>& slots, std::pair<int, int> format,
+             const std::vector<lucid::RowSlot>& slots, std::tuple<int, int, bool> format,
              std::tuple<int64_t, int64_t, int64_t> numbering, bool on_device) {
             const auto [first, run, stride] = numbering;
-            const lucid::RowFormat stored{static_cast<lucid::ParamFormat>(format.first),
-                                          static_cast<lucid::MomentFormat>(format.second)};
+            const auto [param, moments, ema] = format;
+            const lucid::RowFormat stored{static_cast<lucid::ParamFormat>(param),
+                                          static_cast<lucid::MomentFormat>(moments), ema};
             return rows.bind(index, gradient, entry, slots, stored, {first, run, stride}, on_device);
           },
           "index"_a, "gradient"_a, "entry"_a, "slots"_a, "format"_a, "numbering"_a, "on_device"_a = false,
           nb::sig("def bind(self, index: int, gradient: torch.Tensor, entry: dict[str, typing.Any], "
-                  "slots: list[tuple[int, torch.Tensor]], format: tuple[int, int], numbering: tuple[int, int, int], "
+                  "slots: list[tuple[int, torch.Tensor]], format: tuple[int, int, bool], numbering: tuple[int, int, int], "
                   "on_device: bool = False) -> str | None"))
       .def("compare", &lucid::Rows::compare)
       .def("steps", &lucid::Rows::steps)
@@ -99,7 +100,7 @@ NB_MODULE(_cpu, m) {
              for (const lucid::DeviceRow& row : rows.device_rows()) {
                found.emplace_back(row.row, row.device.type, row.device.index, static_cast<int>(row.compute),
                                   static_cast<int>(row.gradient), static_cast<int>(row.param_format),
-                                  static_cast<int>(row.moment_format), row.amsgrad, row.dims, row.numbered,
+                                  static_cast<int>(row.moment_format), row.amsgrad, row.ema, row.dims, row.numbered,
                                   row.whole_rows, row.wide, row.elements);
              }
              return found;

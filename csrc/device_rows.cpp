@@ -15,7 +15,7 @@ std::vector<DeviceRow> Rows::device_rows() const {
     const int64_t first = numbering == nullptr ? 0 : numbering->first;
     const bool one_run = numbering == nullptr || numbering->run >= work.elements;
     found.push_back({static_cast<int>(i), tensors_[row.first].device, work.compute, work.gradient, work.param_format,
-                     work.moment_format, work.amsgrad,
+                     work.moment_format, work.amsgrad, work.address[ema] != nullptr,
                      work.layout == nullptr ? 0 : static_cast<int>(std::max<size_t>(1, work.layout->sizes.size())),
                      !one_run || first + work.elements > int64_t{1} << 32, work.row % block == 0, row.wide,
                      work.elements});

@@ -11,7 +11,7 @@ namespace lucid {
 
 // The scalars of section 3 in float64, before they are rounded to a row's compute type.
 struct HostScalars {
-  double beta1, one_minus_beta1, beta2, one_minus_beta2, d, k, s, e, f;
+  double beta1, one_minus_beta1, beta2, one_minus_beta2, d, k, s, e, f, cautious, ema, one_minus_ema;
 };
 
 // The observation of one row.
@@ -61,6 +61,7 @@ struct Work {
   MomentFormat moment_format;
   bool own_gradient;  // the gradient has the parameter's type
   bool amsgrad;
+  bool draws;  // something is stochastically rounded, so elements are numbered in row-major order
   int scalars;   // the set in the table that update() gets
   uint64_t key;  // of this step's random bits
 };

@@ -11,15 +11,17 @@ namespace lucid {
 
 enum class Type : int { float32, float64, float16, bfloat16 };
 
-// How a parameter is stored: alone, or with a residual or master that completes the float32 master weight.
-enum class ParamFormat : int { plain, bfloat16, bfloat16_residual, float16, float16_master };
+// How a parameter is stored: alone, or with a residual or master that completes the float32 master weight; or alone and
+// stochastically rounded.
+enum class ParamFormat : int { plain, bfloat16, bfloat16_residual, float16, float16_master, bfloat16_drawn };
 // How the two moments are stored: in the compute type; stochastically rounded to bfloat16; as codes with a scale for
 // each block.
 enum class MomentFormat : int { plain, bfloat16, eight_bit };
 
-constexpr int param_formats = 5, moment_formats = 3;
+constexpr int param_formats = 6, moment_formats = 3;
 
-// The tensors of a row. `low_bits` is a residual or a float32 master; the moments are values or codes.
+// The tensors of a row. `low_bits` is a residual or a float32 master; the moments are values or codes; `ema` is the
+// average of the weights.
 enum Operand : int {
   param,
   grad,
@@ -27,10 +29,15 @@ enum Operand : int {
   exp_avg,
   exp_avg_sq,
   max_exp_avg_sq,
+  ema,
   exp_avg_scale,  // this and the next do not have the parameter's shape
   exp_avg_sq_scale,
 };
-constexpr int shaped_operands = 6, max_operands = 8;
+constexpr int shaped_operands = 7, max_operands = 9;
+
+// What random bits are for: the key of each use is the step's key XOR the use << 62.
+enum class Use : int { moments, param, ema };
+constexpr int use_shift = 62;
 
 constexpr int64_t block = 128;  // elements of a row that share a scale; the last block of a row may be shorter
 

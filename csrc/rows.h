@@ -31,6 +31,7 @@ struct DeviceRow {
   ParamFormat param_format;
   MomentFormat moment_format;
   bool amsgrad;
+  bool ema;         // an average of the weights is kept
   int dims;         // of its layout; 0 if every operand is contiguous
   bool numbered;    // its elements are not one run of numbers below 2^32
   bool whole_rows;  // each index of its first dimension has whole blocks
@@ -50,10 +51,11 @@ enum DeviceColumn : int {
   device_columns = 16,
 };
 
-// How the parameter and the moments of a row are stored.
+// How the parameter and the moments of a row are stored, and whether an average of the weights is.
 struct RowFormat {
   ParamFormat param;
   MomentFormat moments;
+  bool ema;
 };
 
 // A tensor of a row's state: its role (an Operand or one of the two below), and the tensor.

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .numbers import BLOCK
+from .numbers import BLOCK, USE_SHIFT, Use
 
 _LOW32 = 0xFFFFFFFF
 _INFINITY = 0x7F800000
@@ -38,16 +38,17 @@ def _mixed(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def draws(stream: int, step: int, numbers: Tensor) -> Tensor:
+def draws(stream: int, step: int, numbers: Tensor, use: Use = Use.MOMENTS) -> Tensor:
     """Return 16 random bits for each element of a parameter, as int32. They are the same on every machine and shard.
 
     ``stream`` (64 bits) identifies the parameter. ``step`` is the step count after this step. ``numbers``, int64, are
-    the numbers of the elements in row-major order in the whole parameter. The bits are the number times an odd key plus
-    another key; both keys are new at each step. So the bits of one element at different steps are independent. Over the
-    steps, so are the bits of two elements, unless their numbers differ by a large power of two (M. Dietzfelbinger et
-    al., "A Reliable Randomized Algorithm for the Closest-Pair Problem", 1997, section 2).
+    the numbers of the elements in row-major order in the whole parameter. ``use``: what the bits are for. The bits
+    are the number times an odd key plus another key; both keys are new at each step. So the bits of one element at
+    different steps are independent. Over the steps, so are the bits of two elements, unless their numbers differ by a
+    large power of two (M. Dietzfelbinger et al., "A Reliable Randomized Algorithm for the Closest-Pair Problem",
+    1997, section 2).
     """
-    key = _mixed((_mixed(stream % 2**64) + step) % 2**64)
+    key = _mixed((_mixed(stream % 2**64) + step) % 2**64) ^ (use << USE_SHIFT)
     bits = torch.zeros_like(numbers, dtype=torch.int32)
     highs = numbers >> 32
     for high in range(int(highs.min()), int(highs.max()) + 1) if numbers.numel() else ():
@@ -56,6 +57,15 @@ def draws(stream: int, step: int, numbers: Tensor) -> Tensor:
         drawn = ((numbers & _LOW32) * factor + offset & _LOW32) >> 16
         bits = torch.where(highs == high, drawn.int(), bits)
     return bits
+
+
+def dither(x: Tensor, drawn: Tensor) -> Tensor:
+    """Return a random number between -1/2 and 1/2 units of the last place of `x`, a float32 tensor.
+
+    Added to a small change of `x`, it makes the sum's rounding stochastic.
+    """
+    exponent = _float(_bits(x) & _INFINITY)  # the largest power of two that is not above |x|
+    return (drawn.float() - 32767.5) * 2.0**-39 * exponent
 
 
 # Sixteen bits

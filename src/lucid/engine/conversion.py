@@ -13,6 +13,7 @@ from . import codecs, shards
 from .formats import (
     AMSGRAD,
     CODES,
+    EMA,
     KEYS,
     STEP,
     STREAM,
@@ -34,6 +35,8 @@ def converted_entry(
     own = {STEP: checked_step(entry.get(STEP), name).clone()}
     saved = dict(entry)
     for key, slot in kept.slots_with(AMSGRAD in entry).items():
+        if key == EMA and EMA not in entry:  # the next step starts it from the weights as they are then
+            continue
         own[key] = kept.new_slot(key, slot, param, rounding_key)
     parts = {key: shards.local(tensor) for key, tensor in own.items()}
     if kept.moments == "8bit" and "exp_avg_code" in saved:
@@ -53,6 +56,8 @@ def converted_entry(
             parts["exp_avg_sq"].copy_(v)
     if AMSGRAD in saved:
         parts[AMSGRAD].copy_(kept.amsgrad_slot.local_part(saved[AMSGRAD], param, AMSGRAD, name))
+    if EMA in own:
+        parts[EMA].copy_(kept.slots[EMA].local_part(saved[EMA], param, EMA, name))
     if STREAM in own and STREAM in saved:
         own[STREAM].copy_(kept.slots[STREAM].check(saved[STREAM], param, STREAM, name))
     _convert_master(parts, saved, param, name)

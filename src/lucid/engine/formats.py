@@ -25,6 +25,7 @@ STEP = "step"
 STREAM = "stream"
 
 StateFormatName = Literal["fp32", "bf16", "8bit"]
+MasterWeights = bool | Literal["stochastic"]
 NAMES: tuple[StateFormatName, ...] = ("fp32", "bf16", "8bit")
 
 # Identifies the random bits of a parameter: the seed, and the parameter's name, or its number over all groups.
@@ -46,6 +47,7 @@ _MOMENTS: dict[StateFormatName, MomentFormat] = {
     "8bit": MomentFormat.EIGHT_BIT,
 }
 AMSGRAD = "max_exp_avg_sq"
+EMA = "ema"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def moments(dtype: torch.dtype) -> dict[str, Slot]:
     return {"exp_avg": Slot(dtype), "exp_avg_sq": Slot(dtype)}
 
 
-_LATER = {AMSGRAD, *(key for key, *_ in _MASTER.values())}  # these may be added to existing state
+_LATER = {AMSGRAD, EMA, STREAM, *(key for key, *_ in _MASTER.values())}  # these may be added to existing state
 _MOST_CERTAIN = 256  # bfloat16 represents every whole number up to this
 # The keys of all formats, which a conversion replaces.
 KEYS = {STEP, STREAM, *CODES, *moments(torch.float32), *_LATER}
@@ -159,13 +161,13 @@ class StateFormat:
 
         A parameter without state gets all tensors. amsgrad's maximum may be added later; it starts from zero. The
         residual or master may also be added later, if a model is converted to 16 bits; the master weight then starts
-        from the parameter's value.
+        from the parameter's value. So may the average of the weights, which starts from the master weight.
         """
         slots = self.slots_with(amsgrad)
         if not entry:
-            return {STEP: new_step()} | {
-                key: self.new_slot(key, slot, param, rounding_key) for key, slot in slots.items()
-            }
+            new = {key: self.new_slot(key, slot, param, rounding_key) for key, slot in slots.items()}
+            self._begin_average(param, {}, new)
+            return {STEP: new_step()} | new
         missing: dict[str, Tensor] = {}
         step = checked_step(entry.get(STEP), name)
         if step is not entry.get(STEP):
@@ -197,7 +199,25 @@ class StateFormat:
                     f"state {key!r} of {name} has strides {tensor.stride()}, expected contiguous codes and scales; "
                     "load it with load_state_dict, which makes them contiguous"
                 )
+        self._begin_average(param, entry, missing)
         return missing
+
+    def _begin_average(self, param: Tensor, entry: Mapping[str, Any], new: Mapping[str, Tensor]) -> None:
+        """If the average of the weights is new, set it to the master weight of `param`; `entry` is its other state."""
+        if EMA not in new:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            shards.local(new[EMA]).copy_(self.master_of(param, entry))
+
+    def master_of(self, param: Tensor, entry: Mapping[str, Any]) -> Tensor:
+        """Return this process's shard of the master weight of `param`, whose state is `entry`, maybe `param` itself."""
+        part = shards.local(param).detach()
+        key = _MASTER.get(param.dtype, (None,))[0]
+        kept = None if key is None or key not in self.slots else entry.get(key)
+        if kept is None:
+            return part
+        low = shards.local(kept).to(part.device)
+        return codecs.joined(part, low) if key == "residual" else codecs.master_of_float16(part, low)
 
     def new_slot(self, key: str, slot: Slot, param: Tensor, rounding_key: RoundingKey) -> Tensor:
         if key == STREAM:
@@ -215,17 +235,27 @@ def _stream_of(seed: int, called: str | int) -> int:
 def format_for(
     param: Tensor,
     state_format: StateFormatName,
-    master_weights: bool,
+    master_weights: MasterWeights,
     name: str,
     device: torch.device | None = None,
+    *,
+    ema: bool = False,
 ) -> StateFormat:
-    """Return the state format of `param`, with state on `device` if given; raise if its dtype is not supported."""
+    """Return the state format of `param`, with state on `device` if given; raise if its dtype is not supported.
+
+    ``ema``: whether an average of the weights is kept.
+    """
     if param.dtype not in COMPUTE:
         known = ", ".join(str(dtype) for dtype in COMPUTE)
         raise TypeError(f"{name} has dtype {param.dtype}, expected one of {known}")
     if state_format == "8bit" and not _is_quantized(param.shape):
         state_format = "fp32"
-    kept = _format(param.dtype, state_format, master_weights)
+    if master_weights == "stochastic" and param.dtype == torch.float16:
+        raise ValueError(
+            f'{name} is torch.float16, and master_weights="stochastic" is for torch.bfloat16 parameters; set '
+            "master_weights to True or False for its group, or convert it"
+        )
+    kept = _format(param.dtype, state_format, master_weights, ema)
     if device is not None:
         if shards.is_sharded(param):
             raise ValueError(
@@ -241,10 +271,16 @@ def format_for(
 
 
 def checked_format(
-    param: Tensor, state_format: StateFormatName, master_weights: bool, name: str, device: torch.device | None
+    param: Tensor,
+    state_format: StateFormatName,
+    master_weights: MasterWeights,
+    name: str,
+    device: torch.device | None,
+    *,
+    ema: bool = False,
 ) -> StateFormat:
     """Return the state format of `param`, as `format_for` does; also raise if no step can update `param`."""
-    kept = format_for(param, state_format, master_weights, name, device)
+    kept = format_for(param, state_format, master_weights, name, device, ema=ema)
     check_param(param, name)
     return kept
 
@@ -254,13 +290,14 @@ def state_bytes(
     dtype: torch.dtype,
     state_format: StateFormatName,
     *,
-    master_weights: bool = True,
+    master_weights: MasterWeights = True,
     amsgrad: bool = False,
+    ema: bool = False,
     ranks: int = 1,
 ) -> int:
     """Return the bytes of a parameter's state; if sharded by rows over `ranks` processes, of the largest shard."""
     whole = torch.empty(tuple(shape), dtype=dtype, device="meta")
-    kept = format_for(whole, state_format, master_weights, "a parameter")
+    kept = format_for(whole, state_format, master_weights, "a parameter", ema=ema)
     part = whole[: math.ceil(whole.shape[0] / ranks)] if whole.dim() else whole
     slots = kept.slots_with(amsgrad).values()
     return new_step().nbytes + sum(slot.dtype.itemsize * math.prod(slot.shape_for(part)) for slot in slots)
@@ -272,20 +309,24 @@ def _is_quantized(shape: torch.Size) -> bool:
 
 def plain_format(dtype: torch.dtype) -> StateFormat:
     """Return the state format that ``torch.optim.AdamW`` uses for a parameter of this dtype."""
-    return _format(dtype, "fp32", False)
+    return _format(dtype, "fp32", False, False)
 
 
 @functools.cache
-def _format(dtype: torch.dtype, state_format: StateFormatName, master_weights: bool) -> StateFormat:
+def _format(dtype: torch.dtype, state_format: StateFormatName, master_weights: MasterWeights, ema: bool) -> StateFormat:
     compute = COMPUTE[dtype]
     if compute is not torch.float32:
         state_format = "fp32"  # float64 and complex parameters keep moments in their own precision
     slots = {"fp32": moments(compute), "bf16": moments(torch.bfloat16) | _STREAM, "8bit": CODES | _STREAM}[state_format]
     stored = _ALONE.get(dtype, ParamFormat.PLAIN)
-    if dtype in _MASTER and master_weights:
+    if dtype in _MASTER and master_weights == "stochastic":
+        stored, slots = ParamFormat.BFLOAT16_DRAWN, slots | _STREAM
+    elif dtype in _MASTER and master_weights:
         key, master_dtype, stored = _MASTER[dtype]
         slots = slots | {key: Slot(master_dtype)}
-    return StateFormat(state_format, RowFormat(stored, _MOMENTS[state_format]), slots, Slot(compute))
+    if ema:
+        slots = slots | _STREAM | {EMA: Slot(compute)}
+    return StateFormat(state_format, RowFormat(stored, _MOMENTS[state_format], ema), slots, Slot(compute))
 
 
 def new_step() -> Tensor:

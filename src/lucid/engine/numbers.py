@@ -22,6 +22,7 @@ class ParamFormat(IntEnum):
     BFLOAT16_RESIDUAL = 2
     FLOAT16 = 3
     FLOAT16_MASTER = 4
+    BFLOAT16_DRAWN = 5  # alone, stochastically rounded
 
 
 class MomentFormat(IntEnum):
@@ -41,25 +42,37 @@ class Operand(IntEnum):
     EXP_AVG = 3
     EXP_AVG_SQ = 4
     MAX_EXP_AVG_SQ = 5
-    EXP_AVG_SCALE = 6
-    EXP_AVG_SQ_SCALE = 7
+    EMA = 6  # the average of the weights
+    EXP_AVG_SCALE = 7
+    EXP_AVG_SQ_SCALE = 8
 
 
-SHAPED_OPERANDS = 6
+SHAPED_OPERANDS = 7
 STEP_ROLE, STREAM_ROLE = -1, -2  # the roles of a row's other two tensors, the same as in csrc/rows.h
 
 BLOCK = 128  # elements of a row that share a scale
 
 
+class Use(IntEnum):
+    """What random bits are for: rounding of different tensors in one step must not depend on each other."""
+
+    MOMENTS = 0
+    PARAM = 1
+    EMA = 2
+
+
+USE_SHIFT = 62  # a key of random bits is XORed with its `Use`, shifted by so many bits
+
+
 class Column(IntEnum):
     """The columns after the addresses in the table of device rows, the same as ``DeviceColumn`` in csrc/rows.h."""
 
-    ELEMENTS = 8
-    ROW = 9  # elements with the same index of the first dimension
-    FIRST = 10  # this and the next two: a `lucid.engine.shards.Numbering`
-    RUN = 11
-    STRIDE = 12
-    LAYOUT = 13  # where its layout begins in the table of layouts
+    ELEMENTS = 9
+    ROW = 10  # elements with the same index of the first dimension
+    FIRST = 11  # this and the next two: a `lucid.engine.shards.Numbering`
+    RUN = 12
+    STRIDE = 13
+    LAYOUT = 14  # where its layout begins in the table of layouts
 
 
 COLUMNS = 16
@@ -77,10 +90,13 @@ class Scalar(IntEnum):
     S = 6
     E = 7
     F = 8
-    COUNT = 9  # the step count after this step
+    CAUTIOUS = 9  # not 0: the decay only where it agrees with the update
+    EMA_DECAY = 10  # the decay of the average of the weights
+    ONE_MINUS_EMA_DECAY = 11
+    COUNT = 12  # the step count after this step
 
 
-SET = 16  # words of a set
+SET = 24  # words of a set
 
 
 class Told(IntEnum):
@@ -100,7 +116,7 @@ class Told(IntEnum):
 class ToldOfSet(IntEnum):
     """The words of a set that the host gives to a device that decides.
 
-    The words up to ONE_MINUS_BETA2, and COUNT, are those of `Scalar`; these are the others.
+    The words up to ONE_MINUS_BETA2, and those from CAUTIOUS to COUNT, are those of `Scalar`; these are the others.
     """
 
     LR = 4  # float64
@@ -108,11 +124,12 @@ class ToldOfSet(IntEnum):
     SIGN = 6  # float64, -1 if the objective is maximized
     LR_AT = 7  # the address of lr if it is on the device, else 0
     LR_DOUBLE = 8  # whether it is a float64 there
-    POWERS1 = 10  # the address of the numbers 1 - beta1^t, float64
-    LENGTH1 = 11  # how many they are
-    POWERS2 = 12
-    LENGTH2 = 13
-    EPS = 14  # float64
+    POWERS1 = 13  # the address of the numbers 1 - beta1^t, float64
+    LENGTH1 = 14  # how many they are
+    POWERS2 = 15
+    LENGTH2 = 16
+    EPS = 17  # float64
+    REFERENCE_LR = 18  # float64; not 0: the decay follows lr / REFERENCE_LR instead of lr
 
 
 class Kept(IntEnum):

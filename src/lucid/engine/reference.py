@@ -7,8 +7,9 @@ rounds once. Some operations of torch are not allowed here: its CPU square root 
 
 from __future__ import annotations
 
+import functools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from . import codecs, exact_sum
 from .native import missing as cpu_missing
-from .numbers import MomentFormat, ParamFormat
+from .numbers import MomentFormat, ParamFormat, Use
 from .observed import Observed, Seen
 from .protocol import StepOrder
 from .row import COMPUTE, Row, RowFormat
@@ -44,7 +45,23 @@ def adamw(
 
 
 def _update(h: Scalars, theta: Tensor, m: Tensor, w: Tensor) -> Tensor:
-    return h.d * theta + (h.k * m) / (_square_root(w) * h.s + h.e)
+    update = (h.k * m) / (_square_root(w) * h.s + h.e)
+    decay = h.d * theta
+    if h.cautious:
+        decay = torch.where(((update > 0) & (theta > 0)) | ((update < 0) & (theta < 0)), decay, 0.0)
+    return decay + update
+
+
+def average(h: Scalars, a: Tensor, theta: Tensor, drawn: Tensor) -> Tensor:
+    """Return the next average of the weights: a running mean of θ, stochastically rounded in float32.
+
+    Rounded to nearest, the average would stop moving when θ − a is small: its change is then below half a unit of the
+    last place of a.
+    """
+    if h.ema < 0.5:
+        return theta + h.ema * (a - theta)
+    change = h.one_minus_ema * (theta - a)
+    return a + (change + codecs.dither(a, drawn) if a.dtype == torch.float32 else change)
 
 
 def _mean(a: Tensor, x: Tensor, beta: float, one_minus_beta: float) -> Tensor:
@@ -80,16 +97,25 @@ def compute(
         new = adamw(h, theta, g, m, v, w)
         if observe:
             observed.append((row.index, _observed(h, theta, g, *new)))
-        drawn = None
-        if row.format.draws:
-            numbers = row.numbering.numbers(param.shape, param.device)
-            drawn = codecs.draws(int(slots["stream"]), int(row.step) + 1, numbers)
+        drawn = functools.partial(_drawn, row, slots)
         values = _stored(row.format, param.dtype, *new, drawn)
         latest[place] = values["param"]
+        if row.format.ema:
+            stored = _loaded(row.format, values["param"], slots | values)[0]
+            new_average = average(h, _real(slots["ema"]), stored, drawn(Use.EMA))
+            values["ema"] = torch.view_as_complex(new_average) if param.is_complex() else new_average
         updates.append((param, values.pop("param")))
         updates += [(_raw(slots[key]), _raw(value)) for key, value in values.items()]
         updates.append((row.step, row.step + 1))
     return updates, observed
+
+
+def _drawn(row: Row, slots: dict[str, Tensor], use: Use) -> Tensor:
+    """Return 16 random bits for each number of this step: two numbers for a complex element."""
+    param = local(row.param)
+    shape = _real(param.detach()).shape
+    numbers = row.numbering.numbers(shape, param.device)
+    return codecs.draws(int(slots["stream"]), int(row.step) + 1, numbers, use)
 
 
 def _gradient(row: Row) -> Tensor:
@@ -147,22 +173,26 @@ def _stored(
     m: Tensor,
     v: Tensor,
     w: Tensor | None,
-    drawn: Tensor | None,
+    drawn: Callable[[Use], Tensor],
 ) -> dict[str, Tensor]:
     """Return the values to store, by slot, with the parameter under "param": the inverse of `_loaded`."""
     values: dict[str, Tensor] = {}
     if form.param is ParamFormat.BFLOAT16_RESIDUAL:
         values["param"], values["residual"] = codecs.split(theta)
+    elif form.param is ParamFormat.BFLOAT16_DRAWN:
+        values["param"] = codecs.rounded_to_bfloat16(theta, drawn(Use.PARAM))
     else:
         values["param"] = torch.view_as_complex(theta) if dtype.is_complex else theta.to(dtype)
         if form.param is ParamFormat.FLOAT16_MASTER:
             values["master"] = theta
     if form.moments is MomentFormat.EIGHT_BIT:
-        values["exp_avg_code"], values["exp_avg_scale"] = codecs.encode_signed(m, drawn)
-        values["exp_avg_sq_code"], values["exp_avg_sq_scale"] = codecs.encode_unsigned(v, drawn)
-    elif drawn is not None:
-        values["exp_avg"] = codecs.rounded_to_bfloat16(m, drawn)
-        values["exp_avg_sq"] = codecs.rounded_to_bfloat16(v, drawn, positive=True)
+        bits = drawn(Use.MOMENTS)
+        values["exp_avg_code"], values["exp_avg_scale"] = codecs.encode_signed(m, bits)
+        values["exp_avg_sq_code"], values["exp_avg_sq_scale"] = codecs.encode_unsigned(v, bits)
+    elif form.moments is MomentFormat.BFLOAT16:
+        bits = drawn(Use.MOMENTS)
+        values["exp_avg"] = codecs.rounded_to_bfloat16(m, bits)
+        values["exp_avg_sq"] = codecs.rounded_to_bfloat16(v, bits, positive=True)
     else:
         values["exp_avg"], values["exp_avg_sq"] = (torch.view_as_complex(x) if dtype.is_complex else x for x in (m, v))
     if w is not None:

@@ -40,19 +40,21 @@ ROLES: dict[str, int] = {
     "max_exp_avg_sq": Operand.MAX_EXP_AVG_SQ,
     "residual": Operand.LOW_BITS,
     "master": Operand.LOW_BITS,
+    "ema": Operand.EMA,
 }
 
 
 class RowFormat(NamedTuple):
-    """How a row's parameter and moments are stored."""
+    """How a row's parameter and moments are stored, and whether an average of the weights is."""
 
     param: ParamFormat
     moments: MomentFormat
+    ema: bool = False
 
     @property
     def draws(self) -> bool:
-        """Whether the moments are stochastically rounded, for which elements are numbered in row-major order."""
-        return self.moments is not MomentFormat.PLAIN
+        """Whether something is stochastically rounded, for which elements are numbered in row-major order."""
+        return self.moments is not MomentFormat.PLAIN or self.param is ParamFormat.BFLOAT16_DRAWN or self.ema
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ class Scalars(NamedTuple):
     """The numbers that the AdamW rule needs, in float64; an engine rounds each once to its compute type.
 
     ``d`` = αλ, ``k`` = α / (1 − β1^t), ``s`` = 1 / √(1 − β2^t), ``e`` = ε, ``f`` = the factor for the gradients
-    (clipping, unscaling, direction).
+    (clipping, unscaling, direction). ``cautious``: not 0 if the decay applies only where it agrees with the update.
+    ``ema``, ``one_minus_ema`` = γ, 1 − γ of the average of the weights.
     """
 
     beta1: float
@@ -31,6 +32,9 @@ class Scalars(NamedTuple):
     s: float
     e: float
     f: float
+    cautious: float
+    ema: float
+    one_minus_ema: float
 
     @classmethod
     def of(
@@ -42,14 +46,22 @@ class Scalars(NamedTuple):
         weight_decay: float,
         maximize: bool,
         step: float,
+        reference_lr: float = 0.0,
+        cautious_decay: bool = False,
+        ema_decay: float = 0.0,
         factor: float = 1.0,
     ) -> Scalars:
-        """Return the scalars of step `step`, counted from 1; `factor` clips and unscales the gradients."""
-        d = lr * weight_decay
+        """Return the scalars of step `step`, counted from 1; `factor` clips and unscales the gradients.
+
+        `reference_lr`: if it is not 0, the decay is λ·(α / `reference_lr`) and not αλ.
+        """
+        d = weight_decay * (lr / reference_lr) if reference_lr else lr * weight_decay
         k = lr / one_minus_power(beta1, step)
         s = 1.0 / math.sqrt(one_minus_power(beta2, step))
         f = -factor if maximize else factor
-        return cls(beta1, 1.0 - beta1, beta2, 1.0 - beta2, d, k, s, eps, f)
+        return cls(
+            beta1, 1.0 - beta1, beta2, 1.0 - beta2, d, k, s, eps, f, float(cautious_decay), ema_decay, 1.0 - ema_decay
+        )
 
 
 class Recipe(NamedTuple):
@@ -68,6 +80,9 @@ class Recipe(NamedTuple):
     weight_decay: float
     maximize: bool
     step: float
+    reference_lr: float = 0.0
+    cautious_decay: bool = False
+    ema_decay: float = 0.0
 
 
 ScalarTable = array  # float64[1 + recipes, SET]: the first row belongs to the device, then one set for each recipe

@@ -146,6 +146,7 @@ def check_blocks(param: Tensor, name: str) -> None:
 def numbering(param: Tensor, name: str) -> Numbering:
     """Return the numbers of this process's elements in `param`; raise if a `Numbering` cannot describe them.
 
+    A complex element has two numbers, one for each part.
     This depends on the placements alone, so all processes raise or none does.
     """
     if not is_sharded(param):
@@ -154,16 +155,18 @@ def numbering(param: Tensor, name: str) -> Numbering:
     pieces = {dim: _pieces(param, dim) for dim in _sharded_dims(param)}
     if len(inner) > 1 or not all(_consecutive(piece) for found in pieces.values() for piece in found):
         raise ValueError(
-            f"{name} is sharded with {param.placements}, which formats with stochastic rounding do not support; "
-            'set state_format="fp32" for its group, or shard it along at most one dimension besides the first'
+            f"{name} is sharded with {param.placements}, which stochastic rounding does not support; "
+            'set state_format="fp32", master_weights=True and ema_decay=None for its group, or shard it along at '
+            "most one dimension besides the first"
         )
     if not local(param).numel():
         return WHOLE
+    parts = 2 if param.is_complex() else 1
     held = {dim: found[_own(param, dim)] for dim, found in pieces.items()}
-    first = int(held[0][0]) * math.prod(param.shape[1:]) if 0 in held else 0
+    first = parts * int(held[0][0]) * math.prod(param.shape[1:]) if 0 in held else 0
     if not inner:
         return WHOLE._replace(first=first)
-    index, rest = held[inner[0]], math.prod(param.shape[inner[0] + 1 :])
+    index, rest = held[inner[0]], parts * math.prod(param.shape[inner[0] + 1 :])
     return Numbering(first + int(index[0]) * rest, len(index) * rest, param.shape[inner[0]] * rest)
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from lucid.engine.formats import NAMES, StateFormatName
+from lucid.engine.formats import NAMES, MasterWeights, StateFormatName
 from lucid.engine.values import checked_flag, checked_lr, checked_number, one_of, shown
 
 from .groups import ParamGroup, pair
-from .hyperparameters import Hyperparameters
+from .hyperparameters import Hyperparameters, WeightDecaySchedule
 from .optimizer import Optimizer
 from .settings import NonFinite
 from .stateful import Params
@@ -143,12 +143,16 @@ class AdamW(Optimizer):
         *,
         maximize: bool = False,
         state_format: StateFormatName = "fp32",
-        master_weights: bool = True,
+        master_weights: MasterWeights = True,
         max_grad_norm: float | None = None,
         nonfinite: NonFinite = "propagate",
         seed: int = 0,
         shard_group: ProcessGroup | None = None,
         state_device: Literal["cpu"] | None = None,
+        weight_decay_schedule: WeightDecaySchedule = "lr",
+        reference_lr: float | None = None,
+        cautious_decay: bool = False,
+        ema_decay: float | None = None,
     ) -> None:
         beta1, beta2 = pair(betas)
         defaults = ParamGroup(
@@ -163,6 +167,10 @@ class AdamW(Optimizer):
                 "state_format": state_format,
                 "master_weights": master_weights,
                 "seed": seed,
+                "weight_decay_schedule": weight_decay_schedule,
+                "reference_lr": reference_lr,
+                "cautious_decay": cautious_decay,
+                "ema_decay": ema_decay,
             }
         )
         self._hyperparameters(defaults)
@@ -177,7 +185,8 @@ class AdamW(Optimizer):
 
     def _hyperparameters(self, group: ParamGroup, *, reads: bool = True) -> Hyperparameters:
         try:
-            lr = group["lr"]
+            lr, get = group["lr"], group.get
+            ema_decay = get("ema_decay")
             return Hyperparameters(
                 lr=lr if isinstance(lr, Tensor) and not reads else checked_lr(lr),
                 beta1=checked_number("beta1", group["beta1"], below=1.0),
@@ -187,11 +196,48 @@ class AdamW(Optimizer):
                 amsgrad=checked_flag("amsgrad", group["amsgrad"]),
                 maximize=checked_flag("maximize", group["maximize"]),
                 state_format=one_of("state_format", group["state_format"], NAMES),
-                master_weights=checked_flag("master_weights", group["master_weights"]),
+                master_weights=_master_weights(group["master_weights"]),
                 seed=_seed(group["seed"]),
+                # Groups that were pickled by an earlier release do not have these.
+                weight_decay_schedule=one_of(
+                    "weight_decay_schedule", group.get("weight_decay_schedule", "lr"), _SCHEDULES
+                ),
+                reference_lr=_reference_lr(group),
+                cautious_decay=checked_flag("cautious_decay", get("cautious_decay", False)),
+                ema_decay=None if ema_decay is None else checked_number("ema_decay", ema_decay, below=1.0),
             )
         except KeyError as error:
             raise ValueError(f"a parameter group has no {error}; set it, or add the group again") from None
+
+
+_SCHEDULES: tuple[WeightDecaySchedule, ...] = ("lr", "independent")
+
+
+def _reference_lr(group: ParamGroup) -> float | None:
+    """Return the group's reference learning rate, above 0; None if it has none and needs none."""
+    value = group.get("reference_lr")
+    if value is None:
+        if group.get("weight_decay_schedule") == "independent" and "params" in group:
+            raise ValueError(
+                'reference_lr: expected a number above 0 in a group with weight_decay_schedule="independent", got '
+                "None; set it to the learning rate for which weight_decay is meant"
+            )
+        return None
+    number = checked_number("reference_lr", value)
+    if not number:
+        raise ValueError(
+            "reference_lr: expected a number above 0, got 0; give the learning rate for which weight_decay is meant, "
+            "for example the peak of the schedule"
+        )
+    return number
+
+
+def _master_weights(value: Any) -> MasterWeights:
+    if isinstance(value, str):
+        if value != "stochastic":
+            raise ValueError(f"master_weights: expected True, False or 'stochastic', got {value!r}")
+        return "stochastic"
+    return checked_flag("master_weights", value)
 
 
 def _seed(value: Any) -> int:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lucid import engine
-from lucid.engine.formats import StateFormat, StateFormatName, checked_format
+from lucid.engine.formats import MasterWeights, StateFormat, StateFormatName, checked_format
 from lucid.engine.values import checked_lr, shown
 
 from .groups import ParamGroup, add_read, checked_params
+
+WeightDecaySchedule = Literal["lr", "independent"]
+SlotsDependOn = tuple[bool, StateFormatName, MasterWeights, bool]
 
 
 class Hyperparameters(NamedTuple):
@@ -26,20 +28,25 @@ class Hyperparameters(NamedTuple):
     amsgrad: bool
     maximize: bool
     state_format: StateFormatName
-    master_weights: bool
+    master_weights: MasterWeights
     seed: int
+    reference_lr: float | None
+    weight_decay_schedule: WeightDecaySchedule
+    cautious_decay: bool
+    ema_decay: float | None
 
     @property
-    def slots_depend_on(self) -> tuple[bool, StateFormatName, bool]:
+    def slots_depend_on(self) -> SlotsDependOn:
         """The hyperparameters that decide which slots a parameter's state has."""
-        return self.amsgrad, self.state_format, self.master_weights
+        return self.amsgrad, self.state_format, self.master_weights, self.ema_decay is not None
 
     def format_of(self, param: Tensor, name: str, device: torch.device | None) -> StateFormat:
         """Return the state format of a parameter of the group; raise if the parameter cannot be updated.
 
         ``device``: the device of the state, or None for the parameter's.
         """
-        return checked_format(param, self.state_format, self.master_weights, name, device)
+        ema = self.ema_decay is not None
+        return checked_format(param, self.state_format, self.master_weights, name, device, ema=ema)
 
     def with_lr(self, lr: Any) -> Hyperparameters:
         """Return these hyperparameters with another learning rate; raise if it is out of range."""
@@ -47,7 +54,19 @@ class Hyperparameters(NamedTuple):
 
     def recipe(self, group: int, step: float) -> engine.Recipe:
         """Return the recipe of a step's scalars; ``step`` is counted from 1."""
-        return engine.Recipe(group, self.lr, self.beta1, self.beta2, self.eps, self.weight_decay, self.maximize, step)
+        return engine.Recipe(
+            group,
+            self.lr,
+            self.beta1,
+            self.beta2,
+            self.eps,
+            self.weight_decay,
+            self.maximize,
+            step,
+            (self.reference_lr or 0.0) if self.weight_decay_schedule == "independent" else 0.0,
+            self.cautious_decay,
+            self.ema_decay or 0.0,
+        )
 
 
 add_read(Hyperparameters._fields)
@@ -96,7 +115,7 @@ class Readings:
         self._held: list[tuple[Any, ...]] = []  # for each group, the values of _HELD; empty if they cannot be trusted
         self.params: list[list[Tensor]] = []
         self.hyperparameters: list[Hyperparameters] = []
-        self.slots_depend_on: list[tuple[bool, StateFormatName, bool]] = []
+        self.slots_depend_on: list[SlotsDependOn] = []
 
     def renew(self, groups: list[ParamGroup], read: Reading) -> None:
         """Read what the groups hold now; raise if a value is out of range."""
@@ -114,11 +133,16 @@ class Readings:
         self.params = [group["params"] for group in own]
         self.hyperparameters = [read(group, reads=False) for group in own]
         self.slots_depend_on = [hyper.slots_depend_on for hyper in self.hyperparameters]
-        held = [_held(group) for group in own]
+        held = [tuple(dict.get(group, key) for key in _HELD) for group in own]
         if all(type(value) in _CONSTANT for values in held for value in values[1:]):
             self._held = held
 
 
 _HELD = ("params", *Hyperparameters._fields[1:])  # all that a step reads but lr
-_held = itemgetter(*_HELD)
-_CONSTANT = (float, int, bool, str)  # a value of these types does not change as long as it is the same object
+_CONSTANT = (
+    float,
+    int,
+    bool,
+    str,
+    type(None),
+)  # as long as it is the same object, its value does not change

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lucid.engine.conversion import decoded
-from lucid.engine.values import shown
+from lucid.engine.values import checked_lr, shown
 
 from .groups import ParamGroup, check_ordered, checked_params
 from .hyperparameters import Hyperparameters, checked_groups
@@ -99,6 +99,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
             )
         for name, default in self.defaults.items():
             group.setdefault(name, default)
+        if group.get("weight_decay_schedule") == "independent" and group["reference_lr"] is None:
+            group["reference_lr"] = checked_lr(group["lr"])
         self._hyperparameters(group)
         super().add_param_group(group)
         self._follow_hooks()

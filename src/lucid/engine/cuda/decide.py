@@ -7,7 +7,7 @@ import triton.language as tl
 
 from lucid.engine.numbers import Kept, Told, ToldOfSet
 
-from .kernels import COUNT, SET, D, E, F, K, S, number_at
+from .kernels import CAUTIOUS, COUNT, SET, D, E, F, K, S, number_at
 from .squares import BAD, FAILED, FOUND_INF_AT, INFINITE, LARGE, NAN, SETS, root_of, scale_of
 
 MAX_NORM = tl.constexpr(int(Told.MAX_NORM))
@@ -24,6 +24,7 @@ LENGTH1 = tl.constexpr(int(ToldOfSet.LENGTH1))
 POWERS2 = tl.constexpr(int(ToldOfSet.POWERS2))
 LENGTH2 = tl.constexpr(int(ToldOfSet.LENGTH2))
 EPS = tl.constexpr(int(ToldOfSet.EPS))
+REFERENCE_LR = tl.constexpr(int(ToldOfSet.REFERENCE_LR))
 CORRECTION = tl.constexpr(int(Kept.CORRECTION))
 SKIPPED = tl.constexpr(int(Kept.SKIPPED))
 REFUSED = tl.constexpr(int(Kept.REFUSED))
@@ -46,7 +47,15 @@ def make_set(told, scalars, factor, correction):
     power2 = tl.load(powers2 + tl.minimum(count, tl.load(told + LENGTH2) - 1))
     for word in tl.static_range(D):
         tl.store(scalars + word, tl.load(at + word))
-    tl.store(scalars + D, lr * tl.load(at + WEIGHT_DECAY))
+    for word in tl.static_range(CAUTIOUS, COUNT):
+        tl.store(scalars + word, tl.load(at + word))
+    decay = tl.load(at + WEIGHT_DECAY)
+    reference_lr = tl.load(at + REFERENCE_LR)
+    if reference_lr != 0.0:
+        decay = decay * (lr / reference_lr)
+    else:
+        decay = lr * decay
+    tl.store(scalars + D, decay)
     tl.store(scalars + K, lr / power1)
     tl.store(scalars + S, 1.0 / tl.sqrt(power2))
     tl.store(scalars + E, tl.load(at + EPS))

@@ -172,6 +172,9 @@ class DeviceTables:
         floats[ToldOfSet.WEIGHT_DECAY] = recipe.weight_decay
         floats[ToldOfSet.SIGN] = -1.0 if recipe.maximize else 1.0
         floats[ToldOfSet.EPS] = recipe.eps
+        floats[ToldOfSet.REFERENCE_LR] = recipe.reference_lr
+        floats[Scalar.CAUTIOUS] = recipe.cautious_decay
+        floats[Scalar.EMA_DECAY], floats[Scalar.ONE_MINUS_EMA_DECAY] = recipe.ema_decay, 1.0 - recipe.ema_decay
         floats[Scalar.COUNT] = recipe.step
         for at, length, beta in (
             (ToldOfSet.POWERS1, ToldOfSet.LENGTH1, recipe.beta1),

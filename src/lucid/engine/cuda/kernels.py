@@ -50,6 +50,7 @@ LOW_BITS = tl.constexpr(int(Operand.LOW_BITS))
 EXP_AVG = tl.constexpr(int(Operand.EXP_AVG))
 EXP_AVG_SQ = tl.constexpr(int(Operand.EXP_AVG_SQ))
 MAX_EXP_AVG_SQ = tl.constexpr(int(Operand.MAX_EXP_AVG_SQ))
+EMA = tl.constexpr(int(Operand.EMA))
 EXP_AVG_SCALE = tl.constexpr(int(Operand.EXP_AVG_SCALE))
 EXP_AVG_SQ_SCALE = tl.constexpr(int(Operand.EXP_AVG_SQ_SCALE))
 ELEMENTS = tl.constexpr(int(Column.ELEMENTS))
@@ -68,6 +69,8 @@ K = tl.constexpr(int(Scalar.K))
 S = tl.constexpr(int(Scalar.S))
 E = tl.constexpr(int(Scalar.E))
 F = tl.constexpr(int(Scalar.F))
+CAUTIOUS = tl.constexpr(int(Scalar.CAUTIOUS))
+EMA_DECAY = tl.constexpr(int(Scalar.EMA_DECAY))
 COUNT = tl.constexpr(int(Scalar.COUNT))
 SET = tl.constexpr(numbers.SET)
 
@@ -269,8 +272,8 @@ def update_tile(
 def update(
     rows, step, scalars, programs, layouts, observed, row_count,
     gradient: tl.constexpr, compute: tl.constexpr, form: tl.constexpr, moments: tl.constexpr, amsgrad: tl.constexpr,
-    dims: tl.constexpr, numbered: tl.constexpr, whole_rows: tl.constexpr, wide: tl.constexpr, observe: tl.constexpr,
-    tile: tl.constexpr, tiles: tl.constexpr,
+    ema: tl.constexpr, dims: tl.constexpr, numbered: tl.constexpr, whole_rows: tl.constexpr, wide: tl.constexpr,
+    observe: tl.constexpr, tile: tl.constexpr, tiles: tl.constexpr,
 ):  # fmt: skip
     """Update all rows of one kind. Each program updates `tiles` tiles of one row.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lucid.engine.numbers import BLOCK, COLUMNS, SHAPED_OPERANDS, Column, MomentFormat
+from lucid.engine.numbers import BLOCK, COLUMNS, SHAPED_OPERANDS, Column, MomentFormat, ParamFormat
 
 if TYPE_CHECKING:
     from lucid.engine import _cpu
@@ -28,6 +28,7 @@ class DeviceRow(NamedTuple):
     form: int
     moments: int
     amsgrad: bool
+    ema: bool
     dims: int
     numbered: bool
     whole_rows: bool
@@ -43,6 +44,7 @@ class Kind(NamedTuple):
     form: int
     moments: int
     amsgrad: bool
+    ema: bool
     dims: int
     numbered: bool
     whole_rows: bool
@@ -51,13 +53,15 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, row: DeviceRow) -> Kind:
         """Return the kind of a row. Fields that its format does not use get a fixed value, so fewer kernels compile."""
-        draws, blocks = row.moments != MomentFormat.PLAIN, row.moments == MomentFormat.EIGHT_BIT
+        blocks = row.moments == MomentFormat.EIGHT_BIT
+        draws = row.moments != MomentFormat.PLAIN or row.form == ParamFormat.BFLOAT16_DRAWN or row.ema
         return cls(
             row.gradient,
             row.compute,
             row.form,
             row.moments,
             row.amsgrad,
+            row.ema,
             row.dims,
             draws and row.numbered,
             not blocks or row.whole_rows,
