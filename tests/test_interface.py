@@ -97,6 +97,7 @@ def test_it_is_an_optimizer_of_torchs():
 def test_groups_and_defaults_have_the_documented_keys():
     names = {"lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize"}
     names |= {"state_format", "master_weights", "seed"}
+    names |= {"weight_decay_schedule", "reference_lr", "cautious_decay", "ema_decay"}
     params = make_params()
     optimizer = optim.AdamW(
         params, 0.1, (0.2, 0.3), 0.4, 0.5, True, maximize=True, state_format="8bit", master_weights=False, seed=6
@@ -105,6 +106,7 @@ def test_groups_and_defaults_have_the_documented_keys():
     assert group["params"] == params
     wanted = {"lr": 0.1, "beta1": 0.2, "beta2": 0.3, "eps": 0.4, "weight_decay": 0.5}
     wanted |= {"amsgrad": True, "maximize": True, "state_format": "8bit", "master_weights": False, "seed": 6}
+    wanted |= {"weight_decay_schedule": "lr", "reference_lr": None, "cautious_decay": False, "ema_decay": None}
     assert {key: group[key] for key in names} == wanted
     assert dict(optimizer.defaults) == wanted
     assert set(group) == {"params"} | names
