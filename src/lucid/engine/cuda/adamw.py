@@ -33,6 +33,15 @@ def mean(a, x, weight, from_average):
 
 
 @triton.jit
+def average(a, theta, weight, from_average, dither):
+    """Return the next average of float32 weights: `mean`, with its change from `a` stochastically rounded."""
+    base = tl.where(from_average, a, theta)
+    other = tl.where(from_average, theta, a)
+    change = weight * (other - base)
+    return base + tl.where(from_average, change + dither, change)
+
+
+@triton.jit
 def maximum(a, b):
     """Return the larger of a and b, or NaN if one is NaN."""
     return tl.where((b > a) | (b != b), b, a)
@@ -40,9 +49,13 @@ def maximum(a, b):
 
 @triton.jit
 def adamw(
-    weight1, from_average1, weight2, from_average2, d, k, s, e, f, theta, gradient, m, v, w, amsgrad: tl.constexpr
-):
-    """One step of some elements: return the new theta, m, v and w, and the root and the update for observing."""
+    weight1, from_average1, weight2, from_average2, d, k, s, e, f, cautious, theta, gradient, m, v, w,
+    amsgrad: tl.constexpr, some_cautious: tl.constexpr,
+):  # fmt: skip
+    """One step of some elements: return the new theta, m, v and w, and the root and the update for observing.
+
+    ``cautious``: whether the decay applies only where it agrees with the update, int1, read if `some_cautious`.
+    """
     g = f * gradient
     m = mean(m, g, weight1, from_average1)
     v = mean(v, g * g, weight2, from_average2)
@@ -51,5 +64,10 @@ def adamw(
     else:
         w = v
     root = square_root(w)
-    update = d * theta + quotient(k * m, root * s + e)
+    decay = d * theta
+    update = quotient(k * m, root * s + e)
+    if some_cautious:
+        same_sign = ((update > 0) & (theta > 0)) | ((update < 0) & (theta < 0))
+        decay = tl.where(same_sign | (cautious == 0), decay, 0.0)
+    update = decay + update
     return theta - update, m, v, w, root, update

@@ -108,6 +108,7 @@ class CUDA:
     def prepare(self, order: StepOrder) -> None:
         self._launches, self._observed, self._exchanging = [], [], None
         verdict = order.verdict
+        some_cautious = any(recipe.cautious_decay for recipe in order.recipes)
         only, captured = None, False
         if isinstance(verdict, DeviceVerdict):
             only, captured = self._rows.only_device(), verdict.captured
@@ -118,7 +119,8 @@ class CUDA:
             else:
                 assert order.table is not None
                 tables.set_scalars(order.table)
-            self._launches.append((tables.launcher, launches + tables.updates(observe=order.observe)))
+            launches += tables.updates(some_cautious=some_cautious, observe=order.observe)
+            self._launches.append((tables.launcher, launches))
             if order.observe:
                 rows = tables.row_table.rows
                 self._observed += [(rows[place].row, Unread(tables, place)) for place in tables.active(self._step)]

@@ -66,7 +66,7 @@ class DeviceTables:
         self._now = launcher.empty(3 * self._count)  # gradients' addresses, sets of scalars and streams of the rows
         self._version = -1
         self._scalars = self._config = launcher.empty(0)
-        self._update_launches: dict[bool, list[Launch]] = {}  # by whether they observe
+        self._update_launches: dict[tuple[bool, bool], list[Launch]] = {}  # by the arguments of `updates`
         self._measuring: tuple[list[Launch], Launch] | None = None
         self._kinds: array[int] | None = None  # of the rows that are measured
         self.words = launcher.empty(TOTAL_WORDS)  # sums of squares and counts, int64[kinds, TOTAL_WORDS]
@@ -197,24 +197,24 @@ class DeviceTables:
 
     # Updating
 
-    def updates(self, *, observe: bool) -> list[Launch]:
-        """Return the launches that update all rows."""
+    def updates(self, *, some_cautious: bool, observe: bool) -> list[Launch]:
+        """Return the launches that update all rows; ``some_cautious``: whether a set is cautious."""
         if observe and not self._buffers:
             sizes = [4 * each.geometry.tiles * len(each.programs.rows) for each in self._updates]
             self._buffers = [_floats(self.launcher.empty(size).zero_()) for size in sizes]
         if observe:
             self._observed = []
-        if observe not in self._update_launches:
+        if (some_cautious, observe) not in self._update_launches:
             scalars = _floats(self._scalars)
             found = []
             for number, (each, programs) in enumerate(zip(self._updates, self._programs, strict=True)):
                 tile, tiles, warps = each.geometry
                 observed = self._buffers[number] if observe else scalars
                 args = (self._table, self._now, scalars, programs, self._layouts, observed, self._count)
-                kind = (*each.kind, observe, tile, tiles)
+                kind = (*each.kind, some_cautious, observe, tile, tiles)
                 found.append(self._prepared(launch.update, len(each.programs.rows), args, kind, warps))
-            self._update_launches[observe] = found
-        return self._update_launches[observe]
+            self._update_launches[some_cautious, observe] = found
+        return self._update_launches[some_cautious, observe]
 
     def observed(self) -> list[Observed]:
         """Return the last observation of each row, by place in the table; wait for the device."""

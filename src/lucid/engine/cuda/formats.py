@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from lucid.engine import numbers
-from lucid.engine.numbers import Dtype, MomentFormat, ParamFormat
+from lucid.engine.numbers import USE_SHIFT, Dtype, MomentFormat, ParamFormat, Use
 
 from .adamw import quotient
 
@@ -20,10 +20,14 @@ BFLOAT16_ALONE = tl.constexpr(int(ParamFormat.BFLOAT16))
 BFLOAT16_RESIDUAL = tl.constexpr(int(ParamFormat.BFLOAT16_RESIDUAL))
 FLOAT16_ALONE = tl.constexpr(int(ParamFormat.FLOAT16))
 FLOAT16_MASTER = tl.constexpr(int(ParamFormat.FLOAT16_MASTER))
+BFLOAT16_DRAWN = tl.constexpr(int(ParamFormat.BFLOAT16_DRAWN))
 PLAIN_MOMENTS = tl.constexpr(int(MomentFormat.PLAIN))
 BFLOAT16_MOMENTS = tl.constexpr(int(MomentFormat.BFLOAT16))
 EIGHT_BIT = tl.constexpr(int(MomentFormat.EIGHT_BIT))
 BLOCK = tl.constexpr(numbers.BLOCK)
+# XORed with the key of a step's random bits.
+USE_PARAM = tl.constexpr(int(Use.PARAM) << USE_SHIFT)
+USE_EMA = tl.constexpr(int(Use.EMA) << USE_SHIFT)
 
 _INFINITY = tl.constexpr(0x7F800000)
 _QUIET_NAN = tl.constexpr(0x7FC00000)
@@ -90,6 +94,13 @@ def draws(key, number):
     return low * (keys.to(tl.uint32) | 1) + (keys >> 32).to(tl.uint32)
 
 
+@triton.jit
+def dither(x, drawn):
+    """Return a random number between -1/2 and 1/2 units of the last place of x, float32."""
+    exponent = float_of(bits_of(x) & _INFINITY)  # the largest power of two that is not above |x|
+    return ((drawn >> 16).to(tl.float32) - 32767.5) * 2.0**-39 * exponent
+
+
 # Sixteen bits
 
 
@@ -97,6 +108,13 @@ def draws(key, number):
 def load_upper(at, mask, masked: tl.constexpr):
     """Load 16-bit integers as the upper halves of 32 bits."""
     return load(at, mask, masked).to(tl.uint32) << 16
+
+
+@triton.jit
+def store_upper(at, half, mask, masked: tl.constexpr):
+    """Store the bits of bfloat16 numbers; return the numbers in float32."""
+    store(at, half, mask, masked)
+    return float_of(half.to(tl.uint32) << 16)
 
 
 @triton.jit
@@ -129,7 +147,7 @@ def load_param(at, at_low_bits, mask, masked: tl.constexpr, form: tl.constexpr):
         return load(at, mask, masked)
     elif form == FLOAT16_ALONE:
         return load(at, mask, masked).to(tl.float32)
-    elif form == BFLOAT16_ALONE:
+    elif form == BFLOAT16_ALONE or form == BFLOAT16_DRAWN:
         return float_of(load_upper(at, mask, masked))
     elif form == BFLOAT16_RESIDUAL:
         alone = load_upper(at, mask, masked)
@@ -147,19 +165,25 @@ def load_param(at, at_low_bits, mask, masked: tl.constexpr, form: tl.constexpr):
 
 @triton.jit
 def store_param(at, at_low_bits, theta, mask, masked: tl.constexpr, form: tl.constexpr):
+    """Store a parameter; return it as the next step loads it."""
     if form == PLAIN:
         store(at, theta, mask, masked)
+        return theta
     elif form == FLOAT16_ALONE:
-        store(at, theta.to(tl.float16), mask, masked)
+        half = theta.to(tl.float16)
+        store(at, half, mask, masked)
+        return half.to(tl.float32)
     elif form == BFLOAT16_ALONE:
-        store(at, nearest_bfloat16(theta), mask, masked)
+        return store_upper(at, nearest_bfloat16(theta), mask, masked)
     elif form == BFLOAT16_RESIDUAL:
         bits = tl.where(theta != theta, _QUIET_NAN, bits_of(theta))
         store(at, ((bits + 0x8000) >> 16).to(tl.uint16), mask, masked)
         store(at_low_bits, bits.to(tl.int16), mask, masked)
+        return theta
     else:
         store(at_low_bits, theta, mask, masked)
         store(at, theta.to(tl.float16), mask, masked)
+        return theta
 
 
 # Eight bits. A code is the lowest three (signed) or four (unsigned) exponent bits of a float32 z, the upper four bits

@@ -12,22 +12,26 @@ import triton.language as tl
 from lucid.engine import numbers
 from lucid.engine.numbers import Column, Operand, Scalar
 
-from .adamw import adamw, quotient
+from .adamw import adamw, average, mean, quotient
 from .formats import (
     BFLOAT16,
-    BFLOAT16_ALONE,
+    BFLOAT16_DRAWN,
     BFLOAT16_MOMENTS,
     BFLOAT16_RESIDUAL,
     BLOCK,
     EIGHT_BIT,
     FLOAT16,
+    FLOAT16_ALONE,
     FLOAT16_MASTER,
     FLOAT32,
     FLOAT64,
     PLAIN,
     PLAIN_MOMENTS,
+    USE_EMA,
+    USE_PARAM,
     decoded_signed,
     decoded_unsigned,
+    dither,
     drawn_bfloat16,
     draws,
     encoded_signed,
@@ -39,6 +43,7 @@ from .formats import (
     mixed,
     store,
     store_param,
+    store_upper,
 )
 
 # A kernel can read only constants, under a name of its own module. lucid.engine.numbers describes each of these.
@@ -174,37 +179,42 @@ def sum_of_squares(x, mask):
 
 @triton.jit
 def update_tile(
-    param_at, gradient_at, low_bits_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key, observed,
-    weight1, from_average1, weight2, from_average2, d, k, s, e, f, start, lane, mask, block, block_mask,
+    param_at, gradient_at, low_bits_at, m_at, v_at, w_at, a_at, m_scale_at, v_scale_at, layout, row, key, observed,
+    weight1, from_average1, weight2, from_average2, weight3, from_average3, d, k, s, e, f, cautious,
+    start, lane, mask, block, block_mask,
     gradient: tl.constexpr, compute: tl.constexpr, form: tl.constexpr, moments: tl.constexpr, amsgrad: tl.constexpr,
-    dims: tl.constexpr, numbered: tl.constexpr, wide: tl.constexpr, observe: tl.constexpr, masked: tl.constexpr,
+    ema: tl.constexpr, dims: tl.constexpr, numbered: tl.constexpr, wide: tl.constexpr, some_cautious: tl.constexpr,
+    observe: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     """Update elements `start` + `lane` of a row. With 8-bit moments, each row of the tile is a block.
 
     Addresses of the row's operands, int64 scalars, 0 if the row has no such operand: ``param_at``, ``gradient_at``,
-    ``low_bits_at`` (residual or float32 master), ``m_at``, ``v_at``, ``w_at`` (amsgrad's maximum), ``m_scale_at``,
-    ``v_scale_at`` (scales of blocks). ``layout``: pointer to the row's layout, int64[1 + SHAPED_OPERANDS, dims], read
-    if `dims` is not 0. ``row``: pointer to the row's columns in the table of rows. ``key``: uint64 scalar, the key of
-    this step's random bits. ``observed``: pointer to float64[4], written if `observe`.
+    ``low_bits_at`` (residual or float32 master), ``m_at``, ``v_at``, ``w_at`` (amsgrad's maximum), ``a_at`` (average of
+    the weights), ``m_scale_at``, ``v_scale_at`` (scales of blocks). ``layout``: pointer to the row's layout, int64[1 +
+    SHAPED_OPERANDS, dims], read if `dims` is not 0. ``row``: pointer to the row's columns in the table of rows.
+    ``key``: uint64 scalar, the key of this step's random bits. ``observed``: pointer to float64[4], written if
+    `observe`.
 
-    Scalars in the compute type: ``weight1``, ``weight2``, the weights of the two running averages, with
-    ``from_average1``, ``from_average2``, int1, whether beta >= 1/2; ``d``, ``k``, ``s``, ``e``, ``f`` of the rule.
+    Scalars in the compute type: ``weight1``, ``weight2``, ``weight3``, the weights of the running averages m, v and a,
+    with ``from_average1``, ``from_average2``, ``from_average3``, int1, whether beta >= 1/2 (the last two are read if
+    `ema`); ``d``, ``k``, ``s``, ``e``, ``f`` and ``cautious`` of the rule (the last is read if `some_cautious`).
 
     Elements: ``start``, int64 scalar; ``lane``, integers [tile], or [tile / BLOCK, BLOCK] with 8-bit moments; ``mask``,
     int1 of that shape, which of them exist, read if `masked`. For 8-bit moments only: ``block``, int64[tile / BLOCK,
     1], the numbers of the tile's blocks, and ``block_mask``, int1 of that shape, which of these exist.
 
     The kind, as in `lucid.engine.cuda.row_table.Kind`: ``gradient``, ``compute`` (`Dtype`), ``form`` (`ParamFormat`),
-    ``moments`` (`MomentFormat`), ``amsgrad``, ``dims`` of the layout, ``numbered``, ``wide``. Then ``observe``, and
-    ``masked``: whether some elements of the tile may not exist.
+    ``moments`` (`MomentFormat`), ``amsgrad``, ``ema``, ``dims`` of the layout, ``numbered``, ``wide``. Then
+    ``some_cautious``: whether a set of scalars may be cautious; ``observe``; and ``masked``: whether some elements of
+    the tile may not exist.
     """
     real: tl.constexpr = tl.float64 if compute == FLOAT64 else tl.float32
     if form == PLAIN:
         stored: tl.constexpr = real
-    elif form == BFLOAT16_ALONE or form == BFLOAT16_RESIDUAL:
-        stored: tl.constexpr = tl.uint16
-    else:
+    elif form == FLOAT16_ALONE or form == FLOAT16_MASTER:
         stored: tl.constexpr = tl.float16
+    else:
+        stored: tl.constexpr = tl.uint16
     kept: tl.constexpr = real if moments == PLAIN_MOMENTS else (tl.uint16 if moments == BFLOAT16_MOMENTS else tl.uint8)
     flat: tl.constexpr = 0 if moments == EIGHT_BIT else dims  # codes are always contiguous
 
@@ -234,10 +244,14 @@ def update_tile(
     if amsgrad:
         at_w = place(w_at, real, start, lane, layout, MAX_EXP_AVG_SQ, dims, wide)
         w = load(at_w, mask, masked)
+    if ema:
+        at_a = place(a_at, real, start, lane, layout, EMA, dims, wide)
+        a = load(at_a, mask, masked)
 
     theta, m, v, w, root, update = adamw(
-        weight1, from_average1, weight2, from_average2, d, k, s, e, f, theta, g, m, v, w, amsgrad
-    )
+        weight1, from_average1, weight2, from_average2, d, k, s, e, f, cautious, theta, g, m, v, w,
+        amsgrad, some_cautious,
+    )  # fmt: skip
     if observe:
         ratio = tl.where(m == 0, 0.0, quotient(tl.abs(m), root))
         tl.store(observed + 0, sum_of_squares(g, mask))
@@ -245,14 +259,26 @@ def update_tile(
         tl.store(observed + 2, sum_of_squares(theta, mask))
         tl.store(observed + 3, largest(ratio, mask))
 
-    store_param(at_param, at_low_bits, theta, mask, masked, form)
+    if form != BFLOAT16_DRAWN:
+        theta = store_param(at_param, at_low_bits, theta, mask, masked, form)
     if amsgrad:
         store(at_w, w, mask, masked)
+    if moments != PLAIN_MOMENTS or form == BFLOAT16_DRAWN or (ema and compute != FLOAT64):
+        number = element_numbers(row, start, lane, numbered)
+    if form == BFLOAT16_DRAWN:
+        drawn = draws(key ^ USE_PARAM, number)
+        theta = store_upper(at_param, drawn_bfloat16(theta, drawn, False), mask, masked)
+    if ema:
+        if compute == FLOAT64:
+            a = mean(a, theta, weight3, from_average3)
+        else:
+            a = average(a, theta, weight3, from_average3, dither(a, draws(key ^ USE_EMA, number)))
+        store(at_a, a, mask, masked)
     if moments == PLAIN_MOMENTS:
         store(at_m, m, mask, masked)
         store(at_v, v, mask, masked)
     else:
-        drawn = draws(key, element_numbers(row, start, lane, numbered))
+        drawn = draws(key, number)
         if moments == BFLOAT16_MOMENTS:
             store(at_m, drawn_bfloat16(m, drawn, False), mask, masked)
             store(at_v, drawn_bfloat16(v, drawn, True), mask, masked)
@@ -273,7 +299,7 @@ def update(
     rows, step, scalars, programs, layouts, observed, row_count,
     gradient: tl.constexpr, compute: tl.constexpr, form: tl.constexpr, moments: tl.constexpr, amsgrad: tl.constexpr,
     ema: tl.constexpr, dims: tl.constexpr, numbered: tl.constexpr, whole_rows: tl.constexpr, wide: tl.constexpr,
-    observe: tl.constexpr, tile: tl.constexpr, tiles: tl.constexpr,
+    some_cautious: tl.constexpr, observe: tl.constexpr, tile: tl.constexpr, tiles: tl.constexpr,
 ):  # fmt: skip
     """Update all rows of one kind. Each program updates `tiles` tiles of one row.
 
@@ -295,6 +321,7 @@ def update(
     m_at = tl.load(row + EXP_AVG)
     v_at = tl.load(row + EXP_AVG_SQ)
     w_at = tl.load(row + MAX_EXP_AVG_SQ)
+    a_at = tl.load(row + EMA)
     m_scale_at = tl.load(row + EXP_AVG_SCALE)
     v_scale_at = tl.load(row + EXP_AVG_SQ_SCALE)
     layout = layouts + tl.load(row + LAYOUT)
@@ -302,11 +329,13 @@ def update(
     scalars += (which + 1) * SET
     weight1, from_average1 = weight(scalars, BETA1, compute)
     weight2, from_average2 = weight(scalars, BETA2, compute)
+    weight3, from_average3 = weight(scalars, EMA_DECAY, compute)
     d = scalar(scalars + D, compute)
     k = scalar(scalars + K, compute)
     s = scalar(scalars + S, compute)
     e = scalar(scalars + E, compute)
     f = scalar(scalars + F, compute)
+    cautious = tl.load(scalars + CAUTIOUS) != 0.0
     key = mixed(stream.to(tl.uint64, bitcast=True) + tl.load(scalars + COUNT).to(tl.uint64))
 
     first_tile = (program >> 32) * tiles
@@ -328,10 +357,11 @@ def update(
             if moments == EIGHT_BIT:
                 block = (first_tile + turn) * (tile // BLOCK) + in_tile
             update_tile(
-                param_at, gradient_at, low_bits_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key,
-                observed + turn * 4, weight1, from_average1, weight2, from_average2, d, k, s, e, f,
+                param_at, gradient_at, low_bits_at, m_at, v_at, w_at, a_at, m_scale_at, v_scale_at, layout, row,
+                key, observed + turn * 4, weight1, from_average1, weight2, from_average2, weight3, from_average3,
+                d, k, s, e, f, cautious,
                 start, lane, lane >= 0, block, block,
-                gradient, compute, form, moments, amsgrad, dims, numbered, wide, observe, False,
+                gradient, compute, form, moments, amsgrad, ema, dims, numbered, wide, some_cautious, observe, False,
             )  # fmt: skip
     else:
         for turn in range(0, tl.minimum(last_tile - first_tile, tiles).to(tl.int32)):
@@ -341,10 +371,11 @@ def update(
                 mask = start + lane < elements
                 block_mask = mask
                 update_tile(
-                    param_at, gradient_at, low_bits_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key,
-                    observed + turn * 4, weight1, from_average1, weight2, from_average2, d, k, s, e, f,
+                    param_at, gradient_at, low_bits_at, m_at, v_at, w_at, a_at, m_scale_at, v_scale_at, layout, row,
+                    key, observed + turn * 4, weight1, from_average1, weight2, from_average2, weight3, from_average3,
+                    d, k, s, e, f, cautious,
                     start, lane, mask, block, block_mask,
-                    gradient, compute, form, moments, amsgrad, dims, numbered, wide, observe, True,
+                    gradient, compute, form, moments, amsgrad, ema, dims, numbered, wide, some_cautious, observe, True,
                 )  # fmt: skip
             else:
                 block = (first_tile + turn) * (tile // BLOCK) + in_tile
@@ -352,8 +383,9 @@ def update(
                 index = block // in_row * length + inner
                 block_mask = block // in_row * length < elements
                 update_tile(
-                    param_at, gradient_at, low_bits_at, m_at, v_at, w_at, m_scale_at, v_scale_at, layout, row, key,
-                    observed + turn * 4, weight1, from_average1, weight2, from_average2, d, k, s, e, f,
+                    param_at, gradient_at, low_bits_at, m_at, v_at, w_at, a_at, m_scale_at, v_scale_at, layout, row,
+                    key, observed + turn * 4, weight1, from_average1, weight2, from_average2, weight3, from_average3,
+                    d, k, s, e, f, cautious,
                     start * 0, index, (inner < length) & block_mask, block, block_mask,
-                    gradient, compute, form, moments, amsgrad, dims, numbered, wide, observe, True,
+                    gradient, compute, form, moments, amsgrad, ema, dims, numbered, wide, some_cautious, observe, True,
                 )  # fmt: skip

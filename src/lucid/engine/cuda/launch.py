@@ -37,7 +37,7 @@ class GPU:
         rounding and encoding need much preparation, so several tiles share it. A thread with more elements of a block
         shares the block's scales.
         """
-        if kind.moments == MomentFormat.PLAIN:
+        if not kind.draws:
             return Geometry(512, 1, 4)
         if kind.moments == MomentFormat.EIGHT_BIT:
             return Geometry(256 if kind.dims == 0 else 128, 8, 1)  # strides need registers

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lucid.engine.numbers import BLOCK, COLUMNS, SHAPED_OPERANDS, Column, MomentFormat, ParamFormat
+from lucid.engine.numbers import BLOCK, COLUMNS, SHAPED_OPERANDS, Column, Dtype, MomentFormat, ParamFormat
 
 if TYPE_CHECKING:
     from lucid.engine import _cpu
@@ -54,8 +54,7 @@ class Kind(NamedTuple):
     def of(cls, row: DeviceRow) -> Kind:
         """Return the kind of a row. Fields that its format does not use get a fixed value, so fewer kernels compile."""
         blocks = row.moments == MomentFormat.EIGHT_BIT
-        draws = row.moments != MomentFormat.PLAIN or row.form == ParamFormat.BFLOAT16_DRAWN or row.ema
-        return cls(
+        kind = cls(
             row.gradient,
             row.compute,
             row.form,
@@ -63,10 +62,17 @@ class Kind(NamedTuple):
             row.amsgrad,
             row.ema,
             row.dims,
-            draws and row.numbered,
+            row.numbered,
             not blocks or row.whole_rows,
             row.wide,
         )
+        return kind._replace(numbered=kind.draws and row.numbered)
+
+    @property
+    def draws(self) -> bool:
+        """Whether something is stochastically rounded."""
+        average = self.ema and self.compute != Dtype.FLOAT64
+        return self.moments != MomentFormat.PLAIN or self.form == ParamFormat.BFLOAT16_DRAWN or average
 
 
 class Geometry(NamedTuple):
