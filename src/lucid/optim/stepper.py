@@ -180,6 +180,11 @@ class Stepper:
             for step in list(self._unconfirmed):
                 self._confirm(step)
 
+    def settle(self) -> None:
+        """Confirm all assumed step counts, and wait for kernels that still write to state on the host."""
+        self.confirm()
+        engine.pinned.in_flight.wait()
+
     def stop_counting_captured(self) -> None:
         """Stop counting captured steps, because the state that they write to is replaced."""
         self.confirm()
