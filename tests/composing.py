@@ -57,11 +57,6 @@ EXCLUDED = {
         "DTensors know their processes; a group would count their shards twice.",
     ),
     ("fsdp2", "hsdp"): "HSDP is FSDP2 with replicas.",
-    ("host", "capture"): "The host computes the update, which no graph can.",
-    **dict.fromkeys(
-        [("host", each) for each in DTENSORS],
-        "Not built yet: the host's engine for this state takes whole parameters. FSDP2's `CPUOffloadPolicy` works.",
-    ),
     **dict.fromkeys(
         [("capture", each) for each in SHARDED],
         "Refused: a captured exchange between processes has not been tried on GPUs yet.",

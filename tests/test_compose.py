@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bits import on
+from bits import on, peek
 from composing import SHARDED, TITLES, Training, assert_alike, excluded, matrix
 from offloading import offload_all
+from pinning import lies_in, pretend_pinned
 
 ALONE = [feature for feature in TITLES if feature not in (*SHARDED, "capture", "host")]
 
@@ -26,9 +27,10 @@ def test_pairs_on_one_process(one, engine_name):
         assert_alike(ours, Training(features, twin=True).run(), features)
 
 
-@pytest.mark.parametrize("other", [each for each in ALONE if not excluded("capture", each)])
-def test_pairs_with_a_captured_step(other, capturing):
+@pytest.mark.parametrize("other", [each for each in (*ALONE, "host") if not excluded("capture", each)])
+def test_pairs_with_a_captured_step(other, capturing, monkeypatch):
     features = {"capture", other}
+    pretend_pinned(monkeypatch)
     with on("cuda"):
         ours = Training(features, capturing=capturing).run()
     assert_alike(ours, Training(features, twin=True).run(), features)
@@ -36,6 +38,15 @@ def test_pairs_with_a_captured_step(other, capturing):
 
 @pytest.mark.parametrize("other", ALONE)
 def test_pairs_with_state_on_the_host(other, monkeypatch):
+    features, arena = {"host", other}, pretend_pinned(monkeypatch)
+    with on("cuda"):
+        ours = Training(features).run()
+    assert all(lies_in(arena, entry) for entry in peek(ours.optimizer).values())
+    assert_alike(ours, Training(features, twin=True).run(), features)
+
+
+@pytest.mark.parametrize("other", ALONE)
+def test_pairs_with_state_that_is_staged(other, monkeypatch):
     features, log = {"host", other}, []
     with monkeypatch.context() as patch:
         offload_all(patch, log)
@@ -51,7 +62,9 @@ def pairs_of_ranks(one, others, engine_name):
         features = {one, other}
         try:
             with pytest.MonkeyPatch.context() as patch, on(engine_name):
-                if "host" in features:
+                if "host" in features and engine_name == "cuda":
+                    pretend_pinned(patch)
+                elif "host" in features and one == "shard_group":
                     offload_all(patch, [])
                 ours = Training(features).run()
             assert_alike(ours, Training(features, twin=True).run(), features)
@@ -71,11 +84,13 @@ def test_pairs_on_several_processes(ranks, one, engine_name):
 
 def refused(pairs):
     for features in pairs:
-        with pytest.raises(ValueError, match="does not work for sharded parameters"):
-            Training(features).run()
+        with pytest.MonkeyPatch.context() as patch:
+            offload_all(patch, [])
+            with pytest.raises(ValueError, match="does not work for sharded parameters without the CUDA engine"):
+                Training(features).run()
 
 
-def test_state_on_the_host_is_refused_for_shards(ranks):
+def test_staged_state_is_refused_for_shards(ranks):
     ranks.run(2, refused, [{"host", one} for one in ("fsdp2", "tp")])
 
 

@@ -4,10 +4,11 @@
 engine defines the bits: every other engine gives the same. The device of a row's parameter decides its engine.
 """
 
-from . import cpu, cuda, shards
+from . import cpu, cuda, pinned, shards
+from .choice import in_place, name_for, only
 from .cpu import hold
 from .observed import Observed, Seen
-from .plan import Plan, name_for, only
+from .plan import Plan
 from .protocol import StepOrder
 from .row import COMPUTE, Row, RowFormat, check_memory, check_param, checked_gradient, has_memory, is_plain
 from .scalars import Recipe, Scalars, table
@@ -37,9 +38,11 @@ __all__ = [
     "cuda",
     "has_memory",
     "hold",
+    "in_place",
     "is_plain",
     "name_for",
     "only",
+    "pinned",
     "shards",
     "table",
 ]

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import codecs, shards
+from . import codecs, pinned, shards
+from .choice import in_place
 from .numbers import MomentFormat, ParamFormat
 from .row import COMPUTE, RowFormat, check_param
 from .scalars import MAX_STEP
@@ -65,14 +66,18 @@ class Slot:
             return ()
         return tuple(param.shape) if self.shape == "param" else (param.shape[0], codecs.blocks(param.shape))
 
-    def new(self, param: Tensor, device: torch.device, *, contiguous: bool) -> Tensor:
+    def new(self, param: Tensor, device: torch.device, *, contiguous: bool, in_pinned: bool = False) -> Tensor:
         """Return zeros on `device`, in the parameter's memory order unless `contiguous`; sharded as `param` is."""
         part = shards.local(param)
+        if in_pinned:
+            device = torch.device("meta")
         with torch.inference_mode(False), torch.no_grad():  # a tensor made in that mode cannot be updated outside of it
             if self.shape == "param" and not contiguous:
                 slot = torch.empty_like(part, dtype=self.dtype, device=device, requires_grad=False)
             else:
                 slot = torch.empty(self.shape_for(part), dtype=self.dtype, device=device)
+            if in_pinned:
+                slot = pinned.empty_like(slot)
             if slot.device.type == "cpu":  # torch zeroes in parallel, which hangs in a forked child
                 ctypes.memset(slot.data_ptr(), 0, slot.nbytes)
             else:
@@ -137,7 +142,8 @@ class StateFormat:
 
     ``moments``: the name of the format of the moments. ``row_format``: how engines store moments and parameter.
     ``slots``: all tensors except the step count and amsgrad's maximum. ``amsgrad_slot``: that maximum. ``device``: the
-    device of these tensors, or None for the parameter's device.
+    device of these tensors, or None for the parameter's device. ``in_pinned``: whether they are in pinned memory of the
+    host, which the parameter's device reads and writes.
     """
 
     moments: StateFormatName
@@ -145,6 +151,7 @@ class StateFormat:
     slots: Mapping[str, Slot]
     amsgrad_slot: Slot
     device: torch.device | None = None
+    in_pinned: bool = False
 
     def device_for(self, param: Tensor) -> torch.device:
         """Return the device of the state of `param`."""
@@ -162,7 +169,7 @@ class StateFormat:
         A parameter without state gets all tensors. amsgrad's maximum may be added later; it starts from zero. The
         residual or master may also be added later, if a model is converted to 16 bits; the master weight then starts
         from the parameter's value. So may the average of the weights, which starts from the master weight, and with it
-        the stream.
+        the stream. State that should be in pinned memory and is not is copied there.
         """
         slots = self.slots_with(amsgrad)
         if not entry:
@@ -200,6 +207,9 @@ class StateFormat:
                     f"state {key!r} of {name} has strides {tensor.stride()}, expected contiguous codes and scales; "
                     "load it with load_state_dict, which makes them contiguous"
                 )
+            if self.in_pinned and key != STREAM and not pinned.arena.holds(shards.local(tensor)):
+                missing[key] = self.new_slot(key, slot, param, rounding_key)
+                shards.local(missing[key]).copy_(shards.local(tensor).detach())
         self._begin_average(param, entry, missing)
         return missing
 
@@ -224,7 +234,7 @@ class StateFormat:
         if key == STREAM:
             with torch.inference_mode(False):
                 return torch.tensor(_stream_of(*rounding_key), dtype=torch.int64, device="cpu")
-        return slot.new(param, self.device_for(param), contiguous=key in CODES)
+        return slot.new(param, self.device_for(param), contiguous=key in CODES, in_pinned=self.in_pinned)
 
 
 def _stream_of(seed: int, called: str | int) -> int:
@@ -258,12 +268,7 @@ def format_for(
         )
     kept = _format(param.dtype, state_format, master_weights, ema)
     if device is not None:
-        if shards.is_sharded(param):
-            raise ValueError(
-                f'{name} is sharded, and state_device="cpu" does not work for sharded parameters; remove state_device, '
-                "or use FSDP2's CPUOffloadPolicy, which keeps parameters, gradients and state on the host"
-            )
-        kept = replace(kept, device=device)
+        kept = replace(kept, device=device, in_pinned=in_place(shards.local(param).device))
     if kept.moments == "8bit":
         shards.check_blocks(param, name)
     if STREAM in kept.slots:
@@ -297,11 +302,26 @@ def state_bytes(
     ranks: int = 1,
 ) -> int:
     """Return the bytes of a parameter's state; if sharded by rows over `ranks` processes, of the largest shard."""
+    slots = slot_bytes(shape, dtype, state_format, master_weights=master_weights, amsgrad=amsgrad, ema=ema, ranks=ranks)
+    return new_step().nbytes + sum(slots.values())
+
+
+def slot_bytes(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    state_format: StateFormatName,
+    *,
+    master_weights: MasterWeights = True,
+    amsgrad: bool = False,
+    ema: bool = False,
+    ranks: int = 1,
+) -> dict[str, int]:
+    """Return the bytes of each tensor of that state but the step count, by key, in the order in which it is made."""
     whole = torch.empty(tuple(shape), dtype=dtype, device="meta")
     kept = format_for(whole, state_format, master_weights, "a parameter", ema=ema)
     part = whole[: math.ceil(whole.shape[0] / ranks)] if whole.dim() else whole
-    slots = kept.slots_with(amsgrad).values()
-    return new_step().nbytes + sum(slot.dtype.itemsize * math.prod(slot.shape_for(part)) for slot in slots)
+    slots = kept.slots_with(amsgrad)
+    return {key: slot.dtype.itemsize * math.prod(slot.shape_for(part)) for key, slot in slots.items()}
 
 
 def _is_quantized(shape: torch.Size) -> bool:

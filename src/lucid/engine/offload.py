@@ -1,4 +1,4 @@
-"""State on the host, parameters and gradients on a GPU.
+"""State on the host, parameters and gradients on a GPU, where the CUDA engine does not update state in place.
 
 Parameters and gradients are copied to the host in pieces, updated there by the CPU engine, and parameters are copied
 back. A piece is some rows of dimension 0. To the CPU engine it looks like a shard, so the bits are the same. While one
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from . import cuda, exact_sum, reference
+from .choice import in_place
 from .cpu import bind, new_rows
 from .numbers import MomentFormat
 from .observed import Observed, Seen
 from .protocol import StepOrder
 from .row import Row
 from .scalars import ScalarTable, scalars_in, table_of
-from .shards import WHOLE, Numbering, local
+from .shards import WHOLE, Numbering, is_sharded, local
 from .step_counts import StepCounts
 
 if TYPE_CHECKING:
@@ -35,8 +36,11 @@ SLOTS = 3  # buffers for pieces: one is copied in, one is updated, one is copied
 
 
 def is_offloaded(row: Row) -> bool:
-    """Whether a row's state is on the host and its parameter is not."""
-    return row.gradient.device.type != "cpu" and any(local(slot).device.type == "cpu" for slot in _moments(row))
+    """Whether a row's state is on the host, its parameter is not, and no GPU updates the state where it lies."""
+    device = row.gradient.device
+    if device.type == "cpu" or in_place(device):
+        return False
+    return any(local(slot).device.type == "cpu" for slot in _moments(row))
 
 
 def _moments(row: Row) -> Iterator[Tensor]:
@@ -164,6 +168,12 @@ class Offload:
         self.first_set = 0  # of this engine's rows in the table of scalars; each row has its own set
 
     def bind(self, row: Row) -> None:
+        if is_sharded(row.param):
+            raise ValueError(
+                f'{row.name} is sharded, and state_device="cpu" does not work for sharded parameters without the CUDA '
+                "engine; remove state_device, or use FSDP2's CPUOffloadPolicy, which keeps parameters, gradients and "
+                "state on the host"
+            )
         if not self.rows:
             self._rows.gather(self._groups, [{}, True])
         bind(self._rows, row, on_device=row.gradient.device.type != "cpu")

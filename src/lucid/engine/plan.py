@@ -8,14 +8,14 @@ rows or none.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, offload, reference
+from . import cpu, cuda, offload, pinned, reference
+from .choice import chosen, name_for
 from .interrupts import uninterrupted
 from .observed import Seen
 from .protocol import Engine, StepOrder
@@ -25,30 +25,6 @@ from .told import warn
 
 if TYPE_CHECKING:
     from .cuda.device import CUDA
-
-_only: str | None = None  # the engine that tests have chosen for everything
-
-
-def name_for(device: torch.device) -> str:
-    """Return the name of the engine that updates parameters on `device`: "cpu", "cuda" or "reference"."""
-    if _only is not None:
-        return _only
-    if device.type == "cpu" and cpu.missing is None:
-        return "cpu"
-    if device.type == "cuda" and cuda.missing is None:
-        return "cuda"
-    return "reference"
-
-
-@contextmanager
-def only(name: str) -> Iterator[None]:
-    """Run every step inside on one engine, for tests: "reference", or "cuda", interpreted for tensors on the CPU."""
-    global _only
-    before, _only = _only, name
-    try:
-        yield
-    finally:
-        _only = before
 
 
 class Plan:
@@ -61,8 +37,8 @@ class Plan:
 
     def __init__(self, groups: list[list[Tensor]], counts: StepCounts) -> None:
         self._groups = groups
-        self._only = _only
-        native = cpu.missing is None and _only != "reference"
+        self._only = chosen()
+        native = cpu.missing is None and self._only != "reference"
         self._rows = cpu.new_rows(groups) if native else reference.Rows(groups)
         self._counts = counts
         self._cpu = cpu.CPU(self._rows)
@@ -81,23 +57,26 @@ class Plan:
         if len(self._engines) > 1:
             for engine in self._engines[1:]:  # if an interrupt has prevented the last release
                 engine.release()
-        return self._rows.gather(groups, state_box) if self._only == _only else None
+        return self._rows.gather(groups, state_box) if self._only == chosen() else None
 
     def bind(self, row: Row) -> None:
         """Add a checked row to this step, on the engine for its device."""
-        self._engine_of(row).bind(row)
+        engine = self._engine_of(row)
+        if engine is not self._cuda:
+            pinned.in_flight.wait()  # its parameter may have moved here from a GPU that still writes its state
+        engine.bind(row)
 
     def _engine_of(self, row: Row) -> Engine:
         device = row.gradient.device
         native = not isinstance(self._rows, reference.Rows)
-        if native and _only != "reference" and offload.is_offloaded(row):
+        if native and chosen() != "reference" and offload.is_offloaded(row):
             return self._begun_offload()
         name = name_for(device)
         if name == "cpu" and native:
             return self._cpu
         if name == "cuda" and native:
             return self._begun_cuda()
-        if _only is None:
+        if chosen() is None:
             _warn_of_reference(device)
         return self._begun_reference()
 

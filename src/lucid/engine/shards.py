@@ -62,15 +62,27 @@ def spread_like(param: Tensor, part: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the tensor of `shape` that is sharded like `param`, with `part` as this process's shard."""
     if not is_sharded(param):
         return part
+    whole = torch.empty(tuple(shape), device="meta")
+    same = whole.shape == param.shape and part.stride() == local(param).stride()
+    return _spread(part, param.device_mesh, param.placements, whole.shape, param.stride() if same else whole.stride())
+
+
+def empty(param: DTensor, shape: Sequence[int], dtype: torch.dtype, placements: Sequence[Any], on: Any) -> Tensor:
+    """Return an uninitialized tensor of `shape` that is sharded over the mesh of `param`, in memory of device `on`."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    whole = torch.empty(tuple(shape), device="meta")
+    own, _ = compute_local_shape_and_global_offset(whole.shape, param.device_mesh, placements)
+    part = torch.empty(own, dtype=dtype, device=on)
+    return _spread(part, param.device_mesh, placements, whole.shape, whole.stride())
+
+
+def _spread(part: Tensor, mesh: Any, placements: Sequence[Any], shape: torch.Size, stride: tuple[int, ...]) -> DTensor:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    whole = torch.empty(tuple(shape), device="meta")
-    same = whole.shape == param.shape and part.stride() == local(param).stride()
-    stride = param.stride() if same else whole.stride()
-    meta = TensorMeta(whole.shape, stride, part.dtype)
     # from_local() would move a CPU tensor to the mesh's device.
-    spec = DTensorSpec(param.device_mesh, param.placements, tensor_meta=meta)
+    spec = DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(shape, stride, part.dtype))
     return DTensor(part, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
@@ -101,12 +113,18 @@ def part_of(value: Tensor, param: Tensor, what: str) -> Tensor:
             f"{what} is sharded over {value.device_mesh}, expected {param.device_mesh} like the parameter; "
             "load it with torch.distributed.checkpoint, which reshards"
         )
-    return local(value.redistribute(placements=param.placements))
+    return local(_on_mesh(value).redistribute(placements=param.placements))
 
 
 def whole(value: Tensor) -> Tensor:
     """Return the whole of a tensor. If it is sharded, every process of its mesh must call this."""
-    return value.full_tensor() if is_sharded(value) else value
+    return _on_mesh(value).full_tensor() if is_sharded(value) else value
+
+
+def _on_mesh(value: DTensor) -> DTensor:
+    """Return a sharded tensor on the device on which its processes exchange tensors: state on the host is not there."""
+    kind = value.device_mesh.device_type
+    return value if local(value).device.type == kind else value.to(kind)  # type: ignore[return-value]
 
 
 def check_placements(param: Tensor, name: str) -> None:

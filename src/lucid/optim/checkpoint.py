@@ -95,9 +95,10 @@ def load_optimizer(
     values: dict[str, Any] = {}
     for key, place in places.items():
         if place.part == _STATE and place.name in param_of:
-            values[key] = _room(param_of[place.name], metadata[key], f"state {place.key!r} of {place.name!r}")
+            what = f"state {place.key!r} of {place.name!r}"
+            values[key] = _room(param_of[place.name], metadata[key], what, optimizer._settings.state_device)
         elif place.part == _GROUPS:
-            values[key] = _room(None, metadata[key], key)
+            values[key] = _room(None, metadata[key])
     load(values, storage_reader=storage_reader, planner=Planner(), process_group=process_group)
     found = [(places[key], value) for key, value in values.items()]
     optimizer.load_state_dict(_assembled(names, found, optimizer.param_groups))
@@ -164,8 +165,11 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
     return [[name_of[param] for param in group[_PARAMS]] for group in optimizer.param_groups]
 
 
-def _room(param: Tensor | None, saved: Any, what: str) -> Tensor | None:
-    """An empty tensor to read a `saved` tensor into, sharded as the parameter is; None for other values."""
+def _room(param: Tensor | None, saved: Any, what: str = "", on: torch.device | None = None) -> Tensor | None:
+    """An empty tensor to read a `saved` tensor into, sharded as the parameter is; None for other values.
+
+    ``on``: the device of the state, None for the parameter's.
+    """
     if not isinstance(saved, TensorStorageMetadata):
         return None
     dtype = saved.properties.dtype
@@ -174,13 +178,13 @@ def _room(param: Tensor | None, saved: Any, what: str) -> Tensor | None:
     if len(saved.size) not in (param.dim(), 2) or saved.size[:1] != param.shape[:1]:
         raise ValueError(f"{what} has shape {tuple(saved.size)} in the checkpoint, the parameter {tuple(param.shape)}")
     if not engine.shards.is_sharded(param):
-        return torch.empty(saved.size, dtype=dtype, device=param.device)
+        return torch.empty(saved.size, dtype=dtype, device=on or param.device)
     from torch.distributed import tensor
 
     placements: Sequence[tensor.Placement] = param.placements
     if engine.shards.cuts_blocks(param) and (saved.size != param.shape or dtype == torch.uint8):
         placements = [tensor.Replicate()] * param.device_mesh.ndim  # codes and scales need whole blocks
-    return tensor.empty(saved.size, dtype=dtype, device_mesh=param.device_mesh, placements=placements)
+    return engine.shards.empty(param, saved.size, dtype, placements, on or param.device)
 
 
 def _assembled(

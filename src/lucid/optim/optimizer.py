@@ -326,4 +326,6 @@ class Optimizer(StatefulOptimizer):
     def engine_for(self, param: Tensor) -> str:
         """Return the name of the engine that updates `param`: ``"cpu"``, ``"cuda"`` or ``"reference"``."""
         device = self._settings.state_device
-        return engine.name_for(param.device if device is None or param.device.type == "meta" else device)
+        if device is None or param.device.type == "meta" or engine.in_place(param.device):
+            device = param.device
+        return engine.name_for(device)

@@ -48,9 +48,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """The state of each parameter, a dict of tensors.
 
         It is created in the first step in which the parameter has a gradient, or by `init_state`. To read this property
-        waits for a GPU that decides steps.
+        waits for a GPU that decides steps or updates state on the host.
         """
-        self._stepper.confirm()
+        self._stepper.settle()
         return self._box.open()
 
     @state.setter
@@ -200,6 +200,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             if result is not None:
                 saved = result
         groups = checked_groups(self.param_groups, self._hyperparameters)
+        self._stepper.settle()  # what is loaded may be this optimizer's own state
         with torch.inference_mode(False):  # tensors made in that mode cannot be updated outside of it
             state, new_groups = loaded(saved, groups, self.defaults, self._hyperparameters, self._settings.state_device)
         self.state, self.param_groups = state, new_groups

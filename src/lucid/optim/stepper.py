@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from lucid import engine
 
 from .atomic_step import AtomicStep, Inputs, Outcome
 from .backward import StepInBackward, UpdatesAlone, record_stream
+from .overlap import Overlap
 from .state_box import StateBox
 from .statistics import Observations
 
@@ -66,6 +67,7 @@ class Stepper:
         self.skipped = SkippedSteps()
         self.grad_norm: float | Tensor | None = None
         self.observations = Observations()
+        self.overlap = Overlap()
         self._unconfirmed: dict[AtomicStep, None] = {}  # steps with assumed counts, in the order of insertion
         self._unlock()
 
@@ -78,6 +80,7 @@ class Stepper:
 
     def step(self, inputs: Inputs, failed: Callable[[], None]) -> None:
         """Update every parameter that has a gradient, all of them or none. ``failed``: called if the step raises."""
+        self.overlap.join()
         try:
             outcome = self._run(self.whole, inputs, inputs.state, failed)
         finally:
@@ -118,8 +121,12 @@ class Stepper:
         if step is None:
             return None
         box = StateBox.of_one(param, inputs.state.peek().get(param))
+        # FSDP2 calls hooks on a stream of its own.
+        sharded = param in backward.sharded.params
+        beside = nullcontext() if sharded else self.overlap.updating(param, inputs.settings.state_device)
         try:
-            return self._run(step, inputs, box, failed)
+            with beside:
+                return self._run(step, inputs, box, failed)
         except BaseException:
             if step.written:
                 param.grad = None  # the update has used it, even if it raised afterwards
@@ -179,6 +186,12 @@ class Stepper:
         with self._lock:
             for step in list(self._unconfirmed):
                 self._confirm(step)
+
+    def settle(self) -> None:
+        """Confirm all assumed step counts, and wait for kernels that still write to state on the host."""
+        self.overlap.join()
+        self.confirm()
+        engine.pinned.in_flight.wait()
 
     def stop_counting_captured(self) -> None:
         """Stop counting captured steps, because the state that they write to is replaced."""

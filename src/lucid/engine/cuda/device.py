@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from lucid.engine import pinned
 from lucid.engine.cpu import bind
 from lucid.engine.exact_sum import TOTAL_WORDS
 from lucid.engine.interrupts import uninterrupted
@@ -21,6 +22,7 @@ from lucid.engine.observed import Seen
 from lucid.engine.protocol import StepOrder
 from lucid.engine.row import Row
 from lucid.engine.scalars import Recipe
+from lucid.engine.shards import local
 from lucid.engine.step_counts import CapturedStep, Device, DeviceCounts, StepCounts
 from lucid.engine.verdict import DeviceVerdict
 
@@ -66,9 +68,11 @@ class CUDA:
         self._exchanging: _Exchanging | None = None
         self._launches: list[tuple[Launcher, list[Launch]]] = []
         self._observed: list[tuple[int, Seen]] = []
+        self._writes_host = False  # whether the state of any row is in pinned memory
 
     def bind(self, row: Row) -> None:
         bind(self._rows, row, on_device=True)
+        self._writes_host |= any(pinned.arena.holds(local(slot)) for slot in row.slots.values() if slot.numel())
 
     def _current(self, only: Device | None = None, *, captured: bool = False) -> Iterator[DeviceTables]:
         """Yield the tables of each device, or of `only`, up to date for this step; that device is the current one."""
@@ -158,12 +162,22 @@ class CUDA:
         for launcher, each in launches:
             with launcher.current():
                 _launch(launcher, each)
+                if self._writes_host:
+                    launched(launcher, captured=captured is not None)
         if captured is not None:
             self.counts.captured.append(captured)
         return self._observed
 
     def release(self) -> None:
         self._launches, self._observed, self._capturing, self._exchanging = [], [], None, None
+
+
+def launched(launcher: Launcher, *, captured: bool) -> None:
+    """Remember that launched kernels write to pinned state: those of the current stream, or of all replays."""
+    if captured:
+        pinned.in_flight.launched((launcher.device, None), launcher.everything)
+    else:
+        pinned.in_flight.launched((launcher.device, launcher.stream()), launcher.event)
 
 
 def _launch(launcher: Launcher, launches: Sequence[Launch]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lucid.engine.numbers import Dtype, MomentFormat
+from lucid.engine.pinned import Event
 
 from .decide import decide
 from .kernels import update
@@ -73,6 +74,14 @@ class GPU:
         """Copy in the order of the stream; do not wait."""
         target.copy_(staged, non_blocking=True)
 
+    def event(self) -> Event:
+        """Return a new event, for the work of the current stream."""
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def everything(self) -> Event:
+        """Return an event that comes after all work of this device, replays of CUDA graphs included."""
+        return _Everything(self.device)
+
     def prepare(self, kernel: Any, args: Sequence[Any], kind: Sequence[Any], warps: int) -> Any:
         """Return the kernel as `launch` takes it. Everything that can fail (compiling, loading) happens here."""
         key = (kernel, tuple(kind), warps)
@@ -87,6 +96,27 @@ class GPU:
     def launch(self, prepared: Any, programs: int, args: Sequence[Any], kind: Sequence[Any]) -> None:
         """Launch a kernel."""
         prepared[(programs, 1, 1)](*args, *kind)
+
+
+class _Everything:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+
+class _Done:
+    """An event of a device that has finished each launch when it returns."""
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 class Interpreter:
@@ -115,6 +145,12 @@ class Interpreter:
 
     def upload(self, target: Tensor, staged: Tensor) -> None:
         target.copy_(staged)
+
+    def event(self) -> Event:
+        return _Done()
+
+    def everything(self) -> Event:
+        return _Done()
 
     def prepare(self, kernel: Any, args: Sequence[Any], kind: Sequence[Any], warps: int) -> Any:
         return kernel

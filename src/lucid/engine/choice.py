@@ -1,0 +1,48 @@
+"""Which engine updates a parameter, and which one updates state that is on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from . import cpu, cuda
+
+# How state on the host is updated if its parameter is on a GPU. True: by the GPU, in pinned memory, where it lies.
+# False: by the host's CPU, piece by piece (offload.py); this goes once a GPU has been seen to run the other way faster.
+IN_PLACE = True
+
+_only: str | None = None  # the engine that tests have chosen for everything
+
+
+def name_for(device: torch.device) -> str:
+    """Return the name of the engine that updates parameters on `device`: "cpu", "cuda" or "reference"."""
+    if _only is not None:
+        return _only
+    if device.type == "cpu" and cpu.missing is None:
+        return "cpu"
+    if device.type == "cuda" and cuda.missing is None:
+        return "cuda"
+    return "reference"
+
+
+def chosen() -> str | None:
+    """Return the engine that tests have chosen for everything, or None."""
+    return _only
+
+
+def in_place(device: torch.device) -> bool:
+    """Whether state on the host of parameters on `device` is pinned memory that the GPU updates where it lies."""
+    return IN_PLACE and name_for(device) == "cuda"
+
+
+@contextmanager
+def only(name: str) -> Iterator[None]:
+    """Run every step inside on one engine, for tests: "reference", or "cuda", interpreted for tensors on the CPU."""
+    global _only
+    before, _only = _only, name
+    try:
+        yield
+    finally:
+        _only = before
