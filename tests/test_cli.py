@@ -28,7 +28,7 @@ from lucid.bench.contenders import FORMATS, FUSED, LIMIT, Contender, Format
 from lucid.bench.shapes import MODELS, elements, read_shapes
 from lucid.cli import app, bench, info, main, output, plan, shapes
 from lucid.engine import cpu
-from lucid.engine.formats import NAMES, state_bytes
+from lucid.engine.formats import NAMES, slot_bytes
 
 COMMANDS = ["info", "bench", "plan", "inspect", "convert"]
 
@@ -371,7 +371,7 @@ def test_the_plan_counts_the_very_bytes_of_the_state(state_format, dtype, amsgra
     optimizer = optim.AdamW(params, state_format=state_format, amsgrad=amsgrad)
     optimizer.init_state()
     held = sum(value.nbytes for param in params for value in optimizer.state[param].values())
-    found = plan.need(SHAPES, dtype, state_format, 1, amsgrad=amsgrad)
+    found = plan.need(SHAPES, dtype, state_format, 1, plan.Options(amsgrad))
     assert (found.state, found.weights, found.gradients) == (
         held,
         sum(param.nbytes for param in params),
@@ -389,7 +389,7 @@ def test_the_plan_counts_torchs_state(dtype, amsgrad):
         param.grad = torch.ones_like(param)
     optimizer.step()
     held = sum(value.nbytes for param in params for value in optimizer.state[param].values())
-    found = plan.need(SHAPES, dtype, plan.TORCH, 1, amsgrad=amsgrad)
+    found = plan.need(SHAPES, dtype, plan.TORCH, 1, plan.Options(amsgrad))
     assert (found.state, found.in_backward, found.total_in_backward) == (held, None, None)
 
 
@@ -398,8 +398,8 @@ def test_the_plan_counts_torchs_state(dtype, amsgrad):
 def test_the_plan_counts_the_largest_shard(state_format, processes):
     """Rows of 8-bit blocks are never cut, so that the state of a shard is that of its rows; by the whole's shape."""
     for shape in SHAPES:
-        whole = state_bytes(shape, torch.float32, state_format)
-        part = state_bytes(shape, torch.float32, state_format, ranks=processes)
+        whole = sum(slot_bytes(shape, torch.float32, state_format).values())
+        part = sum(slot_bytes(shape, torch.float32, state_format, ranks=processes).values())
         found = plan.need([shape], "float32", state_format, processes)
         rows = [math.ceil(rows / processes) for rows in shape[:1]]
         assert (found.weights, found.state, found.in_backward) == (4 * math.prod([*rows, *shape[1:]]), part, None)

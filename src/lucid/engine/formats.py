@@ -249,7 +249,7 @@ def checked_format(
     return kept
 
 
-def state_bytes(
+def slot_bytes(
     shape: Sequence[int],
     dtype: torch.dtype,
     state_format: StateFormatName,
@@ -257,13 +257,15 @@ def state_bytes(
     master_weights: bool = True,
     amsgrad: bool = False,
     ranks: int = 1,
-) -> int:
-    """Return the bytes of a parameter's state; if sharded by rows over `ranks` processes, of the largest shard."""
+) -> dict[str, int]:
+    """Return the bytes of each tensor of a parameter's state; if sharded by rows, those of the largest of `ranks`."""
     whole = torch.empty(tuple(shape), dtype=dtype, device="meta")
     kept = format_for(whole, state_format, master_weights, "a parameter")
     part = whole[: math.ceil(whole.shape[0] / ranks)] if whole.dim() else whole
-    slots = kept.slots_with(amsgrad).values()
-    return new_step().nbytes + sum(slot.dtype.itemsize * math.prod(slot.shape_for(part)) for slot in slots)
+    slots = kept.slots_with(amsgrad).items()
+    return {STEP: new_step().nbytes} | {
+        key: slot.dtype.itemsize * math.prod(slot.shape_for(part)) for key, slot in slots
+    }
 
 
 def _is_quantized(shape: torch.Size) -> bool:
