@@ -28,7 +28,7 @@ from lucid.bench.contenders import FORMATS, FUSED, LIMIT, Contender, Format
 from lucid.bench.shapes import MODELS, elements, read_shapes
 from lucid.cli import app, bench, info, main, output, plan, shapes
 from lucid.engine import cpu
-from lucid.engine.formats import NAMES, slot_bytes
+from lucid.engine.formats import NAMES, state_bytes
 
 COMMANDS = ["info", "bench", "plan", "inspect", "convert"]
 
@@ -398,8 +398,8 @@ def test_the_plan_counts_torchs_state(dtype, amsgrad):
 def test_the_plan_counts_the_largest_shard(state_format, processes):
     """Rows of 8-bit blocks are never cut, so that the state of a shard is that of its rows; by the whole's shape."""
     for shape in SHAPES:
-        whole = sum(slot_bytes(shape, torch.float32, state_format).values())
-        part = sum(slot_bytes(shape, torch.float32, state_format, ranks=processes).values())
+        whole = state_bytes(shape, torch.float32, state_format)
+        part = state_bytes(shape, torch.float32, state_format, ranks=processes)
         found = plan.need([shape], "float32", state_format, processes)
         rows = [math.ceil(rows / processes) for rows in shape[:1]]
         assert (found.weights, found.state, found.in_backward) == (4 * math.prod([*rows, *shape[1:]]), part, None)

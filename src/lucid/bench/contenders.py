@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lucid.optim
 from lucid.engine import _cpu
-from lucid.engine.formats import StateFormatName, slot_bytes
+from lucid.engine.formats import StateFormatName, state_bytes
 
 from .shapes import Shape, elements, parameters
 
@@ -51,7 +51,7 @@ class Contender:
     def state_bytes(self, shapes: Sequence[Shape]) -> float:
         """Return the bytes of its state."""
         if isinstance(self.state, str):
-            return sum(sum(slot_bytes(shape, self.dtype, self.state).values()) for shape in shapes)
+            return sum(state_bytes(shape, self.dtype, self.state) for shape in shapes)
         return self.state * elements(shapes)
 
     def moved(self, shapes: Sequence[Shape]) -> float:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from rich.text import Text
 
 from lucid.bench.shapes import Shape
-from lucid.engine.formats import NAMES, StateFormatName, slot_bytes
+from lucid.engine.formats import NAMES, STREAM, StateFormatName, new_step, slot_bytes
 
 from . import output
 from .shapes import DTYPES, Model, memory
@@ -57,8 +57,8 @@ class Options:
     limit: int | None = None
 
 
-def host_bytes(sizes: Sequence[int]) -> int:
-    """Return the host's memory that tensors of these sizes take under ``state_device="cpu"``."""
+def host_bytes(sizes: Iterable[int]) -> int:
+    """Return the pinned memory that tensors of these sizes take, made in this order."""
     return sum(sizes)
 
 
@@ -74,15 +74,16 @@ def need(shapes: Sequence[Shape], dtype: str, state_format: str, ranks: int, opt
     sizes = {shape: kind.itemsize * _part(shape, ranks) for shape in counts}
     weights = sum(count * sizes[shape] for shape, count in counts.items())
     if state_format == TORCH:
-        slots = [(3 if options.amsgrad else 2) * weights, *[4] * len(shapes)]  # and the step counts
+        slots = {shape: {"moments": (3 if options.amsgrad else 2) * size} for shape, size in sizes.items()}
     else:
         name: StateFormatName = state_format  # type: ignore[assignment]
-        slots = []
-        for shape, count in counts.items():
-            slots += count * [*slot_bytes(shape, kind, name, amsgrad=options.amsgrad, ranks=ranks).values()]
+        slots = {shape: slot_bytes(shape, kind, name, amsgrad=options.amsgrad, ranks=ranks) for shape in counts}
+    state, host = len(shapes) * new_step().nbytes + sum(sum(slots[shape].values()) for shape in shapes), 0
+    if options.state_device is not None:
+        pinned = [size for shape in shapes for key, size in slots[shape].items() if key != STREAM]
+        state, host = 0, state - sum(pinned) + host_bytes(pinned)
     in_backward = max(sizes.values()) if ranks == 1 and state_format != TORCH else None
     gradients = in_backward if options.step_in_backward and in_backward is not None else weights
-    state, host = (sum(slots), 0) if options.state_device is None else (0, host_bytes(slots))
     found = Need(dtype, state_format, ranks, weights, gradients, state, host, in_backward)
     if options.limit is None:
         return found

@@ -249,6 +249,20 @@ def checked_format(
     return kept
 
 
+def state_bytes(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    state_format: StateFormatName,
+    *,
+    master_weights: bool = True,
+    amsgrad: bool = False,
+    ranks: int = 1,
+) -> int:
+    """Return the bytes of a parameter's state; if sharded by rows over `ranks` processes, of the largest shard."""
+    slots = slot_bytes(shape, dtype, state_format, master_weights=master_weights, amsgrad=amsgrad, ranks=ranks)
+    return new_step().nbytes + sum(slots.values())
+
+
 def slot_bytes(
     shape: Sequence[int],
     dtype: torch.dtype,
@@ -258,14 +272,12 @@ def slot_bytes(
     amsgrad: bool = False,
     ranks: int = 1,
 ) -> dict[str, int]:
-    """Return the bytes of each tensor of a parameter's state; if sharded by rows, those of the largest of `ranks`."""
+    """Return the bytes of each tensor of that state but the step count, by key, in the order in which it is made."""
     whole = torch.empty(tuple(shape), dtype=dtype, device="meta")
     kept = format_for(whole, state_format, master_weights, "a parameter")
     part = whole[: math.ceil(whole.shape[0] / ranks)] if whole.dim() else whole
-    slots = kept.slots_with(amsgrad).items()
-    return {STEP: new_step().nbytes} | {
-        key: slot.dtype.itemsize * math.prod(slot.shape_for(part)) for key, slot in slots
-    }
+    slots = kept.slots_with(amsgrad)
+    return {key: slot.dtype.itemsize * math.prod(slot.shape_for(part)) for key, slot in slots.items()}
 
 
 def _is_quantized(shape: torch.Size) -> bool:
