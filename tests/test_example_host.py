@@ -48,6 +48,7 @@ def test_it_learns_from_a_checkpoint_and_says_where_its_bytes_are(pretrained, tm
     before, after = map(float, re.findall(r"held-out loss ([\d.]+)", said))
     assert after < before - 0.1
     assert len(saved["losses"]) == STEPS
+    assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(2e-4)  # a tenth, as the schedule ends
 
     weights = list(saved["model"].values())
     state = [value for entry in saved["optimizer"]["state"].values() for value in entry.values()]
