@@ -1,131 +1,343 @@
-"""Time a step whose state is on the host (`state_device="cpu"`), on a CUDA device, beside what it is made of.
+"""Time a step whose state is on the host (`state_device="cpu"`), on a CUDA device, beside other ways and the bus.
 
-python -m benchmarks.offload
+    python -m benchmarks.offload --markdown benchmarks/RESULTS-gpu.md  # at most 4 minutes
+    python -m benchmarks.offload --dry  # tiny tensors on the CPU: shows that the script works, and no speed
+
+The bus's limit is measured in the same rounds: two copies between pinned memory and the device, one in each direction,
+at the same time. What does not fit into `--seconds` is left out and named, the most important cases first.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from typing import Any
+import gc
+import importlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from tqdm import tqdm
 
 import lucid.optim
-from lucid.bench.paired import Quartiles, ratios, rounds, sampler
-from lucid.bench.shapes import llama_1b
-from lucid.engine import offload
+from lucid.bench import machine as timed_machine
+from lucid.bench.contenders import (
+    BF16_STATE,
+    BITSANDBYTES,
+    EIGHT_BIT,
+    FORMATS,
+    LR,
+    LUCID,
+    RESIDUAL_EIGHT_BIT,
+    TORCHAO,
+    WEIGHT_DECAY,
+    Format,
+    Step,
+    bus_copies,
+    is_installed,
+)
+from lucid.bench.paired import Quartiles, Timed, ratios, rounds, sampler
+from lucid.bench.shapes import CASES as SHAPES
+from lucid.bench.shapes import Shape, llama_1b, parameters
+from lucid.engine.formats import STEP, STREAM
 
-from . import machine
-from .report import Table, terminal
+from . import gpu
+from .arguments import check_page, count, write_page
+from .report import Table, markdown, terminal
+from .targets import Target, at_least, at_most
 
-LUCID, COPIES, UPDATE, BY_HAND = "state_device", "its copies alone", "its update alone", "torch fused on the host"
+BEGIN = "<!-- measured: written by `python -m benchmarks.offload --markdown`; notes go outside -->"
 
+IN_PLACE, STAGED, BUS = "in place", "in chunks, updated on the host", "the bus"
+OFFLOADED, PAGED = "torchao CPUOffloadOptimizer", "bitsandbytes PagedAdamW8bit"
+LIBRARY = {OFFLOADED: TORCHAO, PAGED: BITSANDBYTES}
 
-def _steps(dtype: torch.dtype, **options: Any) -> dict[str, Callable[[], object]]:
-    device = torch.device("cuda")
-    params = [Parameter(torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02)) for shape in llama_1b()]
-    for param in params:
-        param.grad = torch.empty_like(param).normal_(std=1e-3)
-    optimizer = lucid.optim.AdamW(params, 1e-4, state_device="cpu", **options)
+LLAMA = "llama-1b"
+SMALL = "10000x64x64"  # each just large enough for 8-bit state
+SIZES: dict[str, Sequence[Shape]] = {
+    LLAMA: llama_1b(),
+    "gpt2-small": SHAPES["gpt2-small"].shapes,
+    "10000x64": SHAPES["10000x64"].shapes,
+    SMALL: 10_000 * [(64, 64)],
+}
+WAYS = IN_PLACE, STAGED
+# Shapes, a format, and who is timed; a step in chunks of thousands of tensors takes seconds, so it is timed once.
+CASES = (
+    (LLAMA, EIGHT_BIT, (*WAYS, PAGED)),
+    (LLAMA, LUCID, (*WAYS, OFFLOADED)),
+    (LLAMA, RESIDUAL_EIGHT_BIT, (*WAYS, OFFLOADED, PAGED)),
+    ("10000x64", LUCID, WAYS),
+    (SMALL, EIGHT_BIT, (IN_PLACE, PAGED)),
+    (LLAMA, BF16_STATE, WAYS),
+    ("gpt2-small", EIGHT_BIT, (*WAYS, PAGED)),
+    ("gpt2-small", LUCID, (*WAYS, OFFLOADED)),
+    ("gpt2-small", BF16_STATE, WAYS),
+    (SMALL, LUCID, (IN_PLACE,)),
+    (SMALL, BF16_STATE, (IN_PLACE,)),
+)
+KINDS = {kind.name: kind for kind in FORMATS}
 
-    here = [Parameter(param.detach().cpu()) for param in params]
-    for own, param in zip(here, params, strict=True):
-        own.grad = _gradient(param).cpu()
-    update = lucid.optim.AdamW(here, 1e-4, **options)
+MOST_MS = {EIGHT_BIT: 80.0, LUCID: 250.0}  # of a step of LLAMA on a PCIe 5 GPU
+LEAST_OF_BUS = 0.85
 
-    copies = offload.copies_for(device)
-    stages = [(copies.staging(offload.PIECE_BYTES), copies.staging(offload.PIECE_BYTES)) for _ in range(offload.SLOTS)]
-
-    chunks = [pair for param in params for pair in zip(_cut(param.detach()), _cut(_gradient(param)), strict=True)]
-
-    def copy() -> None:
-        def fetch(number: int) -> Tensor:
-            slot, pair = number % offload.SLOTS, chunks[number]
-            at = [stage[: part.nbytes].view(dtype) for stage, part in zip(stages[slot], pair, strict=True)]
-            copies.fetch(slot, list(zip(at, pair, strict=True)))
-            return at[0]
-
-        copies.begin()
-        ready = fetch(0)
-        for number, (param, _) in enumerate(chunks):
-            coming = fetch(number + 1) if number + 1 < len(chunks) else ready
-            copies.wait(number % offload.SLOTS)
-            copies.send(number % offload.SLOTS, param, ready)
-            ready = coming
-        copies.end()
-
-    steps: dict[str, Callable[[], object]] = {LUCID: optimizer.step, COPIES: copy, UPDATE: update.step}
-    if dtype == torch.float32:
-        steps[BY_HAND] = _by_hand(params, here)
-    return {name: _synchronized(step) for name, step in steps.items()}
-
-
-def _gradient(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    return param.grad
+BUS_BYTES = 2**28  # of each of the two copies
+BUDGET_SECONDS = 3.0  # for a contender's samples in one case: the slow ones take part in the first rounds only
+ASLEEP = 2**30  # cycles, half a second: longer than the host takes for a step in place
 
 
-def _cut(tensor: Tensor) -> Sequence[Tensor]:
-    size = offload.PIECE_BYTES // tensor.element_size()
-    return [tensor.view(-1)[begin : begin + size] for begin in range(0, tensor.numel(), size)]
+class Host(NamedTuple):
+    """The host's seconds in a step, and whether it waited for the device."""
+
+    seconds: float
+    waited: bool
 
 
-def _by_hand(params: Sequence[Tensor], here: Sequence[Parameter]) -> Callable[[], None]:
-    """What one writes without help: all gradients over, torch's fused step there, all parameters back."""
-    own = [Parameter(param.detach().clone().pin_memory()) for param in here]
-    for param in own:
-        param.grad = torch.empty_like(param).pin_memory()
-    optimizer = torch.optim.AdamW(own, 1e-4, fused=True)
+@dataclass(frozen=True, slots=True)
+class Result(Timed):
+    """One case and format; all by contender. ``moved``: bytes over the bus, in each direction."""
+
+    case: str
+    format: str
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    moved: dict[str, int] = field(default_factory=dict)
+    host: dict[str, Host] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def of_bus(self, name: str) -> Quartiles:
+        """Its bytes per second as a part of the bus's, within rounds."""
+        part = self.moved[name] / self.moved[BUS]
+        return Quartiles(*(part * each for each in self.times(BUS, name)))
+
+
+# Contenders
+
+
+def choose(way: str) -> None:
+    """Set the line of the engine that says how it updates state on the host."""
+    vars(importlib.import_module("lucid.engine.choice"))["IN_PLACE"] = way == IN_PLACE
+
+
+def _own(kind: Format, way: str, params: list[Tensor]) -> tuple[Step, int]:
+    """Return lucid's step, and the bytes of its state on the host, which a step reads and writes."""
+    assert kind.state is not None
+    choose(way)
+    optimizer = lucid.optim.AdamW(params, LR, weight_decay=WEIGHT_DECAY, state_format=kind.state, state_device="cpu")
+    optimizer.init_state()
+    slots = [slot for entry in optimizer.state.values() for key, slot in entry.items() if key not in (STEP, STREAM)]
 
     def step() -> None:
-        for param, mine in zip(params, own, strict=True):
-            assert mine.grad is not None
-            mine.grad.copy_(_gradient(param), non_blocking=True)
-        torch.cuda.synchronize()
+        choose(way)
         optimizer.step()
-        with torch.no_grad():
-            for param, mine in zip(params, own, strict=True):
-                param.copy_(mine, non_blocking=True)
+
+    return step, sum(slot.nbytes for slot in slots if slot.device.type == "cpu")
+
+
+def _offloaded(params: list[Tensor]) -> Step:
+    """Return torchao's step with a backward that only delivers gradients: its hooks copy them to the host."""
+    optimizer = importlib.import_module("torchao.optim").CPUOffloadOptimizer(params, lr=LR, weight_decay=WEIGHT_DECAY)
+    gradients = [param.grad for param in params]
+
+    def step() -> None:
+        for param in params:
+            param.grad = None
+        torch.autograd.backward(params, gradients)
+        optimizer.step()
 
     return step
 
 
-def _synchronized(step: Callable[[], object]) -> Callable[[], None]:
-    def run() -> None:
+def _paged(params: list[Tensor]) -> Step:
+    step: Step = (
+        importlib.import_module("bitsandbytes.optim").PagedAdamW8bit(params, lr=LR, weight_decay=WEIGHT_DECAY).step
+    )
+    return step
+
+
+def _made(name: str, kind: Format, params: list[Tensor]) -> tuple[Step, int | None]:
+    if name in WAYS:
+        return _own(kind, name, params)
+    if not is_installed(LIBRARY[name]):
+        raise ModuleNotFoundError(f"{LIBRARY[name]} is not installed")
+    return (_offloaded if name == OFFLOADED else _paged)(params), None
+
+
+# Measuring
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where and how long steps are timed. ``dry``: on the CPU, with the first tensors of each case made tiny.
+
+    ``bus``: copies in both directions at once, and the bytes of each.
+    """
+
+    device: torch.device
+    dry: bool
+    count: int
+    until: float
+    bus: tuple[Step, int]
+
+    def wait(self) -> None:
+        if not self.dry:
+            torch.cuda.synchronize(self.device)
+
+    def shapes(self, case: str) -> Sequence[Shape]:
+        shapes = SIZES[case]
+        return [tuple(min(64, size) for size in shape) for shape in shapes[:9]] if self.dry else shapes
+
+    def host(self, step: Step) -> Host:
+        """Time the host in a step whose work the device has not begun when the host should be done."""
+        self.wait()
+        if self.dry:
+            started = time.perf_counter()
+            step()
+            return Host(time.perf_counter() - started, False)
+        torch.cuda._sleep(ASLEEP)  # type: ignore[no-untyped-call]
+        awake = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        awake.record()
+        started = time.perf_counter()
         step()
-        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        waited = awake.query()  # type: ignore[no-untyped-call]
+        self.wait()
+        return Host(seconds, waited)
 
-    return run
+
+def _bus(device: torch.device) -> tuple[Step, int]:
+    if device.type == "cuda":
+        return bus_copies(BUS_BYTES, device), BUS_BYTES
+    one, other = torch.zeros(2**10), torch.ones(2**10)
+    return lambda: one.copy_(other), one.nbytes
 
 
-CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "float32": (torch.float32, {}),
-    "bf16 weights + residual, 8bit": (torch.bfloat16, {"state_format": "8bit"}),
-}
+def measure(bench: Bench, case: str, kind: Format, names: Sequence[str]) -> Result:
+    """Time one case in one format; each contender has parameters, gradients and state of its own."""
+    bus, size = bench.bus
+    result = Result(case, kind.name, moved={BUS: size})
+    samplers: dict[str, Callable[[], float]] = {BUS: sampler(bus, warm=False, wait=bench.wait)}
+    counts = {BUS: bench.count}
+    for name in names:
+        if time.perf_counter() > bench.until:
+            result.failures[name] = "no time was left"
+            continue
+        try:
+            with torch.device(bench.device):
+                params = parameters(bench.shapes(case), kind.dtype)
+            step, moved = _made(name, kind, params)
+            samplers[name] = sampler(step, warm=False, wait=bench.wait)
+            result.host[name] = bench.host(step)
+            started = time.perf_counter()
+            samplers[name]()
+            counts[name] = max(1, min(bench.count, int(BUDGET_SECONDS / (time.perf_counter() - started))))
+            if moved is not None:
+                result.moved[name] = moved
+        except Exception as error:  # what one lacks on this device, or in this version, costs not the others
+            result.failures[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+    if len(samplers) > 1:
+        result.samples.update(rounds(samplers, counts, f"{case}, {kind.name}"))
+    del samplers
+    gc.collect()
+    if not bench.dry:
+        torch.cuda.empty_cache()
+    return result
+
+
+# Reporting
+
+
+def targets(results: Sequence[Result]) -> Iterator[Target]:
+    """Yield what is asked of a step in place, next to what was measured."""
+    for result in results:
+        what = f"{result.case}, {result.format}"
+        if IN_PLACE not in result.samples:
+            wanted = result.case == LLAMA
+            yield from [Target(f"{what}: in place", "a measurement", "none", False)] if wanted else []
+            continue
+        if result.case == LLAMA:
+            if result.format in MOST_MS:
+                yield at_most(f"{what}: a step", MOST_MS[result.format], 1e3 * result.seconds(IN_PLACE), " ms")
+            yield at_least(f"{what}: part of the bus's limit", LEAST_OF_BUS, result.of_bus(IN_PLACE), "")
+        host = result.host[IN_PLACE]
+        yield Target(f"{what}: the host", "does not wait", "waits" if host.waited else "does not", not host.waited)
+
+
+def warnings(results: Sequence[Result], *, dry: bool) -> list[str]:
+    """Return what keeps the results from being quoted, and who is missing."""
+    missing: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for failure in result.failures.items():
+            missing.setdefault(failure, []).append(f"{result.case}, {result.format}")
+    found = ["A dry run on the CPU: no figure means anything."] if dry else []
+    return found + [f"{name} was not measured ({'; '.join(where)}): {why}" for (name, why), where in missing.items()]
+
+
+def tables(results: Sequence[Result]) -> Iterator[Table]:
+    """Yield what is asked and what was measured."""
+    rows = [[what, wanted, got, "met" if met else "NOT MET"] for what, wanted, got, met in targets(results)]
+    note = "Medians. The times are meant for a GPU on PCIe 5: compare the bus's GB/s below."
+    yield Table("Targets of state on the host", note, ["target", "wanted", "measured", ""], rows)
+    rows = [_row(result, name) for result in results for name in result.samples]
+    note = (
+        "Medians of the rounds. ×: its time over that of the step in place, within rounds. GB/s: of state, in each "
+        "direction; of the bus: as a part of two simultaneous copies' GB/s, within rounds. host ms: until the call "
+        "returns while the device is busy; in brackets if the host waited for it. torchao's step includes the copies "
+        "of gradients that its hooks begin in backward. bitsandbytes' pages stay on the GPU as long as they fit."
+    )
+    header = ["", "ms", f"× {IN_PLACE}", "GB/s", "of the bus", "host ms"]
+    yield Table("State on the host, by way", note, header, rows)
+
+
+def _row(result: Result, name: str) -> list[str]:
+    seconds = result.seconds(name)
+    times = ratios(result.samples[name], result.samples[IN_PLACE]) if IN_PLACE in result.samples else None
+    over = name in result.moved
+    host = result.host.get(name)
+    return [
+        f"{result.case}, {result.format}: {name}",
+        f"{1e3 * seconds:#.3g}".rstrip("."),
+        "–" if times is None else f"{times.median:.2f} ({times.low:.2f}–{times.high:.2f})",
+        f"{result.moved[name] / seconds / 1e9:.1f}" if over else "–",
+        f"{result.of_bus(name).median:.2f}" if over else "–",
+        "–" if host is None else f"({1e3 * host.seconds:.2f})" if host.waited else f"{1e3 * host.seconds:.2f}",
+    ]
+
+
+# The command line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.offload", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=count, default=7, help="of all but the slow contenders (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=200.0, help="begin nothing after this (%(default)s)")
+    parser.add_argument("--dry", action="store_true", help="tiny tensors on the CPU, whether the script works")
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="put the tables between this file's markers")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.offload", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    """Run the command line; return the exit status."""
+    until = time.perf_counter()
+    parser = _parser()
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    check_page(parser, options.markdown, BEGIN)
+    if options.dry and options.markdown is not None:
+        parser.error("--dry measures nothing: drop it, or --markdown")
+    if not options.dry and not torch.cuda.is_available():
         raise SystemExit(f"This measures on a CUDA device, and torch {torch.__version__} finds none here.")
-    rows = []
-    for case, (dtype, kind) in CASES.items():
-        steps = _steps(dtype, **kind)
-        samplers = {name: sampler(step, warm=False) for name, step in steps.items()}
-        samples = rounds(samplers, dict.fromkeys(steps, options.rounds), case)
-        for name, taken in samples.items():
-            times = ratios(taken, samples[LUCID])
-            spread = f"{times.median:.2f} ({times.low:.2f}–{times.high:.2f})"
-            rows.append([case, name, f"{1e3 * Quartiles.of(taken).median:.0f}", spread])
-        del steps
-        torch.cuda.empty_cache()
-    table = Table("State on the host", "Llama 3.2 1B.", ["case", "", "ms", "× state_device"], rows)
-    print(terminal(machine.description(), [], [table]))
+    torch.manual_seed(0)
+    device = torch.device("cpu" if options.dry else "cuda")
+    described = timed_machine.description() if options.dry else gpu.description()
+    bench = Bench(device, options.dry, options.rounds, until + options.seconds, _bus(device))
+    results: list[Result] = []
+    for case, name, names in tqdm(CASES, "cases", disable=None):
+        results.append(measure(bench, case, KINDS[name], names))
+        found = described, warnings(results, dry=options.dry), list(tables(results))
+        if options.markdown is not None:  # after each case, so that a run that is cut short leaves something
+            write_page(options.markdown, markdown(*found, "###"), BEGIN)
+    print(terminal(*found))
     return 0
 
 

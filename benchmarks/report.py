@@ -205,10 +205,10 @@ def markdown(machine: Mapping[str, str], warnings: Sequence[str], tables: Sequen
 
 
 def spliced(text: str, report: str, begin: str = BEGIN) -> str:
-    """Return `text` with the report between its markers; raise ValueError where it lacks them."""
-    if text.count(begin) != 1 or text.count(END) != 1 or text.index(begin) > text.index(END):
-        raise ValueError(f"expected the lines {begin!r} and {END!r}, once each and in this order")
+    """Return `text` with the report between `begin` and the next END; raise ValueError where it lacks them."""
     before, _, rest = text.partition(begin)
+    if begin in rest or END not in rest:
+        raise ValueError(f"expected the line {begin!r} once, and {END!r} after it")
     after = rest.partition(END)[2]
     return f"{before}{begin}\n\n{report}\n\n{END}{after}"
 

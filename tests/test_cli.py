@@ -371,7 +371,7 @@ def test_the_plan_counts_the_very_bytes_of_the_state(state_format, dtype, amsgra
     optimizer = optim.AdamW(params, state_format=state_format, amsgrad=amsgrad)
     optimizer.init_state()
     held = sum(value.nbytes for param in params for value in optimizer.state[param].values())
-    found = plan.need(SHAPES, dtype, state_format, 1, amsgrad=amsgrad)
+    found = plan.need(SHAPES, dtype, state_format, 1, plan.Options(amsgrad))
     assert (found.state, found.weights, found.gradients) == (
         held,
         sum(param.nbytes for param in params),
@@ -389,7 +389,7 @@ def test_the_plan_counts_torchs_state(dtype, amsgrad):
         param.grad = torch.ones_like(param)
     optimizer.step()
     held = sum(value.nbytes for param in params for value in optimizer.state[param].values())
-    found = plan.need(SHAPES, dtype, plan.TORCH, 1, amsgrad=amsgrad)
+    found = plan.need(SHAPES, dtype, plan.TORCH, 1, plan.Options(amsgrad))
     assert (found.state, found.in_backward, found.total_in_backward) == (held, None, None)
 
 

@@ -242,3 +242,22 @@ class Copy(Contender):
         target, source = param.detach(), param.grad
         assert source is not None
         return lambda: target.copy_(source)
+
+
+def bus_copies(size: int, device: torch.device) -> Step:
+    """Return a step that copies `size` bytes from pinned memory to `device` and as many back, at the same time."""
+    host = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    there = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    ways = [(there[0], host[0]), (host[1], there[1])]
+    streams = [torch.cuda.Stream(device) for _ in ways]  # type: ignore[no-untyped-call]
+
+    def step() -> None:
+        current = torch.cuda.current_stream(device)
+        for stream, (target, source) in zip(streams, ways, strict=True):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+        for stream in streams:
+            current.wait_stream(stream)
+
+    return step

@@ -62,11 +62,20 @@ def total_memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def free_memory() -> float:
-    """Return how many bytes are available without swapping; infinity if the system does not report it."""
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024.0 * int(line.split()[1])
+def free_memory(system: Path = Path("/")) -> float:
+    """Return how many bytes this process can take without swapping; infinity if the system does not report it."""
+    lines = _read(system / "proc/meminfo").splitlines()
+    free = [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min([*free, *map(_left_in, threads.cgroups(system))], default=math.inf)
+
+
+def _left_in(cgroup: Path) -> float:
+    """Return how many bytes a cgroup's limit leaves, counting cached files as free; infinity if it has no limit."""
+    for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        limit, taken = _read(cgroup / most), _read(cgroup / used)
+        if limit.isdecimal() and taken.isdecimal():
+            stat = dict(line.split() for line in _read(cgroup / "memory.stat").splitlines())
+            return max(0.0, float(limit) - int(taken) + int(stat.get("inactive_file", 0)))
     return math.inf
 
 

@@ -54,6 +54,12 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class StateDevice(StrEnum):
+    """Where state may be, if not on the weights' device."""
+
+    cpu = "cpu"
+
+
 class Peer(StrEnum):
     """Other optimizers."""
 
@@ -144,8 +150,16 @@ def plan(
     ranks: Annotated[
         int, typer.Option(min=1, help="Largest number of FSDP2 processes to plan for: 1, 2, 4, ... up to it.")
     ] = 1,
-    memory: Annotated[str | None, typer.Option(help="Memory of each process, like 24GiB: marks what fits.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of each process's device, like 24GiB: marks what fits.")
+    ] = None,
     amsgrad: Annotated[bool, typer.Option("--amsgrad", help="Plan for amsgrad.")] = False,
+    state_device: Annotated[
+        StateDevice | None, typer.Option(help="Plan for weights on a GPU and state on the host: bytes of each.")
+    ] = None,
+    step_in_backward: Annotated[
+        bool, typer.Option("--step-in-backward", help="Plan for step_in_backward(), which frees gradients at once.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Compute bytes of weights, gradients and state before you train, in every format, and what fits."""
@@ -156,7 +170,8 @@ def plan(
         model = counted(parameters, layout, others=(checkpoint, like, shapes))
     else:
         model = chosen(checkpoint, like and like.value, shapes)
-    raise typer.Exit(command.run(model, ranks, memory, amsgrad=amsgrad, json=json))
+    options = command.Options(amsgrad, state_device and state_device.value, step_in_backward)
+    raise typer.Exit(command.run(model, ranks, memory, options, json=json))
 
 
 @app.command()

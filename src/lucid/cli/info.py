@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -16,13 +18,15 @@ from tqdm import tqdm
 
 import lucid
 from lucid.bench import machine
-from lucid.bench.contenders import BYTES_MOVED, Copy, Step, mover
+from lucid.bench.contenders import BYTES_MOVED, Copy, Step, bus_copies, mover
 from lucid.bench.paired import Quartiles, sampler
 from lucid.engine import cpu, cuda, threads
 
 from . import output
 
 _ELEMENTS = 2**26  # 1 GiB in the four streams of a step: larger than any cache
+_BUS_BYTES = 2**28
+_HOST_BYTES = 8  # of float32 moments, each way per parameter
 _SAMPLES = 15
 
 
@@ -40,7 +44,9 @@ class Info:
     """What `lucid info` reports.
 
     `threads`: of a large step. `team`: what they are, torch's OpenMP threads ("torch") or our own ("pool"). `limits`:
-    GB/s that the CPU and each GPU moved, by name.
+    GB/s that the CPU and each GPU moved, by name. `bus`: GB/s between pinned memory and each GPU, each way with both
+    ways at once. `pinnable_bytes`: the host's free memory, if it can be pinned for ``state_device="cpu"``; otherwise
+    `pinnable_missing` says why not.
     """
 
     engines: list[Engine]
@@ -55,11 +61,15 @@ class Info:
     memory_bytes: float
     versions: dict[str, str]
     limits: dict[str, float]
+    bus: dict[str, float]
+    pinnable_bytes: float | None
+    pinnable_missing: str | None
 
 
 def gathered(*, measure: bool = True) -> Info:
     """Return what this machine has; `measure`: with its memory bandwidth, which takes some seconds."""
     found = cpu.missing is None
+    unpinnable = _pinnable_missing()
     team, team_reason = cpu.team() if found else (None, None)
     return Info(
         [
@@ -78,6 +88,9 @@ def gathered(*, measure: bool = True) -> Info:
         machine.total_memory(),
         _versions(),
         _limits() if measure and found else {},
+        _bus() if measure and unpinnable is None else {},
+        machine.free_memory() if unpinnable is None else None,
+        unpinnable,
     )
 
 
@@ -87,6 +100,17 @@ def _cuda_missing() -> str | None:
     if cuda.missing is not None:
         return cuda.missing
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def _pinnable_missing() -> str | None:
+    """Return why no memory can be pinned; None if it can."""
+    if not torch.cuda.is_available():
+        return "it needs a CUDA device"
+    try:
+        torch.empty(1, pin_memory=True)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
 
 
 def _threads_reason() -> str:
@@ -127,13 +151,24 @@ def _versions() -> dict[str, str]:
 
 def _limits() -> dict[str, float]:
     """Memory bandwidth in GB/s: of moving the bytes of a float32 step on the CPU, or of a device copy."""
-    steps: dict[str, tuple[Step, float]] = {"CPU": (mover(_ELEMENTS), BYTES_MOVED)}
+    steps: dict[str, tuple[Step, float]] = {"CPU": (mover(_ELEMENTS), BYTES_MOVED * _ELEMENTS)}
     for index in range(torch.cuda.device_count()):
         copy = Copy("copy")
         shapes = [(_ELEMENTS,)]
-        steps[f"cuda:{index}"] = copy.make(shapes, f"cuda:{index}"), copy.moved(shapes) / _ELEMENTS
-    limits = {}
-    with tqdm(total=_SAMPLES * len(steps), desc="memory bandwidth", leave=False, disable=None) as bar:
+        steps[f"cuda:{index}"] = copy.make(shapes, f"cuda:{index}"), copy.moved(shapes)
+    return _measured(steps, "memory bandwidth")
+
+
+def _bus() -> dict[str, float]:
+    """GB/s between pinned memory and each GPU, each way with both ways at once."""
+    names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return _measured({name: (bus_copies(_BUS_BYTES, torch.device(name)), _BUS_BYTES) for name in names}, "bus")
+
+
+def _measured(steps: Mapping[str, tuple[Step, float]], what: str) -> dict[str, float]:
+    """Return GB/s of each step, given with the bytes that it moves, by the name of its device."""
+    speeds = {}
+    with tqdm(total=_SAMPLES * len(steps), desc=what, leave=False, disable=None) as bar:
         for name, (step, moved) in steps.items():
             wait = functools.partial(torch.cuda.synchronize, name) if name.startswith("cuda") else (lambda: None)
             sample = sampler(step, warm=False, wait=wait)
@@ -141,8 +176,8 @@ def _limits() -> dict[str, float]:
             for _ in range(_SAMPLES):
                 seconds.append(sample())
                 bar.update()
-            limits[name] = moved * _ELEMENTS / Quartiles.of(seconds).median / 1e9
-    return limits
+            speeds[name] = moved / Quartiles.of(seconds).median / 1e9
+    return speeds
 
 
 def run(*, json: bool, measure: bool) -> int:
@@ -174,5 +209,13 @@ def run(*, json: bool, measure: bool) -> int:
     for name, limit in info.limits.items():
         what = f"the fastest float32 step takes {BYTES_MOVED / limit:.2g} ns per parameter"
         found[f"limit, {name}"] = f"{output.digits(limit)} GB/s measured: {what}"
+    for name, speed in info.bus.items():
+        what = f"a step with float32 moments on the host takes {_HOST_BYTES / speed:.2g} ns per parameter at least"
+        found[f"bus, {name}"] = f"{output.digits(speed)} GB/s measured, each way with both ways at once: {what}"
+    if info.pinnable_bytes is None:
+        found["can be pinned"] = f"nothing: {info.pinnable_missing}"
+    else:
+        size = output.size(info.pinnable_bytes) if math.isfinite(info.pinnable_bytes) else "all"
+        found["can be pinned"] = f"{size} that is free"
     console.print(output.facts(found | dict(info.versions)))
     return 1 if slow else 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from rich.text import Text
 
 from lucid.bench.shapes import Shape
-from lucid.engine.formats import NAMES, StateFormatName, state_bytes
+from lucid.engine.formats import NAMES, STREAM, StateFormatName, new_step, slot_bytes
 
 from . import output
 from .shapes import DTYPES, Model, memory
@@ -22,7 +22,8 @@ TORCH = "torch"
 class Need:
     """Bytes on the process that holds most, for one dtype of weights and one state format.
 
-    ``in_backward``: bytes of gradients in memory at once with ``step_in_backward``, None for several processes.
+    ``gradients``: in memory at once. ``state``: on the weights' device. ``host``: state in the host's memory, if it is
+    elsewhere. ``in_backward``: bytes of gradients with ``step_in_backward``, None for several processes.
     """
 
     dtype: str
@@ -31,12 +32,14 @@ class Need:
     weights: int
     gradients: int
     state: int
+    host: int
     in_backward: int | None
     fits: bool | None = None
     fits_in_backward: bool | None = None
 
     @property
     def total(self) -> int:
+        """Bytes on the weights' device."""
         return self.weights + self.gradients + self.state
 
     @property
@@ -44,47 +47,59 @@ class Need:
         return None if self.in_backward is None else self.weights + self.in_backward + self.state
 
 
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to plan for: `AdamW`'s options of these names, `step_in_backward`, and the bytes of the weights' device."""
+
+    amsgrad: bool = False
+    state_device: str | None = None
+    step_in_backward: bool = False
+    limit: int | None = None
+
+
+def host_bytes(sizes: Iterable[int]) -> int:
+    """Return the pinned memory that tensors of these sizes take, made in this order."""
+    return sum(sizes)
+
+
 def _part(shape: Shape, ranks: int) -> int:
     """Elements of the largest shard when FSDP2 shards rows over processes."""
     return math.prod((math.ceil(shape[0] / ranks), *shape[1:])) if shape else 1
 
 
-def need(
-    shapes: Sequence[Shape],
-    dtype: str,
-    state_format: str,
-    ranks: int,
-    *,
-    amsgrad: bool = False,
-    limit: int | None = None,
-) -> Need:
+def need(shapes: Sequence[Shape], dtype: str, state_format: str, ranks: int, options: Options = Options()) -> Need:
     """Return the bytes that training needs; `state_format` may be ``"torch"``, for torch's AdamW."""
     kind = DTYPES[dtype]
     counts = Counter(shapes)
     sizes = {shape: kind.itemsize * _part(shape, ranks) for shape in counts}
     weights = sum(count * sizes[shape] for shape, count in counts.items())
     if state_format == TORCH:
-        state = (3 if amsgrad else 2) * weights + 4 * len(shapes)  # and the step count
+        slots = {shape: {"moments": (3 if options.amsgrad else 2) * size} for shape, size in sizes.items()}
     else:
         name: StateFormatName = state_format  # type: ignore[assignment]
-        state = sum(
-            count * state_bytes(shape, kind, name, amsgrad=amsgrad, ranks=ranks) for shape, count in counts.items()
-        )
+        slots = {shape: slot_bytes(shape, kind, name, amsgrad=options.amsgrad, ranks=ranks) for shape in counts}
+    state, host = len(shapes) * new_step().nbytes + sum(sum(slots[shape].values()) for shape in shapes), 0
+    if options.state_device is not None:
+        pinned = [size for shape in shapes for key, size in slots[shape].items() if key != STREAM]
+        state, host = 0, state - sum(pinned) + host_bytes(pinned)
     in_backward = max(sizes.values()) if ranks == 1 and state_format != TORCH else None
-    found = Need(dtype, state_format, ranks, weights, weights, state, in_backward)
-    if limit is None:
+    gradients = in_backward if options.step_in_backward and in_backward is not None else weights
+    found = Need(dtype, state_format, ranks, weights, gradients, state, host, in_backward)
+    if options.limit is None:
         return found
     least = found.total_in_backward
-    fits = found.total <= limit, None if least is None else least <= limit
-    return Need(dtype, state_format, ranks, weights, weights, state, in_backward, *fits)
+    return replace(
+        found, fits=found.total <= options.limit, fits_in_backward=None if least is None else least <= options.limit
+    )
 
 
-def needs(model: Model, ranks: Sequence[int], *, amsgrad: bool, limit: int | None) -> Iterator[Need]:
-    """Return the bytes of each choice."""
+def needs(model: Model, ranks: Sequence[int], options: Options) -> Iterator[Need]:
+    """Return the bytes of each choice. torch's AdamW is one if all options are also torch's."""
+    formats = NAMES if options.state_device or options.step_in_backward else (*NAMES, TORCH)
     for dtype in DTYPES:
-        for state_format in (*NAMES, TORCH):
+        for state_format in formats:
             for number in ranks:
-                yield need(model.shapes, dtype, state_format, number, amsgrad=amsgrad, limit=limit)
+                yield need(model.shapes, dtype, state_format, number, options)
 
 
 def rank_counts(most: int) -> list[int]:
@@ -92,11 +107,12 @@ def rank_counts(most: int) -> list[int]:
     return sorted({*(2**power for power in range(most.bit_length()) if 2**power <= most), most})
 
 
-def run(model: Model, most_ranks: int, memory_text: str | None, *, amsgrad: bool, json: bool) -> int:
+def run(model: Model, most_ranks: int, memory_text: str | None, options: Options, *, json: bool) -> int:
     """Print the bytes of each choice; return 1 if nothing fits into the given memory."""
     limit = None if memory_text is None else memory(memory_text)
+    options = replace(options, limit=limit)
     ranks = rank_counts(most_ranks)
-    found = list(needs(model, ranks, amsgrad=amsgrad, limit=limit))
+    found = list(needs(model, ranks, options))
     if json:
         choices = [asdict(each) | {"total": each.total, "total_in_backward": each.total_in_backward} for each in found]
         output.print_json(
@@ -104,44 +120,73 @@ def run(model: Model, most_ranks: int, memory_text: str | None, *, amsgrad: bool
             | {"choices": choices}
         )
     else:
-        _print(model, ranks, found, limit, memory_text)
+        _print(model, ranks, found, options, memory_text)
     return 0 if limit is None or any(each.fits or each.fits_in_backward for each in found) else 1
 
 
 def _print(
-    model: Model, ranks: Sequence[int], found: Sequence[Need], limit: int | None, memory_text: str | None
+    model: Model, ranks: Sequence[int], found: Sequence[Need], options: Options, memory_text: str | None
 ) -> None:
     console = output.console()
     console.print(Text(model.described, "bold"))
-    header = ["weights", "state", "bytes/param", "weights", "gradients", "state", "all", "in backward"]
-    header += [f"each of {number}" for number in ranks[1:]]
+    header = ["weights", "state", *_header(options)]
+    for number in ranks[1:]:
+        header += [f"each of {number}"] if options.state_device is None else [f"each of {number}", "its host"]
     rows: list[list[str | Text]] = []
     for one in (each for each in found if each.ranks == 1):
-        row: list[str | Text] = [one.dtype, one.state_format, output.digits(one.total / max(1, model.elements))]
-        row += [output.size(part) for part in (one.weights, one.gradients, one.state)]
-        row.append(_marked(one.total, one.fits))
-        least = one.total_in_backward
-        row.append("–" if least is None else _marked(least, one.fits_in_backward))
+        row = [one.dtype, one.state_format, *_cells(one, max(1, model.elements), options)]
         others = (each for each in found if each.ranks > 1)
-        same = (each for each in others if (each.dtype, each.state_format) == (one.dtype, one.state_format))
-        row += [_marked(each.total, each.fits) for each in same]
+        for each in others:
+            if (each.dtype, each.state_format) == (one.dtype, one.state_format):
+                row.append(_marked(each.total, each.fits))
+                row += [] if options.state_device is None else [output.size(each.host)]
         rows.append(row)
     shown = output.table(header, rows)
     shown.columns[1].justify = "left"
     console.print(shown)
-    console.print(
-        "Activations, buffers and the allocator's reserve come on top. in backward: with step_in_backward(), which "
-        "keeps only the largest gradient (weights used more than once need more). torch: torch.optim.AdamW, which "
-        "keeps no master weights for 16-bit parameters.",
-        style=output.FAINT,
-    )
-    if limit is None:
+    console.print(" ".join(_notes(options, several=len(ranks) > 1)), style=output.FAINT)
+    if options.limit is None:
         return
     fitting = sum(bool(each.fits or each.fits_in_backward) for each in found)
     if fitting:
         console.print(Text(f"green fits into {memory_text}: {fitting} of {len(found)} choices", output.GOOD))
     else:
         console.print(Text(f"nothing fits into {memory_text}", output.BAD))
+
+
+def _header(options: Options) -> list[str]:
+    in_backward = [] if options.step_in_backward else ["in backward"]
+    if options.state_device is None:
+        return ["bytes/param", "weights", "gradients", "state", "all", *in_backward]
+    return ["device/param", "host/param", "weights", "gradients", "device", *in_backward, "host"]
+
+
+def _cells(one: Need, elements: int, options: Options) -> list[str | Text]:
+    """Return what `_header` names."""
+    least = one.total_in_backward
+    in_backward = [] if options.step_in_backward else ["–" if least is None else _marked(least, one.fits_in_backward)]
+    parts = [output.size(one.weights), output.size(one.gradients)]
+    on_device = output.digits(one.total / elements)
+    whole = _marked(one.total, one.fits)
+    if options.state_device is None:
+        return [on_device, *parts, output.size(one.state), whole, *in_backward]
+    return [on_device, output.digits(one.host / elements), *parts, whole, *in_backward, output.size(one.host)]
+
+
+def _notes(options: Options, *, several: bool) -> Iterator[str]:
+    """Yield what the figures count, and what not."""
+    yield "Activations, buffers and the allocator's reserve come on top."
+    counted = "only the largest gradient is counted (weights used more than once need more)"
+    if not options.step_in_backward:
+        yield f"in backward: with step_in_backward(), {counted}."
+    else:
+        yield f"With step_in_backward(), {counted}" + (
+            "; with several processes, all gradients are." if several else "."
+        )
+    if options.state_device is not None:
+        yield "host: the host's memory for the state; all else is on the device, whose memory --memory is."
+    elif not options.step_in_backward:
+        yield "torch: torch.optim.AdamW, which keeps no master weights for 16-bit parameters."
 
 
 def _marked(size: int, fits: bool | None) -> str | Text:

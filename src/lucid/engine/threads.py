@@ -33,7 +33,7 @@ def local_ranks() -> int:
 def cpus(system: Path = Path("/")) -> tuple[int, int, float]:
     """Return on how many CPUs this process, and its whole cgroup, may run, and the time of how many the cgroup has."""
     in_group, quota = os.cpu_count() or 1, math.inf
-    for folder in _cgroups(system):
+    for folder in cgroups(system):
         quota = min(quota, _quota(folder))
         names = ("cpuset.cpus.effective", "cpuset.effective_cpus")
         in_group = min([in_group, *(_counted(text) for text in map(_read, (folder / name for name in names)) if text)])
@@ -45,7 +45,7 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cgroups(system: Path) -> list[Path]:
+def cgroups(system: Path) -> list[Path]:
     """Return the folders of this process's cgroups (version 2 and 1) and of all that they are in."""
     folders = []
     for line in _read(system / "proc/self/cgroup").splitlines():
