@@ -129,7 +129,7 @@ class AtomicStep:
                 judged, begun = self._judge(inputs, gathered, scale, found_inf, begun)
             except Exception as error:
                 if not self._exchanged:
-                    self._tell_others(inputs, left, error)
+                    self.tell_others(inputs, left, error)
                 raise
             # If gradients are judged, all processes skip together. Otherwise others may step and exchange
             # observations, so this process must take part in that exchange.
@@ -363,7 +363,7 @@ class AtomicStep:
         rows = gathered.agreement.observed(seen, every, state, inputs.skipped + skips)
         return {every[row]: values for row, values in rows}
 
-    def _tell_others(self, inputs: Inputs, left: LeftToStep | None, error: Exception) -> None:
+    def tell_others(self, inputs: Inputs, left: LeftToStep | None, error: Exception) -> None:
         """Tell the processes that wait for this one that it cannot step. ``left``: if they ask about backward too.
 
         If it has only learned that another failed in an earlier step, they skip this one: an error would come back.

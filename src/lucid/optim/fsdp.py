@@ -1,4 +1,4 @@
-"""What FSDP2 shards of a model, and when it has reduced the whole gradient of a parameter."""
+"""What FSDP2 shards of a model, what it has gathered, and when it has reduced the whole gradient of a parameter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Sharded:
     def __init__(self, model: nn.Module | None = None, optimized: Iterable[Tensor] = ()) -> None:
         self._complete: set[Tensor] = set()
         self._handles: _Handles = {}
-        self._modules = [] if model is None else _modules_of(model)
+        self._modules = [] if model is None else _modules_of(model, _HOOKS_NEED)
         weakref.finalize(self, _remove, self._handles).atexit = False
         self.params = {each.sharded_param for module in self._modules for _, each in _params_of(module)}
         if self.params and self.params.isdisjoint(optimized):
@@ -62,8 +62,32 @@ class Sharded:
         return True
 
 
-def _modules_of(model: nn.Module) -> list[Any]:
-    """Return the modules of a model that FSDP2 shards; raise if torch is too old to call their hooks safely."""
+class Gathered:
+    """What FSDP2 has gathered of the parameters that it shards: copies, which do not follow when shards are written."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._modules = [] if model is None else _modules_of(model, "averages of sharded parameters need")
+
+    def free(self) -> None:
+        """Free all copies, so the next forward gathers again, after what has been written by then.
+
+        `FSDPModule.reshard` keeps them if a forward has raised, and keeps what was gathered ahead.
+        """
+        for module in self._modules:
+            module.set_post_optim_event(None)
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                group._all_gather_result = None
+                group._to_sharded()
+
+
+_HOOKS_NEED = (
+    "with CPUOffloadPolicy, FSDP2 of older versions calls hooks before the gradient has arrived in host memory, so "
+    "step_in_backward(model=...) needs"
+)
+
+
+def _modules_of(model: nn.Module, needs: str) -> list[Any]:
+    """Return the modules of a model that FSDP2 shards; raise if torch is too old. ``needs``: what needs a newer one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {shown(model)}")
     if not torch.distributed.is_available():
@@ -72,10 +96,7 @@ def _modules_of(model: nn.Module) -> list[Any]:
 
     found = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if found and torch.__version__ < "2.13":
-        raise RuntimeError(
-            f"step_in_backward(model=...) needs torch 2.13 or newer, got {torch.__version__}: with CPUOffloadPolicy, "
-            "FSDP2 of older versions calls hooks before the gradient has arrived in host memory"
-        )
+        raise RuntimeError(f"model: {needs} torch 2.13 or newer, got {torch.__version__}")
     return found
 
 

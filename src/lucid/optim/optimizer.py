@@ -14,13 +14,14 @@ from lucid import engine
 from lucid.engine.values import checked_flag, one_of, shown
 
 from .atomic_step import Inputs
+from .averages import AveragingOptimizer
 from .backward import NO_SKIP, StepInBackward, no_norm_in_backward
 from .fsdp import Sharded
 from .gradients import NO_AMP, Amp
 from .groups import ParamGroup
 from .members import params_of
 from .settings import NON_FINITE, NonFinite, Settings, checked_max_norm
-from .stateful import Params, StatefulOptimizer
+from .stateful import Params
 from .statistics import summed_up
 from .unheard import hooked
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class Optimizer(StatefulOptimizer):
+class Optimizer(AveragingOptimizer):
     """Base class of the optimizers of ``lucid.optim``.
 
     A subclass gives the defaults and reads a group's hyperparameters; this class checks, steps and saves.

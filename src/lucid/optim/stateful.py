@@ -50,6 +50,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         It is created in the first step in which the parameter has a gradient, or by `init_state`. To read this property
         waits for a GPU that decides steps or updates state on the host.
         """
+        self._stepper.check_trains()
         self._stepper.settle()
         return self._box.open()
 
@@ -57,6 +58,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def state(self, value: State) -> None:
         if not isinstance(value, dict):
             raise TypeError(f"state: expected a dict of each parameter's state, got {shown(value)}")
+        self._stepper.check_trains()
         self._stepper.stop_counting_captured()
         self._box.replace(value)
 
@@ -84,6 +86,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         TypeError, ValueError
             If a parameter or hyperparameter is invalid. The optimizer is unchanged.
         """
+        self._stepper.check_trains()
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group: expected a dict, got {type(param_group).__name__}")
         if "params" not in param_group:
@@ -123,6 +126,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         Otherwise, state is created in the first step in which the parameter has a gradient. Training gives the same
         bits either way. With this method you see the memory use before the first step.
         """
+        self._stepper.check_trains()
         new: list[tuple[Tensor, dict[str, Any], dict[str, Tensor]]] = []
         groups = checked_groups(self.param_groups, self._hyperparameters)
         hyperparameters = [self._hyperparameters(group) for group in groups]
@@ -192,6 +196,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             If names differ and parameters are matched by position; if a step count above 256 was saved in 16 bits; if
             parameters of one saved group are now in groups that differ in more than ``weight_decay``.
         """
+        self._stepper.check_trains()
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
         saved = dict(state_dict)

@@ -14,6 +14,7 @@ from lucid import engine
 
 from .atomic_step import AtomicStep, Inputs, Outcome
 from .backward import StepInBackward, UpdatesAlone, record_stream
+from .exchange import Exchange
 from .overlap import Overlap
 from .state_box import StateBox
 from .statistics import Observations
@@ -28,6 +29,12 @@ def _count_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_count_fork)  # os.getpid() would ask the system at each step
+
+
+_AVERAGED = (
+    "within averaged() the parameters hold averages and the state holds the training weights; step, save, load, add "
+    "groups, and read state and averages outside of that block"
+)
 
 
 class SkippedSteps:
@@ -68,6 +75,7 @@ class Stepper:
         self.grad_norm: float | Tensor | None = None
         self.observations = Observations()
         self.overlap = Overlap()
+        self._exchange: Exchange | None = None  # while parameters hold averages
         self._unconfirmed: dict[AtomicStep, None] = {}  # steps with assumed counts, in the order of insertion
         self._unlock()
 
@@ -134,15 +142,16 @@ class Stepper:
 
     def _run(self, step: AtomicStep, inputs: Inputs, box: StateBox, failed: Callable[[], None]) -> Outcome:
         """Run a step under the lock; raise, without ``failed``, if a step of this thread is already running."""
-        if self._forks != _forks:  # a fork may have happened while another thread held the lock
-            self._unlock()
-        with self._lock:
-            if self._stepping:
-                raise RuntimeError("step() was called within a running step(), perhaps by a signal handler")
+        with self._own_lock():
+            self._check_idle("step()")
             self._stepping = True
             try:
                 if self._unconfirmed and not engine.cuda.is_capturing():
                     self._confirm_others(step)
+                if self._exchange is not None:
+                    error = RuntimeError(_AVERAGED)
+                    step.tell_others(inputs, inputs.left, error)
+                    raise error
                 try:
                     outcome = step.update(inputs, box)
                 finally:
@@ -156,6 +165,45 @@ class Stepper:
                 raise
             finally:
                 self._stepping = False
+
+    def _own_lock(self) -> threading.RLock:
+        """Return the lock that a step holds, of this process."""
+        if self._forks != _forks:  # a fork may have happened while another thread held the lock
+            self._unlock()
+        return self._lock
+
+    def _check_idle(self, call: str) -> None:
+        if self._stepping:
+            raise RuntimeError(f"{call} was called within a running step(), perhaps by a signal handler")
+
+    # While parameters hold averages
+
+    def check_trains(self) -> None:
+        """Raise if parameters hold averages."""
+        if self._exchange is not None:
+            raise RuntimeError(_AVERAGED)
+
+    @contextmanager
+    def exchanged(self, exchange: Exchange) -> Iterator[None]:
+        """Return a context in which the parameters hold averages, and no step is taken."""
+        try:
+            with self._own_lock():
+                self._check_idle("averaged()")
+                self.check_trains()
+                self._exchange = exchange
+                exchange.enter()
+            yield
+        finally:
+            try:
+                self._leave(exchange)
+            finally:
+                self._leave(exchange)  # if an interrupt came before the first call held interrupts back
+
+    def _leave(self, exchange: Exchange) -> None:
+        if self._exchange is exchange:
+            with self._own_lock():
+                exchange.leave()
+                self._exchange = None
 
     # Steps that a device decides
 
