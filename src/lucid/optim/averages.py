@@ -165,7 +165,7 @@ class AveragingOptimizer(StatefulOptimizer):
     def _averages(self) -> list[_Average]:
         """Return the averages that are kept, one for each parameter; raise if there are none or one is invalid."""
         self._stepper.check_trains()
-        self._stepper.confirm()
+        self._stepper.settle()
         groups = checked_groups(self.param_groups, self._hyperparameters)
         hyperparameters = [self._hyperparameters(group) for group in groups]
         if all(hyper.ema_decay is None for hyper in hyperparameters):
