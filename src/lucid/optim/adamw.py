@@ -149,6 +149,7 @@ class AdamW(Optimizer):
         seed: int = 0,
         shard_group: ProcessGroup | None = None,
         state_device: Literal["cpu"] | None = None,
+        spike_threshold: float | None = None,
     ) -> None:
         beta1, beta2 = pair(betas)
         defaults = ParamGroup(
@@ -173,6 +174,7 @@ class AdamW(Optimizer):
             nonfinite=nonfinite,
             shard_group=shard_group,
             state_device=state_device,
+            spike_threshold=spike_threshold,
         )
 
     def _hyperparameters(self, group: ParamGroup, *, reads: bool = True) -> Hyperparameters:
