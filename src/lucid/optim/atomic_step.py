@@ -100,19 +100,19 @@ class AtomicStep:
                 if not self._exchanged:
                     self._tell_others(inputs, left, error)
                 raise
-            if gathered.memory is not None and judged.spike is not None:
-                new.memory = gathered.memory, list(judged.spike.memory)
             # If gradients are judged, all processes skip together. Otherwise others may step and exchange
             # observations, so this process must take part in that exchange.
             if judged.skip:
                 observed = {} if inputs.settings.judges else self._observed(inputs, gathered, box, skips=True)
-                if judged.spike is not None:
-                    new.exchange_memory()
+                if judged.spike is not None and gathered.memory is not None:
+                    gathered.memory[:] = judged.spike.memory
                     self.counts.keep_up()
                 return Outcome(True, judged.norm, scale, observed, judged.spike)
             if not begun:
                 new.adopt()
                 return Outcome(False, judged.norm, scale, {})
+            if judged.spike is not None and gathered.memory is not None:
+                new.remember(gathered.memory, judged.spike.memory)
             return self._write(inputs, gathered, box, new, recipes, judged)
         except BaseException:
             self.written = self.plan is not None and self.plan.written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -19,21 +20,23 @@ class NewEntry(NamedTuple):
 
 
 class NewState:
-    """The new state of a step, which is adopted after all checks have passed.
-
-    ``memory``: the memory of norms and what it becomes, if a spike is looked for.
-    """
+    """The new state of a step, which is adopted after all checks have passed."""
 
     def __init__(self, boxes: list[StateBox]) -> None:
         self.entries: list[NewEntry] = []
         self._boxes = boxes
         self._before: list[tuple[bool, dict[str, Any]]] = []
-        self.memory: tuple[list[Any], list[Any]] | None = None
+        self._memory: list[Any] = []  # of norms, if a spike is looked for
+        self._memories: list[list[Any]] = []  # before and after this step
+
+    def remember(self, memory: list[Any], after: Iterable[Any]) -> None:
+        """Make a memory of norms another one when the state is adopted."""
+        self._memory, self._memories = memory, [memory.copy(), list(after)]
 
     def adopt(self) -> None:
         """Add it to the optimizer's state, where users see it."""
-        if self.memory is not None:
-            self.exchange_memory()
+        if self._memories:
+            self._memory[:] = self._memories[1]
         if not self.entries:
             return
         self._before = [(item.param in self._boxes[0].peek(), dict(item.entry)) for item in self.entries]
@@ -45,7 +48,8 @@ class NewState:
 
     def abandon(self) -> None:
         """Remove it from the optimizer's state again."""
-        self.exchange_memory()
+        if self._memories:
+            self._memory[:] = self._memories[0]
         states = [box.open() for box in self._boxes[1:]] + [self._boxes[0].peek()]
         for item, (known, before) in zip(self.entries, self._before, strict=bool(self._before)):
             item.entry.clear()
@@ -53,9 +57,3 @@ class NewState:
             if not known:
                 for state in states:
                     state.pop(item.param, None)
-
-    def exchange_memory(self) -> None:
-        """Make the memory of norms what it becomes, or what it was."""
-        if self.memory is not None:
-            memory, other = self.memory
-            memory[:], other[:] = other, memory.copy()
