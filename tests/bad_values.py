@@ -233,6 +233,9 @@ def meant(name, value):
         return (int(value),) if whole else REFUSED
     if name == "max_grad_norm":
         return (None,) if value is None else number_meant(value, None)
+    if name == "spike_threshold":
+        found = (None,) if value is None else number_meant(value, None)
+        return REFUSED if found == (math.inf,) else found
     return None  # no hyperparameter of ours
 
 

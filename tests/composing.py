@@ -32,6 +32,7 @@ TITLES = {
     "clip": "`max_grad_norm`",
     "skip": '`nonfinite="skip"`',
     "error": '`nonfinite="error"`',
+    "spike": "`spike_threshold`",
     "scaler": "GradScaler",
     "statistics": "statistics",
     "backward": "step in backward",
@@ -48,7 +49,10 @@ TITLES = {
 }
 TWO_GROUPS = "In two parameter groups."
 EXCLUDED = {
-    ("clip", "backward"): "The norm of all gradients is known only after the last one; by then parameters are updated.",
+    **dict.fromkeys(
+        [("clip", "backward"), ("spike", "backward")],
+        "The norm of all gradients is known only after the last one; by then parameters are updated.",
+    ),
     ("skip", "error"): "`nonfinite` has one value.",
     ("error", "capture"): "A graph cannot raise an error.",
     ("scaler", "backward"): "GradScaler checks the gradients after backward, which has used and freed them.",
@@ -116,6 +120,8 @@ def matrix():
 SIZES = ((64, 64), (33,), (66, 80), (5,))  # of two parts, a matrix and a vector each; matrices can have eight bits
 STEPS = 6
 BAD = 3  # the step with a gradient that is not finite, where a feature does something about it
+SPIKES = (2, 3)  # the steps with large gradients, where a feature does something about them
+NORMS = [98.0, 9.0, 64, 0]  # what it remembers of the norms before the first step
 SAVED = 4  # the step before which training is saved and resumed
 
 
@@ -217,6 +223,10 @@ class Training:
             options["max_grad_norm"] = 3.0
         if "skip" in self.on or "error" in self.on:
             options["nonfinite"] = "skip" if "skip" in self.on else "error"
+        if "spike" in self.on:
+            options["spike_threshold"] = 4.0
+            for group in groups:
+                group["spike_memory"] = NORMS.copy()
         if self.has("host"):
             options["state_device"] = "cpu"
         if self.shards == "shard_group":
@@ -247,6 +257,8 @@ class Training:
         found = []
         for number, param in enumerate(param for part in self.net.parts for param in part.parameters()):
             value = draw(100 * step + number, SIZES[number])
+            if "spike" in self.on and step in SPIKES:
+                value *= 64
             if param.dtype == torch.float16:
                 value = value.mul_(256).round_().div_(256)  # processes' mean halves it, which must not round
             value = value.to(param.dtype)
@@ -306,7 +318,7 @@ class Training:
                 self.scaler.update()
         if self.scheduler is not None:
             self.scheduler.step()
-        if "clip" in self.on:
+        if "clip" in self.on or "spike" in self.on:
             self.norms.append(self.optimizer.grad_norm)
 
     def step_by_graph(self):
@@ -388,7 +400,7 @@ def shared_folder():
 
 
 def assert_alike(ours, theirs, what):
-    """Compare a training with its twin: parameters, state, norms, what was left out."""
+    """Compare a training with its twin: parameters, state, norms and what is remembered of them, what was left out."""
     known = dict(theirs.net.named_parameters())
     names = {param: name for name, param in ours.net.named_parameters()}
     params = [param for group in ours.optimizer.param_groups for param in group["params"]]
@@ -406,7 +418,9 @@ def assert_alike(ours, theirs, what):
         assert (left is None) == (right is None), what
         assert left is None or same(left.cpu(), right.cpu()), (what, left, right)
     if not ours.on & {"dcp", "scaler"}:  # skipped steps are not saved; GradScaler leaves out steps itself
-        assert (skipped > 0) == ("skip" in ours.on), what
+        assert (skipped > 0) == bool(ours.on & {"skip", "spike"}), what
+    left, right = (each.optimizer.state_dict()["param_groups"][0] for each in (ours, theirs))
+    assert left.get("spike_memory") == right.get("spike_memory"), what
     if "statistics" in ours.on:
         compare_statistics(ours.optimizer.statistics(), theirs.optimizer.statistics(), what)
 

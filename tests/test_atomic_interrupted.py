@@ -67,7 +67,7 @@ PLACES = {
     "write": (engine.Plan, "_write"),
     "scalars": (engine.Scalars, "of"),
     "adopt": (new_state.NewState, "adopt"),
-    "begun": (atomic_step.AtomicStep, "_has_begun"),
+    "begun": (atomic_step, "_has_begun"),
     "judged": (atomic_step.AtomicStep, "_judge"),
     "complete": (formats.StateFormat, "complete"),
     "new slot": (formats.Slot, "new"),

@@ -94,9 +94,10 @@ def test_staged_state_is_refused_for_shards(ranks):
     ranks.run(2, refused, [{"host", one} for one in ("fsdp2", "tp")])
 
 
-def test_a_norm_is_refused_in_backward():
+@pytest.mark.parametrize("option", ["clip", "spike"])
+def test_a_norm_is_refused_in_backward(option):
     with pytest.raises(ValueError, match="does not work in backward"):
-        Training({"clip", "backward"})
+        Training({option, "backward"})
 
 
 def test_the_page_has_these_pairs():

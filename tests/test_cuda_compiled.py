@@ -167,6 +167,7 @@ def launches(names):
     from lucid.engine.cuda.device_tables import DeviceTables
     from lucid.engine.cuda.row_table import RowTable
     from lucid.engine.scalars import Recipe
+    from lucid.engine.spikes import ToldMemory
     from lucid.engine.verdict import DeviceVerdict
 
     class Ahead(launch.GPU):
@@ -202,7 +203,7 @@ def launches(names):
 
     def deciding(bound, exchange):
         verdict = DeviceVerdict(1.0, None, bound, False, False, exchange, None)
-        return measuring.decide(verdict, recipes, kept, 0).decide
+        return measuring.decide(verdict, recipes, kept, 0, ToldMemory()).decide
 
     yield "decide measured", deciding(1.0, None)
     yield "decide together", deciding(None, lambda words: words)

@@ -19,11 +19,20 @@ OPTIONS = {
     "plain": {},
     "clipped": {"max_grad_norm": 1.0},
     "skip": {"nonfinite": "skip"},
+    "spikes": {"spike_threshold": 6.0},
     "scaled": {"scaled": True},
     "lr": {"rate": True},
     "observed": {"observed": True},
-    "all": {"max_grad_norm": 1.0, "nonfinite": "skip", "scaled": True, "rate": True, "observed": True},
+    "all": {
+        "max_grad_norm": 1.0,
+        "nonfinite": "skip",
+        "spike_threshold": 6.0,
+        "scaled": True,
+        "rate": True,
+        "observed": True,
+    },
 }
+JUDGING = ("max_grad_norm", "nonfinite", "spike_threshold")
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
 
@@ -69,7 +78,7 @@ def test_a_device_may_run_late(options, monkeypatch):
         return tolist(tensor)
 
     monkeypatch.setattr(torch.Tensor, "tolist", waiting)
-    given = {key: value for key, value in options.items() if key in ("max_grad_norm", "nonfinite")}
+    given = {key: value for key, value in options.items() if key in JUDGING}
     pair = Pair(**given)
     kept = []
     if options.get("observed"):
@@ -112,7 +121,7 @@ def test_no_code_of_the_host_reads_a_device(options):
         memory = Forbidden()
         launch._launchers[1, 0] = Guarded(memory)
         with on("cuda"):
-            given = {key: value for key, value in options.items() if key in ("max_grad_norm", "nonfinite")}
+            given = {key: value for key, value in options.items() if key in JUDGING}
             world = World(shapes=((70, 64), (7,), (3, 5)), state_format="8bit", **given)
             optimizer = world.optimizer
             for param in world.params:

@@ -97,7 +97,7 @@ def expected(optimizer, scale=1.0):
         if parts:
             found[f"group{number}"] = measures(parts, optimizer.skipped_steps)
     whole = {f"{name}/{key}": value for name, each in found.items() for key, value in each.items()}
-    return whole | {"grad_norm": norm, "skipped_steps": optimizer.skipped_steps}
+    return whole | {"grad_norm": norm, "skipped_steps": optimizer.skipped_steps, "skipped_spikes": 0}
 
 
 def measures(parts, skipped):
@@ -389,7 +389,7 @@ def test_a_step_in_backward_after_a_clipped_one():
 
 
 def keys_for(*names):
-    return {"grad_norm", "skipped_steps"} | {f"{name}/{key}" for name in names for key in MEASURES}
+    return {"grad_norm", "skipped_steps", "skipped_spikes"} | {f"{name}/{key}" for name in names for key in MEASURES}
 
 
 def test_they_go_by_group_and_name(engine_name):

@@ -111,6 +111,12 @@ class Told(IntEnum):
     FOUND_INF_AT = 6  # the address of a float32 found_inf, or 0
     CAPTURED = 7  # whether the step is captured: then the host does not count its replays
     ALARM_AT = 8  # the address, in the host's memory, of an int64 that is set if another process cannot step
+    SPIKE_THRESHOLD = 9  # float64
+    SPIKES = 10  # the version of the host's memory of norms (`lucid.engine.spikes`), which follows; 0 if there is none
+    MEAN = 11  # float64
+    SQUARE = 12  # float64
+    SEEN = 13
+    IN_A_ROW = 14
 
 
 class ToldOfSet(IntEnum):
@@ -133,16 +139,23 @@ class ToldOfSet(IntEnum):
 
 
 class Kept(IntEnum):
-    """The words that stay on a device from step to step; the last two describe the last step, as float64."""
+    """The words that stay on a device from step to step; NORM and SCALE describe the last step, as float64."""
 
     CORRECTION = 0  # to add to the host's step counts
     SKIPPED = 1  # skipped steps that the host has not counted yet
     REFUSED = 2  # steps not taken because another process could not step, of which the host does not know yet
     NORM = 3  # the gradient norm
     SCALE = 4  # GradScaler's scale of the gradients
+    SPIKED = 5  # of the skipped steps, those with a spike
+    ANEW = 6  # how often the memory of norms became blank, of which the host does not know yet
+    SPIKES = 7  # the version of the host's memory that this one continues from
+    MEAN = 8  # float64
+    SQUARE = 9  # float64
+    SEEN = 10
+    IN_A_ROW = 11
 
 
-KEPT = 5
+KEPT = 12
 
 # The exact sum of squares on a device (`lucid.engine.exact_sum`).
 COPIES = 8  # sums that programs add to, so that few programs wait for each other

@@ -10,8 +10,9 @@ If processes decide together and one of them cannot step, the devices of the oth
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .interrupts import uninterrupted
-from .numbers import SET, Kept, Scalar
+from .numbers import KEPT, SET, Kept, Scalar
+from .spikes import ToldMemory
 
 if TYPE_CHECKING:
     from . import _cpu
@@ -48,18 +50,36 @@ class CapturedStep:
     every_count: list[Tensor]
     alive: list[Any]
 
-    def keep_up(self) -> None:
-        """Make the next replay continue from the host's step counts."""
+    def keep_up(self, spikes: ToldMemory) -> None:
+        """Make the next replay continue from the host's step counts and memory of norms."""
+        spikes.write(self.config.numpy())
         words = self.config.view(torch.float64)
         for number, count in enumerate(self.counts, 1):
             words[number * SET + Scalar.COUNT] = count.item() + 1
 
 
+class Confirmed(NamedTuple):
+    """What devices tell of the steps since they were asked last.
+
+    ``skipped``: how many were skipped. ``refused``: how many were not taken because another process could not step.
+    ``spiked``: of the skipped ones, those with a spike. ``anew``: how often the memory of norms became blank.
+    """
+
+    skipped: int = 0
+    refused: int = 0
+    spiked: int = 0
+    anew: int = 0
+
+    def and_(self, other: Confirmed) -> Confirmed:
+        return Confirmed(*map(operator.add, self, other))
+
+
 @dataclass(slots=True, eq=False)
 class DeviceCounts:
-    """The step counts of the rows of one plan that are on devices."""
+    """The step counts of the rows of one plan that are on devices. ``spikes``: the memory of norms, of all plans."""
 
     rows: _cpu.Rows
+    spikes: ToldMemory
     words: dict[Device, Tensor] = field(default_factory=dict)  # int64[KEPT] on each device
     alarms: dict[Device, NDArray[np.int64]] = field(default_factory=dict)  # one word for each device
     decider: Device = (0, 0)  # the device whose counts are assumed
@@ -84,29 +104,31 @@ class DeviceCounts:
         """Whether another process could not take a step with this one, as far as the host knows without waiting."""
         return self.assumed and self.decider in self.alarms and bool(self.alarms[self.decider][0])
 
-    def confirm(self) -> tuple[int, int]:
-        """Correct the host's step counts, waiting for the device.
-
-        Returns how many steps it has skipped, and how many it has not taken because another process could not step.
-        """
+    def confirm(self) -> Confirmed:
+        """Correct the host's step counts and memory of norms, waiting for the device."""
         if not self.assumed:
-            return 0, 0
+            return Confirmed()
         words = self.words.get(self.decider)
-        counts = torch.zeros(3, device="cpu") if words is None else words[: Kept.REFUSED + 1]
-        correction, skipped, refused = map(int, counts.tolist())
+        kept = np.array([0] * KEPT if words is None else words.tolist(), np.int64)
+        found = Confirmed(*kept[[Kept.SKIPPED, Kept.REFUSED, Kept.SPIKED, Kept.ANEW]].tolist())
         with uninterrupted():
-            counts.zero_()
-            if refused:
+            if words is not None:
+                words[: Kept.REFUSED + 1].zero_()
+                words[Kept.SPIKED : Kept.ANEW + 1].zero_()
+            if found.refused:
                 self.alarms[self.decider][0] = 0
-            self.rows.correct(correction, keep=bool(self.captured))
+            self.rows.correct(int(kept[Kept.CORRECTION]), keep=bool(self.captured))
+            self.spikes.take(kept)
             self.assumed = bool(self.captured)
         self.keep_up()
-        return skipped, refused
+        return found
 
     def keep_up(self) -> None:
-        """Make replays of captured steps continue from the host's step counts."""
+        """Make replays of captured steps continue from the host's step counts and memory of norms."""
+        if self.captured and self.spikes.memory is not None:
+            self.spikes.tell(self.spikes.memory)
         for step in self.captured:
-            step.keep_up()
+            step.keep_up(self.spikes)
 
     def decided(self) -> tuple[Tensor, Tensor]:
         """Return the gradient norm and the scale of the last step that the device decided: 0-dim, on the device."""
@@ -122,14 +144,15 @@ class StepCounts:
     """
 
     def __init__(self) -> None:
-        self.left_out = 0  # steps that a device has skipped, not yet added to the optimizer's skipped steps
+        self.found = Confirmed()  # what devices have told that is not yet added to the optimizer's skipped steps
+        self.spikes = ToldMemory()
         self._current: DeviceCounts | None = None
         self._earlier: list[DeviceCounts] = []  # with captured steps that may still be replayed
         self._uncounted: list[CapturedStep] = []
 
     def begin(self, rows: _cpu.Rows) -> DeviceCounts:
         """Return new counts, for a plan that has its first row on a device."""
-        self._current = DeviceCounts(rows)
+        self._current = DeviceCounts(rows, self.spikes)
         return self._current
 
     def retire(self) -> None:
@@ -160,16 +183,14 @@ class StepCounts:
         return self._current is not None and self._current.alarmed
 
     def confirm(self) -> None:
-        """Confirm all assumed counts, waiting for the devices; add the skipped steps to ``left_out``.
+        """Confirm all assumed counts, waiting for the devices; add what they tell to ``found``.
 
         Raises OtherFailedError, after all this, if another process could not take one of the steps.
         """
-        any_refused = 0
+        refused = self.found.refused
         for counts in self._all():
-            skipped, refused = counts.confirm()
-            self.left_out += skipped
-            any_refused += refused
-        if any_refused:
+            self.found = self.found.and_(counts.confirm())
+        if self.found.refused > refused:
             raise OtherFailedError
 
     def leaves_captured_alone(self, own: list[tuple[int, Tensor]]) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from .spikes import Judged
 
 
 class HostVerdict(NamedTuple):
@@ -14,13 +16,14 @@ class HostVerdict(NamedTuple):
 
     ``factor``: the factor for the gradients, which clips and unscales them. ``norm``: the gradient norm, unscaled and
     before clipping, or None if it was not measured. ``scale``: GradScaler's scale of the gradients, 1 without it.
-    ``skip``: whether the step is skipped.
+    ``skip``: whether the step is skipped. ``spike``: the verdict on the norm if there is a threshold for spikes.
     """
 
     factor: float
     norm: float | None
     scale: float
     skip: bool
+    spike: Judged | None = None
 
 
 UNJUDGED = HostVerdict(1.0, None, 1.0, False)  # nothing is measured, clipped, unscaled or skipped
@@ -35,6 +38,7 @@ class DeviceVerdict(NamedTuple):
     captured in a CUDA graph; each replay then counts as a step. ``exchange``: adds up the words of
     `lucid.engine.exact_sum` of all processes, or None if this process decides alone. ``kinds``: of each row, in how
     many ways rows are sharded over processes, or None if there is only one way; each kind has words of its own.
+    ``spike_threshold``: for the gradient norm, or None. ``memory``: the host's memory of norms (`lucid.engine.spikes`).
     """
 
     scale: Tensor | float
@@ -44,11 +48,13 @@ class DeviceVerdict(NamedTuple):
     captured: bool
     exchange: Callable[[Tensor], Tensor] | None
     kinds: array[int] | None
+    spike_threshold: float | None = None
+    memory: list[Any] | None = None
 
     @property
     def measures(self) -> bool:
         """Whether the decision depends on the gradients."""
-        return self.max_norm is not None or self.skips
+        return self.max_norm is not None or self.skips or self.spike_threshold is not None
 
     @property
     def settles(self) -> bool:

@@ -154,6 +154,7 @@ class AdamW(Optimizer):
         reference_lr: float | None = None,
         cautious_decay: bool = False,
         ema_decay: float | None = None,
+        spike_threshold: float | None = None,
     ) -> None:
         beta1, beta2 = pair(betas)
         defaults = ParamGroup(
@@ -182,6 +183,7 @@ class AdamW(Optimizer):
             nonfinite=nonfinite,
             shard_group=shard_group,
             state_device=state_device,
+            spike_threshold=spike_threshold,
         )
 
     def _hyperparameters(self, group: ParamGroup, *, reads: bool = True) -> Hyperparameters:

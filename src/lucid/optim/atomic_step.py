@@ -18,54 +18,22 @@ from lucid.engine.scalars import MAX_STEP
 from lucid.engine.values import checked_lr, is_on
 
 from .agreement import Agreement, Finding
-from .gradients import NO_AMP, Amp, Described, device_verdict, found_inf_in, host_verdict, scale_of
+from .gradients import NO_AMP, Described, device_verdict, found_inf_in, host_verdict, scale_of
 from .groups import ParamGroup, checked_params
-from .hyperparameters import Hyperparameters, Reading, Readings
+from .hyperparameters import Hyperparameters, Readings
+from .inputs import UPDATED, Inputs, Outcome
 from .left_to_step import LeftToStep
 from .members import Member, flat, member_at, members, params_of
 from .new_state import NewEntry, NewState
-from .settings import Settings
+from .spike_memory import shared_memory
 from .state_box import StateBox
-
-
-class Inputs(NamedTuple):
-    """What a step reads from its optimizer, each time.
-
-    ``groups``: ``param_groups``; plain dicts in it are wrapped again. ``read``: the function that reads a group.
-    ``state``: the box for new state. ``amp``: the values that GradScaler has set. ``skipped``: the number of steps
-    skipped so far. ``left``: what steps in backward have left to the step of all parameters, None if FSDP2 calls none.
-    """
-
-    groups: list[ParamGroup]
-    read: Reading
-    settings: Settings
-    state: StateBox
-    amp: Amp
-    skipped: int
-    left: LeftToStep | None = None
-
-
-class Outcome(NamedTuple):
-    """The result of an update: whether it was skipped, the gradient norm if it was measured, GradScaler's scale of the
-    gradients, and the observations.
-
-    If the device decided, norm and scale are tensors on the device, and ``skipped`` is False: the host learns of a
-    skipped step when the step counts are confirmed.
-    """
-
-    skipped: bool
-    norm: float | Tensor | None
-    scale: float | Tensor
-    observed: dict[Tensor, engine.Seen]
-
-
-_UPDATED = Outcome(False, None, 1.0, {})  # of an update whose gradients nobody has judged or observed
 
 
 class _Gathered(NamedTuple):
     """A gathered step: the plan with all rows bound, and for each group its parameters and hyperparameters.
 
-    ``exchanges``: whether processes exchange words in this step.
+    ``exchanges``: whether processes exchange words in this step. ``memory``: the memory of norms, None if no spike is
+    looked for.
     """
 
     plan: engine.Plan
@@ -73,6 +41,7 @@ class _Gathered(NamedTuple):
     params: list[list[Tensor]]
     hyperparameters: list[Hyperparameters]
     exchanges: bool
+    memory: list[Any] | None
 
 
 class AtomicStep:
@@ -125,7 +94,7 @@ class AtomicStep:
                     self._exchanged, left = False, None
                 if verdict is not None:
                     return self._write(inputs, gathered, box, new, recipes, verdict)
-                begun = self._has_begun(gathered, box, new)
+                begun = _has_begun(self.only, gathered, box, new)
                 judged, begun = self._judge(inputs, gathered, scale, found_inf, begun)
             except Exception as error:
                 if not self._exchanged:
@@ -135,10 +104,15 @@ class AtomicStep:
             # observations, so this process must take part in that exchange.
             if judged.skip:
                 observed = {} if inputs.settings.judges else self._observed(inputs, gathered, box, skips=True)
-                return Outcome(True, judged.norm, scale, observed)
+                if judged.spike is not None and gathered.memory is not None:
+                    gathered.memory[:] = judged.spike.memory
+                    self.counts.keep_up()
+                return Outcome(True, judged.norm, scale, observed, judged.spike)
             if not begun:
                 new.adopt()
                 return Outcome(False, judged.norm, scale, {})
+            if judged.spike is not None and gathered.memory is not None:
+                new.remember(gathered.memory, judged.spike.memory)
             return self._write(inputs, gathered, box, new, recipes, judged)
         except BaseException:
             self.written = self.plan is not None and self.plan.written
@@ -176,7 +150,8 @@ class AtomicStep:
                 self._agreement = self._agreement_of(every, inputs)
             self.plan.compare()
         exchanges = bool(self._agreement) and self._exchanges(inputs, [hyper.lr for hyper in hyperparameters])
-        return _Gathered(self.plan, self._agreement, params, hyperparameters, exchanges)
+        memory = None if inputs.settings.spike_threshold is None else shared_memory(inputs.groups)
+        return _Gathered(self.plan, self._agreement, params, hyperparameters, exchanges, memory)
 
     def _agreement_of(self, params: list[Tensor], inputs: Inputs) -> Agreement:
         """Return with whom this step decides: in backward, where no process must wait for another, with nobody."""
@@ -236,6 +211,7 @@ class AtomicStep:
             gathered.hyperparameters,
             gathered.agreement,
             self._exchange if gathered.exchanges else None,
+            gathered.memory,
             fresh=bool(new.entries),
         )
         waits = verdict is None or (captured and not verdict.captured)
@@ -294,18 +270,9 @@ class AtomicStep:
 
         untouched = "nothing was updated" if self.only is None else "it was not updated"
         plan, agreement, total = gathered.plan, gathered.agreement, self._total if gathered.exchanges else None
-        return host_verdict(plan, agreement, inputs.settings, scale, found_inf, begun, total, described, untouched)
-
-    def _has_begun(self, gathered: _Gathered, box: StateBox, new: NewState) -> bool:
-        """Whether this step is not, as far as this process knows, one by which torch creates the optimizer's state.
-
-        torch's checkpoint tools step a new optimizer with lr 0 and zero gradients. This must not count as a step.
-        """
-        if self.only is not None or (not new.entries and not gathered.agreement):
-            return True
-        if not all(hyper.lr == 0 for hyper in gathered.hyperparameters):
-            return True
-        return any(box.peek().values()) or any(bool(item.gradient.any()) for item in new.entries)
+        return host_verdict(
+            plan, agreement, inputs.settings, scale, found_inf, begun, total, described, untouched, gathered.memory
+        )
 
     # Adopt, write
 
@@ -334,7 +301,7 @@ class AtomicStep:
                     self._observed(inputs, gathered, box)
             raise
         if verdict is engine.UNJUDGED and not observe:
-            return _UPDATED
+            return UPDATED
         observed = self._observed(inputs, gathered, box, seen) if observe else {}
         if isinstance(verdict, engine.HostVerdict):
             return Outcome(False, verdict.norm, verdict.scale, observed)
@@ -378,6 +345,18 @@ class AtomicStep:
                 agreement.worst(Finding.BAD if late else Finding.FAILED)
             elif inputs.settings.observing:  # the others have stepped and exchange observations
                 agreement.observed([], params, {}, inputs.skipped)
+
+
+def _has_begun(only: tuple[int, int] | None, gathered: _Gathered, box: StateBox, new: NewState) -> bool:
+    """Whether this step is not, as far as this process knows, one by which torch creates the optimizer's state.
+
+    torch's checkpoint tools step a new optimizer with lr 0 and zero gradients. This must not count as a step.
+    """
+    if only is not None or (not new.entries and not gathered.agreement):
+        return True
+    if not all(hyper.lr == 0 for hyper in gathered.hyperparameters):
+        return True
+    return any(box.peek().values()) or any(bool(item.gradient.any()) for item in new.entries)
 
 
 NOBODY = Agreement([torch.empty(0)], None)  # of one process

@@ -21,11 +21,11 @@ from .members import members, params_of
 from .unheard import outside_graphs
 
 
-def no_norm_in_backward(bound: float) -> str:
-    """Return the error message for a bound of the gradient norm in backward."""
+def no_norm_in_backward(option: str, value: float) -> str:
+    """Return the error message for an option that needs the gradient norm in backward."""
     return (
-        f"max_grad_norm={bound:g} does not work in backward: the gradient norm is known after the last gradient, and "
-        "the first parameters are updated before that; set max_grad_norm=None, or call step_in_backward(False)"
+        f"{option}={value:g} does not work in backward: the gradient norm is known after the last gradient, and "
+        f"the first parameters are updated before that; set {option}=None, or call step_in_backward(False)"
     )
 
 

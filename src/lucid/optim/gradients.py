@@ -7,7 +7,8 @@ Both follow this rule and get the same bits (`host_verdict`, and the kernel ``de
     clip      = 1 if norm + 1e-6 ≤ max_grad_norm, else max_grad_norm / (norm + 1e-6)
     factor    = clip / scale; the update multiplies each gradient by it
     skip      if found_inf is not 0, or, under nonfinite="skip", if an entry is NaN or infinite, |g|·factor is too large
-              to be squared, or the norm is not finite
+              to be squared, or the norm is not finite, or, under spike_threshold, if the norm is a spike
+              (`lucid.engine.spikes`; a step that something else skips is not judged)
 
 The exact sum comes with counts of such entries (`lucid.engine.exact_sum`), the large ones as for a clip of 1. A smaller
 clip makes every |g|·factor at most ``max_grad_norm``, so only a bound near 2⁶⁴ needs a second look.
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from lucid import engine
 from lucid.engine.exact_sum import LIMITS, Count, blank, norm_in
+from lucid.engine.spikes import Memory, judged
 from lucid.engine.values import as_float, is_on, number_in, shown
 
 from .agreement import Agreement, Finding, worst_in
@@ -60,12 +62,13 @@ def host_verdict(
     exchange: Callable[[list[int]], list[int]] | None,
     described: Callable[[], Iterable[Described]],
     untouched: str,
+    memory: list[Any] | None = None,
 ) -> tuple[engine.HostVerdict, bool]:
     """Measure the gradients if the settings need it, decide this step, and return whether any process has begun.
 
     ``begun``: whether this process has, see `Count.BEGUN`. ``exchange``: `Agreement.total` if processes exchange in
     this step, else None. ``described``: returns the rows of this step. ``untouched``: the words in the error message
-    for what was not updated.
+    for what was not updated. ``memory``: the memory of norms if there is a threshold for spikes, which is not changed.
     """
     max_norm, nonfinite = settings.max_grad_norm, settings.nonfinite
     if exchange is None and (not settings.judges or (max_norm is None and found_inf)):
@@ -83,7 +86,7 @@ def host_verdict(
     clip = clip_factor(norm, max_norm)
     verdict = engine.HostVerdict(clip / scale, norm, scale, finding is Finding.BAD)
     if verdict.skip or nonfinite == "propagate":
-        return verdict, begun
+        return _without_spike(verdict, settings, memory), begun
     found = total[Count.NAN] or total[Count.INFINITE] or (clip == 1 and total[Count.LARGE])
     bad = found or not math.isfinite(norm)
     what = None
@@ -91,7 +94,7 @@ def host_verdict(
         what = _first_fault(described(), clip, scale)
         bad = agreement.worst(Finding.BAD if what else Finding.NOTHING) is Finding.BAD
     if not bad:
-        return verdict, begun
+        return _without_spike(verdict, settings, memory), begun
     if nonfinite == "skip":
         return verdict._replace(skip=True), begun
     what = what or _first_fault(described(), clip, scale)
@@ -103,6 +106,14 @@ def host_verdict(
     )
 
 
+def _without_spike(verdict: engine.HostVerdict, settings: Settings, memory: list[Any] | None) -> engine.HostVerdict:
+    """Return a verdict that also skips a spike."""
+    if verdict.skip or verdict.norm is None or settings.spike_threshold is None or memory is None:
+        return verdict
+    spike = judged(verdict.norm, settings.spike_threshold, Memory(*memory))
+    return verdict._replace(skip=spike.spike, spike=spike)
+
+
 def device_verdict(
     plan: engine.Plan,
     counts: engine.StepCounts,
@@ -111,6 +122,7 @@ def device_verdict(
     hyperparameters: Sequence[Hyperparameters],
     agreement: Agreement,
     exchange: Callable[[Tensor], Tensor] | None,
+    memory: list[Any] | None = None,
     *,
     fresh: bool,
 ) -> engine.DeviceVerdict | None:
@@ -118,7 +130,7 @@ def device_verdict(
 
     ``exchange``: `Agreement.exchange` if processes exchange in this step, else None. They do the same exchange if the
     host decides, so one process's host may decide while another's device does. ``fresh``: whether the step creates
-    state.
+    state. ``memory``: the memory of norms if there is a threshold for spikes.
     """
     device = plan.deciding
     captured = engine.cuda.is_capturing()
@@ -148,8 +160,10 @@ def device_verdict(
         counts.confirm()
         if not plan.assume():
             return None
-    skips = settings.nonfinite == "skip"
-    return engine.DeviceVerdict(scale, found_inf, settings.max_grad_norm, skips, captured, exchange, agreement.kinds)
+    skips, kinds = settings.nonfinite == "skip", agreement.kinds
+    return engine.DeviceVerdict(
+        scale, found_inf, settings.max_grad_norm, skips, captured, exchange, kinds, settings.spike_threshold, memory
+    )
 
 
 def _check_capture(settings: Settings, *, alone: bool, ready: bool) -> None:

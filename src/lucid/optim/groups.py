@@ -19,9 +19,9 @@ _MISSING = object()
 _read: set[str] = set()  # the names of hyperparameters, from `add_read`
 # Keys that are read or written elsewhere: by this package, torch's optimizers and schedulers, Lightning, Transformers.
 _KNOWN = {
-    *("params", "param_names", "state_version", "name"),
+    *("params", "param_names", "state_version", "spike_memory", "name"),
     *("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"),
-    *("max_grad_norm", "nonfinite", "shard_group", "state_device"),  # ZeroRedundancyOptimizer copies options to groups
+    *("max_grad_norm", "nonfinite", "spike_threshold", "shard_group", "state_device"),  # ZeroRedundancyOptimizer copies
     *("initial_lr", "base_lr", "min_lr", "max_lr", "swa_lr", "momentum", "base_momentum", "max_momentum"),
 }
 _told: set[str] = set()  # keys of which a warning has told

@@ -16,11 +16,12 @@ Group = Mapping[str, Any]
 Keys = list[list[Any]]  # the key of each parameter's saved state, for each group
 
 VERSION = "state_version"
+SPIKES = "spike_memory"
 OWN_OPTIONS = ("state_format", "master_weights")  # the optimizer keeps its own values of these
 DECAY = "weight_decay"
 
 # The keys of a group that are not hyperparameters, or are not taken from a checkpoint.
-_NOT_TAKEN = {"params", "param_names", VERSION, *OWN_OPTIONS}
+_NOT_TAKEN = {"params", "param_names", VERSION, SPIKES, *OWN_OPTIONS}
 
 
 def matched(

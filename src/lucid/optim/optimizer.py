@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from lucid import engine
 from lucid.engine.values import checked_flag, one_of, shown
 
-from .atomic_step import Inputs
 from .averages import AveragingOptimizer
 from .backward import NO_SKIP, StepInBackward, no_norm_in_backward
 from .fsdp import Sharded
 from .gradients import NO_AMP, Amp
 from .groups import ParamGroup
+from .inputs import Inputs
 from .members import params_of
-from .settings import NON_FINITE, NonFinite, Settings, checked_max_norm
+from .settings import NON_FINITE, NonFinite, Settings, checked_max_norm, checked_threshold
+from .spike_memory import shared_memory
 from .stateful import Params
 from .statistics import summed_up
 from .unheard import hooked
@@ -48,6 +49,8 @@ class Optimizer(AveragingOptimizer):
         The processes that together compute the gradient norm and decide whether to skip the step.
     state_device : "cpu" or None, default None
         The device of the state, None for each parameter's device.
+    spike_threshold : float, optional
+        How far above those before a gradient norm may be before the step is skipped.
     """
 
     def __init__(
@@ -59,8 +62,10 @@ class Optimizer(AveragingOptimizer):
         nonfinite: NonFinite = "propagate",
         shard_group: ProcessGroup | None = None,
         state_device: Literal["cpu"] | None = None,
+        spike_threshold: float | None = None,
     ) -> None:
-        super().__init__(params, defaults, Settings(max_grad_norm, nonfinite, shard_group, state_device))
+        settings = Settings(max_grad_norm, nonfinite, shard_group, state_device, spike_threshold)
+        super().__init__(params, defaults, settings)
 
     def _begin(self, settings: Settings) -> None:
         super()._begin(settings)
@@ -144,8 +149,22 @@ class Optimizer(AveragingOptimizer):
     def max_grad_norm(self, value: float | None) -> None:
         bound = checked_max_norm(value)
         if bound is not None and self._stepper.backward is not None:
-            raise ValueError(no_norm_in_backward(bound))
+            raise ValueError(no_norm_in_backward("max_grad_norm", bound))
         self._settings.max_grad_norm = bound
+
+    @property
+    def spike_threshold(self) -> float | None:
+        """How far above those before a gradient norm may be before the step is skipped. None: steps do not look."""
+        return self._settings.spike_threshold
+
+    @spike_threshold.setter
+    def spike_threshold(self, value: float | None) -> None:
+        threshold = checked_threshold(value)
+        if threshold is not None and self._stepper.backward is not None:
+            raise ValueError(no_norm_in_backward("spike_threshold", threshold))
+        if threshold is not None:
+            shared_memory(self.param_groups)
+        self._settings.spike_threshold = threshold
 
     @property
     def nonfinite(self) -> NonFinite:
@@ -164,8 +183,9 @@ class Optimizer(AveragingOptimizer):
         """The global gradient norm of the last step, unscaled and before clipping: a 0-dim float64 tensor.
 
         If the GPU decided the last step, the tensor is on the GPU, and nothing waits for it; otherwise it is on the
-        CPU. A step measures the norm under ``max_grad_norm`` (infinity measures and never clips) and under
-        ``nonfinite="skip"`` or ``"error"``. If the last step did not measure it, this is None.
+        CPU. A step measures the norm under ``max_grad_norm`` (infinity measures and never clips), under
+        ``spike_threshold`` and under ``nonfinite="skip"`` or ``"error"``. If the last step did not measure it, this is
+        None.
         """
         norm = self._stepper.grad_norm
         if isinstance(norm, Tensor):
@@ -174,7 +194,7 @@ class Optimizer(AveragingOptimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """The number of steps that were skipped because of non-finite gradients.
+        """The number of steps that were skipped because of non-finite gradients or spikes of the gradient norm.
 
         In backward, each skipped update of a parameter counts. To read this waits for a GPU that decides steps.
         """
@@ -227,8 +247,8 @@ class Optimizer(AveragingOptimizer):
         Raises
         ------
         ValueError
-            If ``max_grad_norm`` is set: the gradient norm is known only after the last gradient. If FSDP2 shards
-            parameters of ``model``, and the optimizer has none of them or ``nonfinite`` is ``"skip"``.
+            If ``max_grad_norm`` or ``spike_threshold`` is set: the gradient norm is known only after the last gradient.
+            If FSDP2 shards parameters of ``model``, and the optimizer has none of them or ``nonfinite`` is ``"skip"``.
 
         Notes
         -----
@@ -248,9 +268,10 @@ class Optimizer(AveragingOptimizer):
         (True, 1)
         """
         checked_flag("on", on)
-        stepper, bound = self._stepper, self._settings.max_grad_norm
-        if on and bound is not None:
-            raise ValueError(no_norm_in_backward(bound))
+        stepper, settings = self._stepper, self._settings
+        for option in ("max_grad_norm", "spike_threshold"):
+            if on and (value := getattr(settings, option)) is not None:
+                raise ValueError(no_norm_in_backward(option, value))
         if on:
             sharded = Sharded(model, params_of(self.param_groups))
             if sharded.params and self._settings.nonfinite == "skip":
@@ -309,8 +330,8 @@ class Optimizer(AveragingOptimizer):
             For each group, as ``"group0/..."``, and each named parameter: ``grad_norm`` (unscaled, before clipping),
             ``update_rms``, ``param_rms`` after the update (both before rounding to 16 bits), ``update_ratio``
             (``update_rms`` / ``param_rms``), ``max_m_over_sqrt_v`` (the largest |m|/√v of an element), ``step`` (of a
-            group: the largest) and ``skipped_steps``. For all parameters together: ``grad_norm`` and
-            ``skipped_steps``.
+            group: the largest) and ``skipped_steps``. For all parameters together: ``grad_norm``,
+            ``skipped_steps`` and ``skipped_spikes``, how many of these were spikes of the gradient norm.
 
         Raises
         ------
@@ -322,7 +343,8 @@ class Optimizer(AveragingOptimizer):
             raise RuntimeError("statistics: no step has been observed; call observe() before step()")
         stepper.confirm()
         skipped = stepper.skipped
-        return summed_up(self.param_groups, self._box.peek(), stepper.observations, skipped.total, skipped.of)
+        counted = (skipped.total, skipped.spikes, skipped.of)
+        return summed_up(self.param_groups, self._box.peek(), stepper.observations, *counted)
 
     def engine_for(self, param: Tensor) -> str:
         """Return the name of the engine that updates `param`: ``"cpu"``, ``"cuda"`` or ``"reference"``."""

@@ -6,6 +6,7 @@ one of the two holds for both.
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +38,7 @@ class Settings:
         nonfinite: NonFinite = "propagate",
         shard_group: ProcessGroup | None = None,
         state_device: Literal["cpu"] | None = None,
+        spike_threshold: float | None = None,
     ) -> None:
         self.state_device: torch.device | None = None
         if state_device is not None:
@@ -44,13 +46,14 @@ class Settings:
         self.shard_group = checked_group(shard_group)
         self.max_grad_norm = checked_max_norm(max_grad_norm)
         self.nonfinite: NonFinite = one_of("nonfinite", nonfinite, NON_FINITE)
+        self.spike_threshold = checked_threshold(spike_threshold)
         self.observing = False
         self.amp_scaling: bool | None = None
 
     @property
     def judges(self) -> bool:
         """Whether the gradients decide if a step is taken or clipped."""
-        return self.max_grad_norm is not None or self.nonfinite != "propagate"
+        return self.max_grad_norm is not None or self.nonfinite != "propagate" or self.spike_threshold is not None
 
     def saved(self) -> dict[str, Any]:
         """Return the settings that a copy or a pickle of the optimizer contains."""
@@ -67,7 +70,7 @@ class Settings:
             setattr(self, name, saved.get(f"_{name}", getattr(self, name)))
 
 
-_SAVED = ("max_grad_norm", "nonfinite", "observing", "amp_scaling", "state_device")
+_SAVED = ("max_grad_norm", "nonfinite", "spike_threshold", "observing", "amp_scaling", "state_device")
 
 
 def checked_max_norm(value: Any) -> float | None:
@@ -82,3 +85,15 @@ def checked_max_norm(value: Any) -> float | None:
             f"max_grad_norm: expected None, a number above 0, or infinity to measure the norm only, got {shown(value)}"
         )
     return bound
+
+
+def checked_threshold(value: Any) -> float | None:
+    """Return `value` as a float or None; raise unless it is None or a finite number above 0."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"spike_threshold: expected None or a number, got {shown(value)}")
+    threshold = as_float(value)
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"spike_threshold: expected None or a finite number above 0, got {shown(value)}")
+    return threshold

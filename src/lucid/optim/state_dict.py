@@ -16,7 +16,7 @@ from lucid.engine.values import plain, shown
 
 from .groups import ParamGroup
 from .hyperparameters import Reading
-from .matching import OWN_OPTIONS, VERSION, is_name, matched
+from .matching import OWN_OPTIONS, SPIKES, VERSION, is_name, matched
 from .members import members, params_of
 from .state_box import State
 
@@ -40,6 +40,7 @@ def as_saved(groups: Sequence[ParamGroup], state: Mapping[Any, Any]) -> dict[str
         },
         "param_groups": [
             plain({key: value for key, value in group.items() if _is_saved(key, group)})
+            | ({SPIKES: copied(group[SPIKES])} if SPIKES in group else {})  # steps change it in place
             | {"betas": plain(group["betas"]), VERSION: STATE_VERSION}
             | {"params": [number_of[id(param)] for param in group["params"]]}
             for group in groups
@@ -199,7 +200,7 @@ def _group(saved: Mapping[str, Any], own: ParamGroup, defaults: ParamGroup) -> P
 # Hyperparameters that checkpoints of torch and of earlier releases do not have.
 _ADDED = {"weight_decay_schedule", "reference_lr", "cautious_decay", "ema_decay"}
 # The keys of a group that torch's AdamW does not have.
-_NOT_TORCH = {"beta1", "beta2", "state_format", "master_weights", "seed", VERSION, *_ADDED}
+_NOT_TORCH = {"beta1", "beta2", "state_format", "master_weights", "seed", VERSION, SPIKES, *_ADDED}
 
 
 def torch_group(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from .groups import ParamGroup, check_ordered, checked_params
 from .hyperparameters import Hyperparameters, checked_groups
 from .members import members, params_of
 from .settings import Settings
+from .spike_memory import shared_memory
 from .state_box import State, StateBox
 from .state_dict import as_saved, loaded, torch_group
 from .stepper import Stepper
@@ -106,7 +107,13 @@ class StatefulOptimizer(torch.optim.Optimizer):
             group["reference_lr"] = checked_lr(group["lr"])
         self._hyperparameters(group)
         super().add_param_group(group)
+        self._share_memory()
         self._follow_hooks()
+
+    def _share_memory(self) -> None:
+        """If steps look for spikes, let all groups share the memory of norms; raise if a group's is none."""
+        if self._settings.spike_threshold is not None:
+            shared_memory(self.param_groups)
 
     def _follow_hooks(self) -> None:
         """If steps happen in backward, add hooks to new and unfrozen parameters, and remove those of removed ones."""
@@ -208,6 +215,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self._stepper.settle()  # what is loaded may be this optimizer's own state
         with torch.inference_mode(False):  # tensors made in that mode cannot be updated outside of it
             state, new_groups = loaded(saved, groups, self.defaults, self._hyperparameters, self._settings.state_device)
+            if self._settings.spike_threshold is not None:
+                shared_memory(new_groups)
         self.state, self.param_groups = state, new_groups
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -233,17 +242,21 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         saved = {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
-        return saved | self._settings.saved() | {"_skipped_steps": self._stepper.skipped.total}
+        skipped = self._stepper.skipped
+        counts = {"_skipped_steps": skipped.total, "_skipped_spikes": skipped.spikes}
+        return saved | self._settings.saved() | counts
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_stepper" not in vars(self):
             self._begin(Settings())
-        own = ("state", "_skipped_steps")  # what else there is a subclass has saved
+        own = ("state", "_skipped_steps", "_skipped_spikes")  # what else there is a subclass has saved
         super().__setstate__(
             {key: value for key, value in state.items() if key not in own and not Settings.has_saved(key)}
         )
         self._settings.restore(state)
-        self._stepper.skipped.whole = state.get("_skipped_steps", self._stepper.skipped.whole)
+        skipped = self._stepper.skipped
+        skipped.whole = state.get("_skipped_steps", skipped.whole)
+        skipped.spikes = state.get("_skipped_spikes", skipped.spikes)
         if "state" in state:
             self.state = state["state"]
         self.defaults.pop("differentiable", None)  # torch's base adds it

@@ -93,11 +93,13 @@ def summed_up(
     state: Mapping[Any, Any],
     observations: Observations,
     skipped_total: int,
+    skipped_spikes: int,
     skipped_of: Callable[[Tensor], int],
 ) -> dict[str, float]:
     """Return the statistics of the observed parameters in `groups`.
 
-    ``skipped_total``: the skipped steps of this process; ``skipped_of``: those of one parameter.
+    ``skipped_total``: the skipped steps of this process; ``skipped_spikes``: those with a spike; ``skipped_of``: those
+    of one parameter.
     """
     numbers: dict[str, float] = {}
     sums_of: dict[int, list[_Sums]] = {}
@@ -130,5 +132,6 @@ def summed_up(
     whole = {
         "grad_norm": math.sqrt(sum(sums.gradient for sums in together.values())) / scale,
         "skipped_steps": skipped_total + skipped_more,
+        "skipped_spikes": skipped_spikes,
     }
     return whole | numbers

@@ -11,10 +11,14 @@ from contextlib import contextmanager, nullcontext
 from torch import Tensor
 
 from lucid import engine
+from lucid.engine.spikes import MOST_IN_A_ROW, WARM_UP
+from lucid.engine.step_counts import Confirmed
+from lucid.engine.told import warn
 
-from .atomic_step import AtomicStep, Inputs, Outcome
+from .atomic_step import AtomicStep
 from .backward import StepInBackward, UpdatesAlone, record_stream
 from .exchange import Exchange
+from .inputs import Inputs, Outcome
 from .overlap import Overlap
 from .state_box import StateBox
 from .statistics import Observations
@@ -42,6 +46,7 @@ class SkippedSteps:
 
     def __init__(self) -> None:
         self.whole = 0
+        self.spikes = 0  # of the whole optimizer, those with a spike
         self.in_backward = 0
         self.alone: dict[Tensor, int] = {}  # those in backward, by parameter
 
@@ -57,6 +62,17 @@ class SkippedSteps:
         elif left_out:
             self.in_backward += left_out
             self.alone[step.param] = self.alone.get(step.param, 0) + left_out
+
+    def count_spikes(self, spiked: int, anew: int) -> None:
+        """Count spikes, already counted as skipped steps; warn if their memory was blank afterwards."""
+        self.spikes += spiked
+        if anew:
+            warn(
+                f"spike_threshold: {MOST_IN_A_ROW} steps in a row were skipped because their gradient norm was far "
+                f"above those before. The optimizer forgets the earlier norms and takes the next {WARM_UP} steps "
+                "whatever their norm; look at your data and your learning rate",
+                RuntimeWarning,
+            )
 
     def of(self, param: Tensor) -> int:
         """Return how many skipped steps concern a parameter."""
@@ -155,10 +171,12 @@ class Stepper:
                 try:
                     outcome = step.update(inputs, box)
                 finally:
-                    if self._unconfirmed or step.counts.assumed or step.counts.left_out:
+                    if self._unconfirmed or step.counts.assumed or step.counts.found.skipped:
                         self._count(step)
                 if outcome.skipped:
                     self.skipped.count(step, 1)
+                    if outcome.spike is not None:
+                        self.skipped.count_spikes(1, outcome.spike.anew)
                 return outcome
             except BaseException:
                 failed()
@@ -220,12 +238,14 @@ class Stepper:
 
     def _count(self, step: AtomicStep) -> None:
         """Count the steps that a device has skipped; remember the step if its counts are assumed."""
-        left_out, step.counts.left_out = step.counts.left_out, 0
-        self.skipped.count(step, left_out)
+        found, step.counts.found = step.counts.found, Confirmed()
+        self.skipped.count(step, found.skipped)
         if step.counts.assumed:
             self._unconfirmed[step] = None
         else:
             self._unconfirmed.pop(step, None)
+        if found.spiked:
+            self.skipped.count_spikes(found.spiked, found.anew)
 
     def confirm(self) -> None:
         """Confirm all assumed step counts, waiting for the devices that decide steps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lucid.engine import spikes
 from lucid.engine.numbers import Kept, Told, ToldOfSet
 
 from .kernels import CAUTIOUS, COUNT, SET, D, E, F, K, S, number_at
@@ -30,6 +31,24 @@ SKIPPED = tl.constexpr(int(Kept.SKIPPED))
 REFUSED = tl.constexpr(int(Kept.REFUSED))
 NORM = tl.constexpr(int(Kept.NORM))
 SCALE_WAS = tl.constexpr(int(Kept.SCALE))
+
+SPIKE_THRESHOLD = tl.constexpr(int(Told.SPIKE_THRESHOLD))
+SPIKES = tl.constexpr(int(Told.SPIKES))
+MEAN = tl.constexpr(int(Told.MEAN))
+SQUARE = tl.constexpr(int(Told.SQUARE))
+SEEN = tl.constexpr(int(Told.SEEN))
+IN_A_ROW = tl.constexpr(int(Told.IN_A_ROW))
+SPIKED = tl.constexpr(int(Kept.SPIKED))
+ANEW = tl.constexpr(int(Kept.ANEW))
+SPIKES_WAS = tl.constexpr(int(Kept.SPIKES))
+MEAN_WAS = tl.constexpr(int(Kept.MEAN))
+SQUARE_WAS = tl.constexpr(int(Kept.SQUARE))
+SEEN_WAS = tl.constexpr(int(Kept.SEEN))
+IN_A_ROW_WAS = tl.constexpr(int(Kept.IN_A_ROW))
+WARM_UP = tl.constexpr(spikes.WARM_UP)
+SPAN = tl.constexpr(spikes.SPAN)
+MOST_IN_A_ROW = tl.constexpr(spikes.MOST_IN_A_ROW)
+TOO_LARGE = tl.constexpr(spikes.TOO_LARGE)
 
 
 @triton.jit
@@ -62,6 +81,42 @@ def make_set(told, scalars, factor, correction):
     tl.store(scalars + F, factor * tl.load(at + SIGN))
     tl.store(scalars + COUNT, count.to(tl.float64))
     return (lr >= 0.0) & (lr < float("inf"))
+
+
+@triton.jit
+def is_spike(config, kept, norm, takes):
+    """Return whether the norm of this step is a spike, by the rule of `lucid.engine.spikes`; keep the memory after it.
+
+    ``takes``: whether nothing else leaves the step out.
+    """
+    floats = config.to(tl.pointer_type(tl.float64))
+    kept_floats = kept.to(tl.pointer_type(tl.float64))
+    version = tl.load(config + SPIKES)
+    told = version != tl.load(kept + SPIKES_WAS)
+    mean = tl.where(told, tl.load(floats + MEAN), tl.load(kept_floats + MEAN_WAS))
+    square = tl.where(told, tl.load(floats + SQUARE), tl.load(kept_floats + SQUARE_WAS))
+    seen = tl.where(told, tl.load(config + SEEN), tl.load(kept + SEEN_WAS))
+    in_a_row = tl.where(told, tl.load(config + IN_A_ROW), tl.load(kept + IN_A_ROW_WAS))
+
+    counts = takes & (norm > 0.0) & (norm < float("inf"))
+    limit = mean + tl.load(floats + SPIKE_THRESHOLD) * (tl.sqrt(square) + 0.5 * mean)
+    spike = counts & (seen >= WARM_UP) & (norm > limit)
+    feeds = counts & (spike == 0) & (norm < TOO_LARGE)
+    more = tl.minimum(seen + 1, SPAN)
+    weight = 1.0 / more.to(tl.float64)
+    distance = norm - mean
+    new_square = tl.where(seen > 0, square + weight * (distance * distance - square), 0.0)
+    in_a_row = tl.where(spike, in_a_row + 1, tl.where(counts, 0, in_a_row))
+    anew = in_a_row == MOST_IN_A_ROW
+
+    tl.store(kept + SPIKED, tl.load(kept + SPIKED) + spike.to(tl.int64))
+    tl.store(kept + ANEW, tl.load(kept + ANEW) + anew.to(tl.int64))
+    tl.store(kept + SPIKES_WAS, version)
+    tl.store(kept_floats + MEAN_WAS, tl.where(anew, 0.0, tl.where(feeds, mean + weight * distance, mean)))
+    tl.store(kept_floats + SQUARE_WAS, tl.where(anew, 0.0, tl.where(feeds, new_square, square)))
+    tl.store(kept + SEEN_WAS, tl.where(anew, 0, tl.where(feeds, more, seen)))
+    tl.store(kept + IN_A_ROW_WAS, tl.where(anew, 0, in_a_row))
+    return spike
 
 
 @triton.jit
@@ -107,6 +162,11 @@ def decide(config, kept, words, scalars, settled: tl.constexpr, measured: tl.con
         skip = skip | (valid == 0)
 
     takes = (skip | failed) == 0
+    if measured:
+        if tl.load(config + SPIKES) != 0:
+            spike = is_spike(config, kept, norm, takes)
+            takes = takes & (spike == 0)
+            skip = skip | spike
     tl.store(scalars, 1.0 - takes.to(tl.float64))
     tl.store(kept_floats + SCALE_WAS, tl.where(takes, scale, tl.load(kept_floats + SCALE_WAS)))
     if failed:

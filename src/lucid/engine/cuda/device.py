@@ -133,12 +133,13 @@ class CUDA:
         """Return the launches that `write` does before the update; those before an exchange are left to `exchange`."""
         device = tables.device
         alarm = self.counts.alarms[device].ctypes.data
-        measuring, decide, config = tables.decide(verdict, recipes, self.counts.words[device], alarm)
+        kept, spikes = self.counts.words[device], self.counts.spikes
+        measuring, decide, config = tables.decide(verdict, recipes, kept, alarm, spikes)
         if verdict.captured:
             own = self._rows.step_counts()
             count_of = {(group, count.item() + 1): count for group, count in own}
             counts = [count_of[recipe.group, recipe.step] for recipe in recipes]
-            alive = [tables, self.counts.words[device], self.counts.alarms[device]]
+            alive = [tables, kept, self.counts.alarms[device]]
             self._capturing = CapturedStep(config, counts, [count for _, count in own], alive)
         if verdict.exchange is None:
             return [*measuring, decide]

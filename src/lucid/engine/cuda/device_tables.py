@@ -16,6 +16,7 @@ from lucid.engine.exact_sum import TOTAL_WORDS
 from lucid.engine.numbers import COPIES, PADDED, SET, Scalar, Told, ToldOfSet
 from lucid.engine.observed import Observed
 from lucid.engine.scalars import MAX_STEP, Recipe, ScalarTable, powers
+from lucid.engine.spikes import ToldMemory
 from lucid.engine.verdict import DeviceVerdict
 
 from . import launch
@@ -125,11 +126,14 @@ class DeviceTables:
         self._make_room(len(words) // SET - 1)
         self._write(self._scalars, words)
 
-    def decide(self, verdict: DeviceVerdict, recipes: Sequence[Recipe], kept: Tensor, alarm: int) -> Deciding:
+    def decide(
+        self, verdict: DeviceVerdict, recipes: Sequence[Recipe], kept: Tensor, alarm: int, spikes: ToldMemory
+    ) -> Deciding:
         """Return the launches that measure gradients, decide the step and make its scalars, and their input.
 
         ``kept``: int64[KEPT], the words that stay on the device from step to step. ``alarm``: the address of the word
-        that tells the host that another process could not step.
+        that tells the host that another process could not step. ``spikes``: the memory of norms, which is told if
+        there is a threshold.
         """
         self._make_room(len(recipes))
         if not self._captured:
@@ -138,6 +142,10 @@ class DeviceTables:
         numbers = config.view(np.float64)  # the same words as float64
         self._tell_verdict(verdict, len(recipes), config[0], numbers[0])
         config[0, Told.ALARM_AT] = alarm
+        if verdict.memory is not None:
+            numbers[0, Told.SPIKE_THRESHOLD] = verdict.spike_threshold
+            spikes.tell(verdict.memory)
+            spikes.write(config[0])
         for words, floats, recipe in zip(config[1:], numbers[1:], recipes, strict=True):
             self._tell_recipe(recipe, words, floats)
         staged = self._write(self._config, config.reshape(-1))
