@@ -1,4 +1,4 @@
-"""Guards the state on the host of parameters on a real GPU: the bits of an ordinary step."""
+"""Guards state on the host that is staged and updated by the host's CPU, with parameters on a real GPU."""
 
 import copy
 import math
@@ -9,9 +9,16 @@ from torch.nn import Parameter
 
 import lucid.optim as optim
 from bits import assert_same, draw, results
-from lucid.engine import offload
+from lucid.engine import choice, offload
 
 GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def staged(monkeypatch):
+    monkeypatch.setattr(choice, "IN_PLACE", False)
+
+
 SHAPES = [(1000, 257), (64, 32, 3, 3), (5000,), (), (0, 3), (4, 4096)]
 KINDS = [
     (dtype, options)

@@ -13,23 +13,18 @@ from . import cpu, cuda
 # False: by the host's CPU, piece by piece (offload.py); this goes once a GPU has been seen to run the other way faster.
 IN_PLACE = True
 
-_only: str | None = None  # the engine that tests have chosen for everything
+forced: str | None = None  # the engine that tests have chosen for everything
 
 
 def name_for(device: torch.device) -> str:
     """Return the name of the engine that updates parameters on `device`: "cpu", "cuda" or "reference"."""
-    if _only is not None:
-        return _only
+    if forced is not None:
+        return forced
     if device.type == "cpu" and cpu.missing is None:
         return "cpu"
     if device.type == "cuda" and cuda.missing is None:
         return "cuda"
     return "reference"
-
-
-def chosen() -> str | None:
-    """Return the engine that tests have chosen for everything, or None."""
-    return _only
 
 
 def in_place(device: torch.device) -> bool:
@@ -40,9 +35,9 @@ def in_place(device: torch.device) -> bool:
 @contextmanager
 def only(name: str) -> Iterator[None]:
     """Run every step inside on one engine, for tests: "reference", or "cuda", interpreted for tensors on the CPU."""
-    global _only
-    before, _only = _only, name
+    global forced
+    before, forced = forced, name
     try:
         yield
     finally:
-        _only = before
+        forced = before

@@ -64,6 +64,7 @@ class _Piece:
 
     def __init__(self, size: int, memory: Bytes | None) -> None:
         self.size, self.memory = size, memory
+        self.address = 0 if memory is None else memory.ctypes.data
         self.free = [(0, size)]
 
     def cut(self, size: int) -> int | None:
@@ -159,11 +160,7 @@ class Arena:
         if not tensor.numel():
             return True
         at = tensor.data_ptr()
-        for piece in self._pieces:
-            begin = 0 if piece.memory is None else piece.memory.ctypes.data
-            if begin <= at < begin + piece.size:
-                return True
-        return False
+        return any(piece.address <= at < piece.address + piece.size for piece in self._pieces)
 
 
 def _allocate(size: int) -> Bytes:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, offload, pinned, reference
-from .choice import chosen, name_for
+from . import choice, cpu, cuda, offload, pinned, reference
 from .interrupts import uninterrupted
 from .observed import Seen
 from .protocol import Engine, StepOrder
@@ -37,7 +36,7 @@ class Plan:
 
     def __init__(self, groups: list[list[Tensor]], counts: StepCounts) -> None:
         self._groups = groups
-        self._only = chosen()
+        self._only = choice.forced
         native = cpu.missing is None and self._only != "reference"
         self._rows = cpu.new_rows(groups) if native else reference.Rows(groups)
         self._counts = counts
@@ -57,7 +56,7 @@ class Plan:
         if len(self._engines) > 1:
             for engine in self._engines[1:]:  # if an interrupt has prevented the last release
                 engine.release()
-        return self._rows.gather(groups, state_box) if self._only == chosen() else None
+        return self._rows.gather(groups, state_box) if self._only == choice.forced else None
 
     def bind(self, row: Row) -> None:
         """Add a checked row to this step, on the engine for its device."""
@@ -69,14 +68,14 @@ class Plan:
     def _engine_of(self, row: Row) -> Engine:
         device = row.gradient.device
         native = not isinstance(self._rows, reference.Rows)
-        if native and chosen() != "reference" and offload.is_offloaded(row):
+        if native and choice.forced != "reference" and offload.is_offloaded(row):
             return self._begun_offload()
-        name = name_for(device)
+        name = choice.name_for(device)
         if name == "cpu" and native:
             return self._cpu
         if name == "cuda" and native:
             return self._begun_cuda()
-        if chosen() is None:
+        if choice.forced is None:
             _warn_of_reference(device)
         return self._begun_reference()
 

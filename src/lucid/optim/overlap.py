@@ -113,26 +113,26 @@ class _End:
 
 
 class Overlap:
-    """The updates beside backward, on all devices."""
+    """The updates beside backward, on all devices that have any (``lanes``)."""
 
     def __init__(self) -> None:
-        self._lanes: dict[torch.device, _Lane] = {}
+        self.lanes: dict[torch.device, _Lane] = {}
 
-    def updating(self, param: Tensor, state_device: torch.device | None) -> AbstractContextManager[None]:
-        """Return a context manager for the update of a parameter by a hook: on a stream of its own, if that helps."""
+    def updating(self, param: Tensor) -> AbstractContextManager[None]:
+        """Return a context manager in which a hook updates a parameter, whose state is on the host, beside backward."""
         device, gradient = param.device, param.grad
-        if gradient is None or state_device is None or not engine.in_place(device) or engine.cuda.is_capturing():
+        if gradient is None or not engine.in_place(device) or engine.cuda.is_capturing():
             return nullcontext()
         if torch._C._current_graph_task_id() < 0:  # no backward is running, whose end could be waited for
             return nullcontext()
-        if device not in self._lanes:
+        if device not in self.lanes:
             streams = streams_for(device)
             if streams is None:
                 return nullcontext()
-            self._lanes[device] = _Lane(streams)
-        return self._lanes[device].updating(gradient)
+            self.lanes[device] = _Lane(streams)
+        return self.lanes[device].updating(gradient)
 
     def join(self) -> None:
         """Make the current streams wait for all updates."""
-        for lane in self._lanes.values():
+        for lane in self.lanes.values():
             lane.join()

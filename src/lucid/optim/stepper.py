@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -104,7 +104,8 @@ class Stepper:
 
     def step(self, inputs: Inputs, failed: Callable[[], None]) -> None:
         """Update every parameter that has a gradient, all of them or none. ``failed``: called if the step raises."""
-        self.overlap.join()
+        if self.overlap.lanes:
+            self.overlap.join()
         try:
             outcome = self._run(self.whole, inputs, inputs.state, failed)
         finally:
@@ -145,11 +146,10 @@ class Stepper:
         if step is None:
             return None
         box = StateBox.of_one(param, inputs.state.peek().get(param))
-        # FSDP2 calls hooks on a stream of its own.
-        sharded = param in backward.sharded.params
-        beside = nullcontext() if sharded else self.overlap.updating(param, inputs.settings.state_device)
         try:
-            with beside:
+            if inputs.settings.state_device is None or param in backward.sharded.params:
+                return self._run(step, inputs, box, failed)  # FSDP2 calls hooks on a stream of its own
+            with self.overlap.updating(param):
                 return self._run(step, inputs, box, failed)
         except BaseException:
             if step.written:
