@@ -2,6 +2,7 @@
 // by line. Only csrc/kernels.cpp includes it, which compiles it for each SIMD level.
 #pragma once
 
+#include "formats.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -42,9 +43,21 @@ template <bool amsgrad, bool averaged, class V, class T>
   if constexpr (!averaged) average(h, gradient, m, v);
   w = amsgrad ? maximum(w, v) : v;
   const V root = square_root(w);
-  const V update = h.d * theta + (h.k * m) / (root * h.s + h.e);
-  theta = theta - update;
-  return {root, update};
+  const V update = (h.k * m) / (root * h.s + h.e);
+  V decay = h.d * theta;
+  if (h.cautious) decay = ((update > 0) & (theta > 0)) | ((update < 0) & (theta < 0)) ? decay : V{};
+  const V change = decay + update;
+  theta = theta - change;
+  return {root, change};
+}
+
+// The next average of the weights. In float32 it is stochastically rounded.
+template <class V, class T>
+[[gnu::always_inline]] inline V average_of_weights(const Scalars<T>& h, V a, V theta, Bits drawn) {
+  if (!h.ema_from_average) return theta + h.ema_weight * (a - theta);
+  V change = h.ema_weight * (theta - a);
+  if constexpr (sizeof(T) == sizeof(float)) change = change + dither(a, drawn);
+  return a + change;
 }
 
 }  // namespace

@@ -79,8 +79,7 @@ const char* Rows::work_of(Row& row, const std::vector<RowSlot>& found, const std
   work->own_gradient = work->gradient == type;
   work->param_format = format.param;
   work->moment_format = format.moments;
-  work->draws =
-      format.moments != MomentFormat::plain || format.param == ParamFormat::bfloat16_drawn || format.ema;
+  work->draws = format.moments != MomentFormat::plain || format.param == ParamFormat::bfloat16_drawn || format.ema;
   work->elements = elements(parameter) * (is_complex ? 2 : 1);
   work->row = parameter.ndim == 0 || parameter.shape[0] == 0 ? work->elements : work->elements / parameter.shape[0];
   work->numbering = row.numbering.first == 0 && row.numbering.run >= work->elements ? nullptr : &row.numbering;

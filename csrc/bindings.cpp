@@ -87,9 +87,10 @@ NB_MODULE(_cpu, m) {
             return rows.bind(index, gradient, entry, slots, stored, {first, run, stride}, on_device);
           },
           "index"_a, "gradient"_a, "entry"_a, "slots"_a, "format"_a, "numbering"_a, "on_device"_a = false,
-          nb::sig("def bind(self, index: int, gradient: torch.Tensor, entry: dict[str, typing.Any], "
-                  "slots: list[tuple[int, torch.Tensor]], format: tuple[int, int, bool], numbering: tuple[int, int, int], "
-                  "on_device: bool = False) -> str | None"))
+          nb::sig(
+              "def bind(self, index: int, gradient: torch.Tensor, entry: dict[str, typing.Any], "
+              "slots: list[tuple[int, torch.Tensor]], format: tuple[int, int, bool], numbering: tuple[int, int, int], "
+              "on_device: bool = False) -> str | None"))
       .def("compare", &lucid::Rows::compare)
       .def("steps", &lucid::Rows::steps)
       .def("before_writing", &lucid::Rows::before_writing, "state"_a,

@@ -17,10 +17,14 @@ std::atomic<int64_t> elements_of_batch = 1 << 16;
 // first-level cache.
 constexpr int64_t staged = 512;
 
+// The weights of so many elements are averaged at a time, after their update, which leaves them in a cache.
+constexpr int64_t averaged = 2048;
+
 template <class T>
 Scalars<T> rounded(const HostScalars& host) {
   const bool from_average1 = host.beta1 >= 0.5;
   const bool from_average2 = host.beta2 >= 0.5;
+  const bool ema_from_average = host.ema >= 0.5;
   return {static_cast<T>(from_average1 ? host.one_minus_beta1 : host.beta1),
           static_cast<T>(from_average2 ? host.one_minus_beta2 : host.beta2),
           static_cast<T>(host.d),
@@ -28,9 +32,12 @@ Scalars<T> rounded(const HostScalars& host) {
           static_cast<T>(host.s),
           static_cast<T>(host.e),
           static_cast<T>(host.f),
+          static_cast<T>(ema_from_average ? host.one_minus_ema : host.ema),
           from_average1,
           from_average2,
-          host.f != 1};
+          host.f != 1,
+          host.cautious != 0,
+          ema_from_average};
 }
 
 template <class Element>
@@ -67,10 +74,12 @@ char* element(const Work& work, int operand, int64_t index) {
 void run_kernel(const Work& work, const Scalars<float>& scalars, const Slice& slice, bool own_gradient) {
   const auto& by_format = kernels().f32[static_cast<int>(work.param_format)][static_cast<int>(work.moment_format)];
   by_format[own_gradient][work.amsgrad](scalars, slice);
+  if (slice.at[ema] != nullptr) kernels().average_f32[static_cast<int>(work.param_format)](scalars, slice);
 }
 
 void run_kernel(const Work& work, const Scalars<double>& scalars, const Slice& slice, bool) {
   kernels().f64[work.amsgrad](scalars, slice);
+  if (slice.at[ema] != nullptr) kernels().average_f64(scalars, slice);
 }
 
 void convert(Type type, const void* from, float* to, int64_t n) {
@@ -114,6 +123,15 @@ void update_staged(const Work& work, const Scalars<T>& scalars, Slice slice) {
   }
 }
 
+// Updates a slice of contiguous operands.
+template <class T>
+void update_in_place(const Work& work, const Scalars<T>& scalars, Slice slice) {
+  for (int o = 0; o < shaped_operands; ++o) {
+    if (work.address[o] != nullptr) slice.at[o] = element(work, o, slice.first);
+  }
+  run_kernel(work, scalars, slice, work.own_gradient);
+}
+
 // The first index from `index` on at which the row may be cut: any, or for 8-bit moments the beginning of a block.
 int64_t cut(const Work& work, int64_t index) {
   if (work.moment_format != MomentFormat::eight_bit) return index;
@@ -129,18 +147,19 @@ void update_slices(const Work& work, const Scalars<T>& scalars, int64_t begin, i
               observed};
   slice.at[exp_avg_scale] = work.address[exp_avg_scale];
   slice.at[exp_avg_sq_scale] = work.address[exp_avg_sq_scale];
-  if (work.layout == nullptr) {
-    for (int o = 0; o < shaped_operands; ++o) {
-      if (work.address[o] != nullptr) slice.at[o] = element(work, o, begin);
-    }
-    run_kernel(work, scalars, slice, work.own_gradient);
-    return;
-  }
+  const int64_t most = work.layout != nullptr ? staged : work.address[ema] != nullptr ? averaged : slice.n;
   for (; slice.first < end; slice.first += slice.n, slice.number += slice.n) {
-    const int64_t full = slice.first + staged;  // 8-bit: the first cut after full - block is at most at full
-    slice.n =
-        std::min(end, work.moment_format == MomentFormat::eight_bit ? cut(work, full - block + 1) : full) - slice.first;
-    update_staged(work, scalars, slice);
+    const int64_t full = slice.first + most;  // 8-bit: the first cut after full - block is at most at full
+    if (full >= end) {
+      slice.n = end - slice.first;
+    } else {
+      slice.n = (work.moment_format == MomentFormat::eight_bit ? cut(work, full - block + 1) : full) - slice.first;
+    }
+    if (work.layout != nullptr) {
+      update_staged(work, scalars, slice);
+    } else {
+      update_in_place(work, scalars, slice);
+    }
   }
 }
 

@@ -61,7 +61,7 @@ struct Work {
   MomentFormat moment_format;
   bool own_gradient;  // the gradient has the parameter's type
   bool amsgrad;
-  bool draws;  // something is stochastically rounded, so elements are numbered in row-major order
+  bool draws;    // something is stochastically rounded, so elements are numbered in row-major order
   int scalars;   // the set in the table that update() gets
   uint64_t key;  // of this step's random bits
 };

@@ -41,6 +41,13 @@ class Draws {
   uint32_t factor_;
 };
 
+// A random number between -1/2 and 1/2 units of the last place of x. Added to a small change of x, it makes the sum's
+// rounding stochastic.
+[[gnu::always_inline]] inline Float dither(Float x, Bits drawn) {
+  const Float exponent = float_of(bits_of(x) & infinity);  // the largest power of two that is not above |x|
+  return (float_of_integer(drawn >> 16) - 32767.5f) * 0x1p-39f * exponent;
+}
+
 // Sixteen bits
 
 // All functions below process N vectors at once: two if there are enough elements, because two pack best; or one, of
@@ -137,17 +144,19 @@ inline const uint16_t* halves(const Slice& s, int operand, int64_t i) {
 }
 inline uint16_t* halves_to(const Slice& s, int operand, int64_t i) { return static_cast<uint16_t*>(s.at[operand]) + i; }
 
-// How a parameter is loaded and stored. Compute: the type in which it is computed.
+// How a parameter is loaded and stored. Compute: the type in which it is computed. draws: it is stochastically rounded.
 
 template <class T>
 struct PlainParam {
   using Compute = T;
+  static constexpr bool draws = false;
   template <int N>
   [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Vector<T> (&theta)[N]) {
     load_vectors(static_cast<const T*>(s.at[param]) + i, count, theta);
   }
   template <int N>
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Vector<T> (&theta)[N]) {
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Vector<T> (&theta)[N],
+                                           const Bits (&)[N]) {
     store_vectors(static_cast<T*>(s.at[param]) + i, count, theta);
   }
 };
@@ -155,12 +164,14 @@ struct PlainParam {
 template <class Half>
 struct HalfParam {
   using Compute = float;
+  static constexpr bool draws = false;
   template <int N>
   [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&theta)[N]) {
     Half::load(halves(s, param, i), count, theta);
   }
   template <int N>
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N]) {
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N],
+                                           const Bits (&)[N]) {
     Half::store(halves_to(s, param, i), count, theta);
   }
 };
@@ -169,6 +180,7 @@ struct HalfParam {
 // away from zero. If they combine to NaN, somebody has overwritten the parameter, and its own value is used.
 struct Bfloat16ResidualParam {
   using Compute = float;
+  static constexpr bool draws = false;
   template <int N>
   [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&theta)[N]) {
     Bits alone[N], both[N];
@@ -190,7 +202,8 @@ struct Bfloat16ResidualParam {
     }
   }
   template <int N>
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N]) {
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N],
+                                           const Bits (&)[N]) {
     Bits bits[N], upper[N];
     for (int n = 0; n < N; ++n) {
       bits[n] = theta[n] != theta[n] ? all(quiet_nan) : bits_of(theta[n]);
@@ -201,9 +214,21 @@ struct Bfloat16ResidualParam {
   }
 };
 
+struct Bfloat16DrawnParam : HalfParam<Bfloat16> {
+  static constexpr bool draws = true;
+  template <int N>
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N],
+                                           const Bits (&drawn)[N]) {
+    Bits upper[N];
+    for (int n = 0; n < N; ++n) upper[n] = drawn_bfloat16<false>(theta[n], drawn[n]);
+    store_upper(halves_to(s, param, i), count, upper);
+  }
+};
+
 // If the master does not round to the parameter, somebody has overwritten the parameter, and its own value is used.
 struct Float16MasterParam {
   using Compute = float;
+  static constexpr bool draws = false;
   template <int N>
   [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&theta)[N]) {
     load_vectors(static_cast<const float*>(s.at[low_bits]) + i, count, theta);
@@ -216,9 +241,10 @@ struct Float16MasterParam {
     }
   }
   template <int N>
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N]) {
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N],
+                                           const Bits (&)[N]) {
     store_vectors(static_cast<float*>(s.at[low_bits]) + i, count, theta);
-    HalfParam<Float16>::store(s, i, count, theta);
+    Float16::store(halves_to(s, param, i), count, theta);
   }
 };
 

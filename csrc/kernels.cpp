@@ -32,10 +32,10 @@ template <class T, int N, class Part>
 }
 
 // One step of the elements from index i on; their moments are given and returned in m and v. With `averaged`, they are
-// the new moments already.
+// the new moments already. `draws`: of the parameter.
 template <class Param, class Gradient, bool amsgrad, bool averaged, class T, int N>
 [[gnu::always_inline]] inline void step(const Scalars<T>& h, const Slice& s, int64_t i, int64_t count,
-                                        Vector<T> (&m)[N], Vector<T> (&v)[N]) {
+                                        Vector<T> (&m)[N], Vector<T> (&v)[N], Draws& draws) {
   Vector<T> theta[N], g[N], w[N] = {};
   Param::load(s, i, count, theta);
   Gradient::load(s, i, count, g);
@@ -48,7 +48,9 @@ template <class Param, class Gradient, bool amsgrad, bool averaged, class T, int
     observe(*static_cast<Observed<T>*>(s.observed), count, theta, g, m, used);
   }
   if constexpr (amsgrad) store_vectors(static_cast<T*>(s.at[max_exp_avg_sq]) + i, count, w);
-  Param::store(s, i, count, theta);
+  Bits drawn[N] = {};
+  if constexpr (Param::draws) draws.next(drawn);
+  Param::store(s, i, count, theta, drawn);
 }
 
 template <class Param, class Gradient, class Moments, bool amsgrad>
@@ -57,14 +59,16 @@ void update(const Scalars<typename Param::Compute>& scalars, const Slice& slice)
   const Scalars<T> h = scalars;
   const Slice s = slice;
   for (int64_t begin = 0; begin < s.n;) {
-    const int64_t end = Moments::draws ? least(s.n, begin + Draws::reach(s.number + begin)) : s.n;
+    constexpr bool draws_any = Moments::draws || Param::draws;
+    const int64_t end = draws_any ? least(s.n, begin + Draws::reach(s.number + begin)) : s.n;
     Draws draws(s.key, s.number + begin);
+    Draws param_draws(key_of(s.key, Use::param), s.number + begin);
     const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
       constexpr int N = decltype(vectors)::number;
       Vector<T> m[N], v[N];
       Moments::template load<exp_avg>(s, i, count, m);
       Moments::template load<exp_avg_sq>(s, i, count, v);
-      step<Param, Gradient, amsgrad, false>(h, s, i, count, m, v);
+      step<Param, Gradient, amsgrad, false>(h, s, i, count, m, v, param_draws);
       Bits drawn[N] = {};
       if constexpr (Moments::draws) draws.next(drawn);
       Moments::template store<exp_avg>(s, i, count, m, drawn);
@@ -137,6 +141,7 @@ template <bool usual, class Param, class Gradient, bool amsgrad>
   for (int64_t begin = b.begin; begin < b.end;) {
     const int64_t end = least(b.end, begin + Draws::reach(s.number + begin));
     Draws draws(s.key, s.number + begin);
+    Draws param_draws(key_of(s.key, Use::param), s.number + begin);
     const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
       constexpr int N = decltype(vectors)::number;
       Float m[N], v[N];
@@ -147,7 +152,7 @@ template <bool usual, class Param, class Gradient, bool amsgrad>
       constexpr int at_once = N == 1 ? 1 : 2;
       for (int n = 0; n < N; n += at_once) {
         step<Param, Gradient, amsgrad, true>(h, s, i + n * lanes, count, some_of<at_once>(m + n),
-                                             some_of<at_once>(v + n));
+                                             some_of<at_once>(v + n), param_draws);
       }
       Bits below[N];
       draws.next(below);
@@ -196,12 +201,37 @@ template <class Param, class Gradient, bool amsgrad>
 void update_eight_bit(const Scalars<float>& scalars, const Slice& slice) noexcept {
   Scalars<float> h = scalars;
   Slice s = slice;
-  if (h.from_average1 && h.from_average2 && s.observed == nullptr) {
+  if (h.from_average1 && h.from_average2 && !h.cautious && s.observed == nullptr) {
     h.from_average1 = h.from_average2 = true;  // compiled again without these branches, which cost 10 %
+    h.cautious = false;
     s.observed = nullptr;
     update_blocks<true, Param, Gradient, amsgrad>(h, s);
   } else {
     update_blocks<false, Param, Gradient, amsgrad>(h, s);
+  }
+}
+
+template <class Param>
+void average_slice(const Scalars<typename Param::Compute>& scalars, const Slice& slice) noexcept {
+  using T = typename Param::Compute;
+  const Scalars<T> h = scalars;
+  const Slice s = slice;
+  T* const averages = static_cast<T*>(s.at[ema]);
+  for (int64_t begin = 0; begin < s.n;) {
+    const int64_t end = least(s.n, begin + Draws::reach(s.number + begin));
+    Draws draws(key_of(s.key, Use::ema), s.number + begin);
+    const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
+      constexpr int N = decltype(vectors)::number;
+      Vector<T> a[N], theta[N];
+      load_vectors(averages + i, count, a);
+      Param::load(s, i, count, theta);
+      Bits drawn[N];
+      draws.next(drawn);
+      for (int n = 0; n < N; ++n) a[n] = average_of_weights(h, a[n], theta[n], drawn[n]);
+      store_vectors(averages + i, count, a);
+    };
+    for_each_vector<T, 2>(begin, end, part);
+    begin = end;
   }
 }
 
@@ -249,9 +279,11 @@ constexpr void set(UpdateFn<float> (&update_of)[moment_formats][2][2], int own_g
 }
 
 template <class Param, class OwnGradient>
-constexpr void set_both(UpdateFn<float> (&update_of)[moment_formats][2][2]) {
+constexpr void set_both(Kernels& k, ParamFormat format) {
+  auto& update_of = k.f32[static_cast<int>(format)];
   set<Param, PlainGradient<float>>(update_of, 0);
   set<Param, OwnGradient>(update_of, 1);
+  k.average_f32[static_cast<int>(format)] = average_slice<Param>;
 }
 
 template <int bins>
@@ -265,16 +297,15 @@ constexpr void add_squares_of(Kernels& k) {
 
 constexpr Kernels all_kernels() {
   Kernels k{};
-  const auto in = [&](ParamFormat format) -> UpdateFn<float>(&)[moment_formats][2][2] {
-    return k.f32[static_cast<int>(format)];
-  };
-  set_both<PlainParam<float>, PlainGradient<float>>(in(ParamFormat::plain));
-  set_both<HalfParam<Bfloat16>, HalfGradient<Bfloat16>>(in(ParamFormat::bfloat16));
-  set_both<Bfloat16ResidualParam, HalfGradient<Bfloat16>>(in(ParamFormat::bfloat16_residual));
-  set_both<HalfParam<Float16>, HalfGradient<Float16>>(in(ParamFormat::float16));
-  set_both<Float16MasterParam, HalfGradient<Float16>>(in(ParamFormat::float16_master));
+  set_both<PlainParam<float>, PlainGradient<float>>(k, ParamFormat::plain);
+  set_both<HalfParam<Bfloat16>, HalfGradient<Bfloat16>>(k, ParamFormat::bfloat16);
+  set_both<Bfloat16ResidualParam, HalfGradient<Bfloat16>>(k, ParamFormat::bfloat16_residual);
+  set_both<Bfloat16DrawnParam, HalfGradient<Bfloat16>>(k, ParamFormat::bfloat16_drawn);
+  set_both<HalfParam<Float16>, HalfGradient<Float16>>(k, ParamFormat::float16);
+  set_both<Float16MasterParam, HalfGradient<Float16>>(k, ParamFormat::float16_master);
   k.f64[0] = update<PlainParam<double>, PlainGradient<double>, PlainMoments<double>, false>;
   k.f64[1] = update<PlainParam<double>, PlainGradient<double>, PlainMoments<double>, true>;
+  k.average_f64 = average_slice<PlainParam<double>>;
   k.to_f32[static_cast<int>(Type::float32)] = convert<float, float>;
   k.to_f32[static_cast<int>(Type::float64)] = convert<double, float>;
   k.to_f32[static_cast<int>(Type::float16)] = convert_halves<Float16, float>;

@@ -37,7 +37,7 @@ constexpr int shaped_operands = 7, max_operands = 9;
 
 // What random bits are for: the key of each use is the step's key XOR the use << 62.
 enum class Use : int { moments, param, ema };
-constexpr int use_shift = 62;
+constexpr uint64_t key_of(uint64_t key, Use use) { return key ^ (static_cast<uint64_t>(use) << 62); }
 
 constexpr int64_t block = 128;  // elements of a row that share a scale; the last block of a row may be shorter
 
@@ -55,8 +55,11 @@ struct Scalars {
   T weight1, weight2;                 // of the two running averages: 1 - beta if beta >= 1/2, else beta
   T d, k, s, e;                       // alpha lambda; alpha / (1 - beta1^t); 1 / sqrt(1 - beta2^t); epsilon
   T f;                                // the factor for the gradient: clipping, unscaling and direction
+  T ema_weight;                       // of the average of the weights, in the same way
   bool from_average1, from_average2;  // beta >= 1/2
   bool scaled;                        // f is not 1; the multiplication costs 3 % in cache
+  bool cautious;                      // the decay applies only where it agrees with the update
+  bool ema_from_average;
 };
 
 // The observation of a slice. Sums of squares by lane of a vector (lanes that a SIMD level does not have stay zero): of
@@ -68,13 +71,13 @@ struct Observed {
 };
 constexpr int64_t observed_at_once = 4096;  // elements whose squares are summed in T: the error stays below 1e-5
 
-// Elements [first, first + n) of a local parameter: in row-major order if moments are stochastically rounded or
-// encoded, else in any order.
+// Elements [first, first + n) of a local parameter: in row-major order if something is stochastically rounded, else in
+// any order.
 struct Slice {
   void* at[max_operands];  // of element `first`; scales: of the first block
   int64_t first, n;
   int64_t row;     // elements of a row; 8-bit slices begin and end between blocks
-  uint64_t key;    // of the random bits of this parameter and step
+  uint64_t key;    // of the random bits of this parameter and step, for the moments
   int64_t number;  // of element `first` in the whole parameter; random bits depend on it
   void* observed;  // Observed<T>, or null if the step is not observed
 };
@@ -82,6 +85,10 @@ struct Slice {
 // Updates a slice. The gradient is in the compute type, or in the parameter's 16-bit type.
 template <class T>
 using UpdateFn = void (*)(const Scalars<T>&, const Slice&) noexcept;
+
+// Averages the weights of a slice, as they are stored after its update.
+template <class T>
+using AverageFn = void (*)(const Scalars<T>&, const Slice&) noexcept;
 
 // Converts n elements from a gradient's type to the compute type, each rounded at most once.
 template <class T>
@@ -105,7 +112,9 @@ using SquaresFn = bool (*)(const void* from, int64_t n, const SquareWindow& wind
 struct Kernels {
   UpdateFn<float> f32[param_formats][moment_formats][2][2];  // ... [gradient in the parameter's type][amsgrad]
   UpdateFn<double> f64[2];                                   // [amsgrad]
-  ConvertFn<float> to_f32[4];                                // by Type
+  AverageFn<float> average_f32[param_formats];
+  AverageFn<double> average_f64;
+  ConvertFn<float> to_f32[4];  // by Type
   ConvertFn<double> to_f64[4];
   SquaresFn squares[2][4];  // by the number of bins - 2, and Type
   int square_lanes;

@@ -60,6 +60,7 @@ constexpr int64_t width = vector_bytes / static_cast<int64_t>(sizeof(T));
 inline Bits bits_of(Float x) { return (Bits)x; }
 inline Float float_of(Bits x) { return (Float)x; }
 inline Bits all(uint32_t x) { return Bits{} + x; }
+inline Float float_of_integer(Bits x) { return __builtin_convertvector((Signed)x, Float); }  // x < 2^31
 
 template <class V>
 constexpr int64_t elements_of() {
