@@ -98,7 +98,8 @@ def test_the_decay_is_exact_arithmetic_rounded_in_this_order():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_engine_takes_this_number(engine_name, dtype):
-    lr, decay, reference = 0.0123, 0.7e20, 0.045  # so large a decay that 1 - d is -d
+    lr, decay, reference = 0.0053, 0.7 * 1e20, 0.0983  # so large a decay that 1 - d is -d
+    assert len({decay * (lr / reference), (decay * lr) / reference, lr * (decay / reference)}) == 3
     wanted = Fraction(decay) * Fraction(float(Fraction(lr) / Fraction(reference)))
     weight = Parameter(torch.ones(3, dtype=dtype))
     optimizer = optim.AdamW(
@@ -235,7 +236,7 @@ def test_groups_have_their_own():
     optimizer = optim.AdamW(
         [{"params": [first]}, {"params": [second], "lr": 8 * PEAK, "reference_lr": 2 * PEAK}], lr=PEAK, **INDEPENDENT
     )
-    optimizer.add_param_group({"params": params_of(), "lr": 4 * PEAK})
+    optimizer.add_param_group({"params": params_of(), "lr": 4 * PEAK, "initial_lr": PEAK / 25})
     optimizer.add_param_group({"params": params_of(), "lr": 0.0, "weight_decay_schedule": "lr"})
     assert [group["reference_lr"] for group in optimizer.param_groups] == [PEAK, 2 * PEAK, 4 * PEAK, None]
     assert optimizer.defaults["reference_lr"] is None
