@@ -1,4 +1,4 @@
-"""Guards that `master_weights="stochastic"` trains: small updates count on average, alike everywhere and after a resume.
+"""Guards that `master_weights="stochastic"` trains: small updates count on average, on shards and after a resume too.
 
 The bits of a step are in test_stochastic_weights.py. Here updates are far below half a unit of the weights' last place,
 where rounding to nearest stands still.
@@ -233,7 +233,7 @@ def test_float16_is_refused():
     optimizer = optim.AdamW([("weight", weight)], **STOCHASTIC)
     weight.grad = torch.ones_like(weight)
     before = snapshot(optimizer)
-    said = r'^parameter .weight. is torch.float16, and master_weights="stochastic" is for torch.bfloat16 parameters; set [^\n]*$'
+    said = r'^parameter .weight. is torch.float16, and master_weights="stochastic" is for torch.bfloat16 [^\n]*$'
     for act in (optimizer.step, optimizer.init_state):
         with pytest.raises(ValueError, match=said):
             act()
