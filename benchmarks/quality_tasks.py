@@ -32,21 +32,22 @@ StateFormat = Literal["fp32", "bf16", "8bit"]
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """An optimizer, the format of its state, and the format in which it keeps the weights.
+    """An optimizer, the format of its state, how it keeps the weights, and whether its decay is cautious.
 
-    Under lucid bf16 weights have their residual (``master_weights=True``, the default); under torch nothing, and the
-    moments are bf16 as well, as torch's always are for bf16 parameters.
+    Under lucid bf16 weights have their residual (``master_weights=True``, the default) unless they are stochastically
+    rounded; under torch nothing, and the moments are bf16 as well, as torch's always are for bf16 parameters.
     """
 
     name: str
     package: Literal["lucid", "torch"]
     state: StateFormat = "fp32"
-    weights: Literal["fp32", "bf16"] = "fp32"
+    weights: Literal["fp32", "bf16", "bf16 stochastic"] = "fp32"
+    cautious: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of parameters and gradients."""
-        return torch.bfloat16 if self.weights == "bf16" else torch.float32
+        return torch.float32 if self.weights == "fp32" else torch.bfloat16
 
     def optimizer(
         self, named: list[tuple[str, nn.Parameter]], lr: float, beta2: float, weight_decay: float, seed: int
@@ -62,7 +63,15 @@ class Configuration:
         betas = (0.9, beta2)
         if self.package == "torch":
             return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-        return optim.AdamW(groups, lr=lr, betas=betas, state_format=self.state, seed=seed)
+        return optim.AdamW(
+            groups,
+            lr=lr,
+            betas=betas,
+            state_format=self.state,
+            seed=seed,
+            master_weights="stochastic" if self.weights == "bf16 stochastic" else True,
+            cautious_decay=self.cautious,
+        )
 
 
 BASELINE = "lucid fp32"
@@ -75,6 +84,9 @@ CONFIGURATIONS = {
         Configuration("state bf16", "lucid", state="bf16"),
         Configuration("state 8bit", "lucid", state="8bit"),
         Configuration("8bit + residual", "lucid", state="8bit", weights="bf16"),
+        Configuration("bf16 stochastic", "lucid", weights="bf16 stochastic"),
+        Configuration("8bit + stochastic", "lucid", state="8bit", weights="bf16 stochastic"),
+        Configuration("cautious decay", "lucid", cautious=True),
         Configuration(TORCH, "torch"),
         Configuration("torch bf16", "torch", state="bf16", weights="bf16"),
     )

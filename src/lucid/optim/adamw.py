@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,10 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from lucid.engine.formats import NAMES, MasterWeights, StateFormatName
-from lucid.engine.values import checked_flag, checked_lr, checked_number, one_of, shown
+from lucid.engine.values import as_float, checked_flag, checked_lr, checked_number, one_of, shown
 
 from .groups import ParamGroup, pair
-from .hyperparameters import Hyperparameters, WeightDecaySchedule
+from .hyperparameters import Hyperparameters, WeightDecaySchedule, schedule_of
 from .optimizer import Optimizer
 from .settings import NonFinite
 from .stateful import Params
@@ -49,7 +50,7 @@ class AdamW(Optimizer):
     eps : float, default 1e-8
         ε, added to the denominator, finite and ≥ 0.
     weight_decay : float, default 0.01
-        λ, finite and ≥ 0.
+        λ, finite and ≥ 0: of a parameter, a step takes away the part α·λ, or what `weight_decay_schedule` says.
     amsgrad : bool, default False
         Divide by the maximum of all v so far. You may switch it on during training.
     maximize : bool, default False
@@ -59,9 +60,11 @@ class AdamW(Optimizer):
         with at least 2 dimensions, 4,096 elements and 64 elements per row; other parameters keep float32 moments.
         float64 and complex parameters keep moments in their own precision. Choose it before the first step;
         ``load_state_dict`` converts.
-    master_weights : bool, default True
-        Store 2 more bytes for bfloat16 parameters and 4 for float16 ones, with which they train as float32 parameters
-        do. Without them a new value is rounded to nearest, as in torch, and small updates are lost.
+    master_weights : bool or "stochastic", default True
+        True stores 2 more bytes for bfloat16 parameters and 4 for float16 ones, with which they train as float32
+        parameters do. False stores nothing: a new value is rounded to nearest, as in torch, and small updates are lost.
+        ``"stochastic"``, for bfloat16, also stores nothing, but rounds up or down at random so that the mean is right:
+        small updates count on average, with noise. Other dtypes than bfloat16 and float16 are not affected.
     max_grad_norm : float, optional
         Above 0. If the gradient norm, over all parameters together, is larger, the update scales the gradients down by
         the factor that ``torch.nn.utils.clip_grad_norm_`` uses; ``.grad`` does not change. Infinity only measures.
@@ -72,8 +75,8 @@ class AdamW(Optimizer):
         ``skipped_steps``. ``"error"`` raises FloatingPointError and changes nothing. ``"skip"`` and ``"error"`` read
         the gradients once more; together with ``max_grad_norm`` the step still reads them only once more.
     seed : int, default 0
-        Seed of the stochastic rounding of ``"bf16"`` and ``"8bit"``, from 0 to 2⁶³ − 1. It is used when a parameter's
-        state is created. No global generator is read or changed.
+        Seed of all stochastic rounding (``"bf16"``, ``"8bit"``, ``master_weights="stochastic"``), from 0 to 2⁶³ − 1. It
+        is used when a parameter's state is created. No global generator is read or changed.
     shard_group : torch.distributed.ProcessGroup, optional
         Processes that hold different parameters, or different parts of plain tensors, as under
         ``ZeroRedundancyOptimizer``, FSDP1 or pipeline parallelism. The gradient norm is then over the gradients of all
@@ -82,13 +85,25 @@ class AdamW(Optimizer):
         ``"cpu"`` keeps the state of parameters on a GPU in the host's memory and updates them on the CPU. Gradients
         and parameters are copied to the host in chunks, and parameters are copied back. The bits are the same; the
         speed is that of the host's memory and of the bus. See ``docs/gpu.md``.
+    weight_decay_schedule : {"lr", "independent"}, default "lr"
+        The part of a parameter that a step takes away: α·λ under ``"lr"``, as in torch; λ·(α/α₀) under
+        ``"independent"``, as in the paper. There the decay follows the schedule but not the size of the learning rate;
+        usual values of λ are about α₀ times those for ``"lr"``. See ``docs/decay.md``.
+    reference_lr : float, optional
+        α₀ of ``"independent"``, finite and > 0: the learning rate at which a step takes away the part λ. None is the
+        group's `lr` when the group is added, so give α₀ if that is 0 or not the peak of the schedule. Later changes of
+        `lr` leave it as it is. It is saved.
+    cautious_decay : bool, default False
+        Take the decay only from elements that the update itself also moves towards 0: those where θ and the
+        term after α·λ·θ in the last line above have the same sign and neither is 0.
 
     Attributes
     ----------
     param_groups : list of dict
         Each has ``"params"``, ``"lr"``, ``"beta1"``, ``"beta2"``, ``"eps"``, ``"weight_decay"``, ``"amsgrad"``,
-        ``"maximize"``, ``"state_format"``, ``"master_weights"`` and ``"seed"``. ``"betas"`` reads and writes
-        ``beta1`` and ``beta2``. If you change a hyperparameter, the next step uses the new value. Other keys are kept;
+        ``"maximize"``, ``"state_format"``, ``"master_weights"``, ``"seed"``, ``"weight_decay_schedule"``,
+        ``"reference_lr"``, ``"cautious_decay"`` and ``"ema_decay"``. ``"betas"`` reads and writes ``beta1`` and
+        ``beta2``. If you change a hyperparameter, the next step uses the new value. Other keys are kept;
         a warning names each that neither the optimizer nor a known tool reads, with the nearest hyperparameter.
     defaults : dict
         The same hyperparameters, for groups that do not set their own.
@@ -107,8 +122,10 @@ class AdamW(Optimizer):
     References
     ----------
     I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2. In the paper the decay is
-    ηₜ λ θ, independent of α; here, as in PyTorch, it is α λ θ. amsgrad: S. J. Reddi, S. Kale, S. Kumar, "On the
-    Convergence of Adam and Beyond", ICLR 2018; as in PyTorch, the maximum is of v before its bias correction.
+    ηₜ λ θ, independent of α; here it is α λ θ, as in PyTorch, or ηₜ λ θ with ηₜ = α/α₀ under ``"independent"``.
+    Cautious decay: L. Chen et al., "Cautious Weight Decay", arXiv:2510.12402, 2025. amsgrad: S. J. Reddi, S. Kale, S.
+    Kumar, "On the Convergence of Adam and Beyond", ICLR 2018; as in PyTorch, the maximum is of v before its bias
+    correction.
 
     Examples
     --------
@@ -202,9 +219,7 @@ class AdamW(Optimizer):
                 master_weights=_master_weights(group["master_weights"]),
                 seed=_seed(group["seed"]),
                 # Groups that were pickled by an earlier release do not have these.
-                weight_decay_schedule=one_of(
-                    "weight_decay_schedule", group.get("weight_decay_schedule", "lr"), _SCHEDULES
-                ),
+                weight_decay_schedule=schedule_of(group),
                 reference_lr=_reference_lr(group),
                 cautious_decay=checked_flag("cautious_decay", get("cautious_decay", False)),
                 ema_decay=None if ema_decay is None else checked_number("ema_decay", ema_decay, below=1.0),
@@ -213,24 +228,19 @@ class AdamW(Optimizer):
             raise ValueError(f"a parameter group has no {error}; set it, or add the group again") from None
 
 
-_SCHEDULES: tuple[WeightDecaySchedule, ...] = ("lr", "independent")
-
-
 def _reference_lr(group: ParamGroup) -> float | None:
-    """Return the group's reference learning rate, above 0; None if it has none and needs none."""
+    """Return the group's reference learning rate, above 0, or None; raise if it has none and needs one."""
     value = group.get("reference_lr")
-    if value is None:
-        if group.get("weight_decay_schedule") == "independent" and "params" in group:
-            raise ValueError(
-                'reference_lr: expected a number above 0 in a group with weight_decay_schedule="independent", got '
-                "None; set it to the learning rate for which weight_decay is meant"
-            )
+    if value is None and not ("params" in group and schedule_of(group) == "independent"):
         return None
-    number = checked_number("reference_lr", value)
-    if not number:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise TypeError(f"reference_lr: expected None or a number, got {shown(value)}")
+    number = 0.0 if value is None else as_float(value)
+    if not 0.0 < number < math.inf:
         raise ValueError(
-            "reference_lr: expected a number above 0, got 0; give the learning rate for which weight_decay is meant, "
-            "for example the peak of the schedule"
+            f"reference_lr: expected a number above 0, got {shown(value)}; give the learning rate for which "
+            "weight_decay is meant, for example the peak of the schedule (None takes lr when the group is added, if "
+            "that is above 0)"
         )
     return number
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from lucid import engine
 from lucid.engine.formats import MasterWeights, StateFormat, StateFormatName, checked_format
-from lucid.engine.values import checked_lr, shown
+from lucid.engine.values import checked_lr, one_of, shown
 
 from .groups import ParamGroup, add_read, checked_params
 
 WeightDecaySchedule = Literal["lr", "independent"]
+SCHEDULES: tuple[WeightDecaySchedule, ...] = ("lr", "independent")
 SlotsDependOn = tuple[bool, StateFormatName, MasterWeights, bool]
 
 
@@ -70,6 +71,11 @@ class Hyperparameters(NamedTuple):
 
 
 add_read(Hyperparameters._fields)
+
+
+def schedule_of(group: ParamGroup) -> WeightDecaySchedule:
+    """Return what the group's weight decay follows; a group that was pickled by an earlier release does not say."""
+    return one_of("weight_decay_schedule", group.get("weight_decay_schedule", "lr"), SCHEDULES)
 
 
 class Reading(Protocol):

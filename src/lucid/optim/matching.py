@@ -18,6 +18,8 @@ Keys = list[list[Any]]  # the key of each parameter's saved state, for each grou
 VERSION = "state_version"
 SPIKES = "spike_memory"
 OWN_OPTIONS = ("state_format", "master_weights")  # the optimizer keeps its own values of these
+# Hyperparameters that checkpoints of torch and of earlier releases lack: then each group keeps its own.
+ADDED = ("weight_decay_schedule", "reference_lr", "cautious_decay", "ema_decay")
 DECAY = "weight_decay"
 
 # The keys of a group that are not hyperparameters, or are not taken from a checkpoint.
@@ -86,9 +88,9 @@ def taken_over(
             spread.setdefault(number, []).append(place)
         taken.append(first)
     lost: set[str] = set()
-    for places in spread.values():
+    for number, places in spread.items():
         differing = set().union(*(_differing(groups[places[0]], groups[place]) for place in places))
-        lost |= differing - {DECAY}
+        lost |= differing - {DECAY} - (set(ADDED) - saved_groups[number].keys())
         for place in places:
             if DECAY in differing and DECAY in groups[place]:
                 taken[place] = {**taken[place], DECAY: groups[place][DECAY]}

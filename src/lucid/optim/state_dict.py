@@ -16,7 +16,7 @@ from lucid.engine.values import plain, shown
 
 from .groups import ParamGroup
 from .hyperparameters import Reading
-from .matching import OWN_OPTIONS, SPIKES, VERSION, is_name, matched
+from .matching import ADDED, OWN_OPTIONS, SPIKES, VERSION, is_name, matched
 from .members import members, params_of
 from .state_box import State
 
@@ -189,18 +189,16 @@ def _group(saved: Mapping[str, Any], own: ParamGroup, defaults: ParamGroup) -> P
     for key in OWN_OPTIONS:
         if key in own:
             group[key] = own[key]
-    for key in own.keys() & _ADDED:
-        if key not in saved or (key == "ema_decay" and own[key] is not None):
+    for key in ADDED:
+        if key in own and (key not in saved or (key == "ema_decay" and own[key] is not None)):
             group[key] = own[key]
     for key, value in defaults.items():
         group.setdefault(key, value)
     return group
 
 
-# Hyperparameters that checkpoints of torch and of earlier releases do not have.
-_ADDED = {"weight_decay_schedule", "reference_lr", "cautious_decay", "ema_decay"}
 # The keys of a group that torch's AdamW does not have.
-_NOT_TORCH = {"beta1", "beta2", "state_format", "master_weights", "seed", VERSION, SPIKES, *_ADDED}
+_NOT_TORCH = {"beta1", "beta2", "state_format", "master_weights", "seed", VERSION, SPIKES, *ADDED}
 
 
 def torch_group(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lucid.engine.conversion import decoded
 from lucid.engine.values import checked_lr, shown
 
 from .groups import ParamGroup, check_ordered, checked_params
-from .hyperparameters import Hyperparameters, checked_groups
+from .hyperparameters import Hyperparameters, checked_groups, schedule_of
 from .members import members, params_of
 from .settings import Settings
 from .spike_memory import shared_memory
@@ -103,8 +103,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
             )
         for name, default in self.defaults.items():
             group.setdefault(name, default)
-        if group.get("weight_decay_schedule") == "independent" and group["reference_lr"] is None:
-            group["reference_lr"] = checked_lr(group["lr"])
+        if schedule_of(group) == "independent" and group.get("reference_lr") is None:
+            group["reference_lr"] = checked_lr(group["lr"]) or None
         self._hyperparameters(group)
         super().add_param_group(group)
         self._share_memory()
