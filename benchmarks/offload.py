@@ -221,6 +221,9 @@ def _bus(device: torch.device) -> tuple[Step, int]:
 
 def measure(bench: Bench, case: str, kind: Format, names: Sequence[str]) -> Result:
     """Time one case in one format; each contender has parameters, gradients and state of its own."""
+    gc.collect()  # what an earlier case held is free
+    if not bench.dry:
+        torch.cuda.empty_cache()
     bus, size = bench.bus
     result = Result(case, kind.name, moved={BUS: size})
     samplers: dict[str, Callable[[], float]] = {BUS: sampler(bus, warm=False, wait=bench.wait)}
@@ -242,10 +245,6 @@ def measure(bench: Bench, case: str, kind: Format, names: Sequence[str]) -> Resu
             result.failures[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
     if len(samplers) > 1:
         result.samples.update(rounds(samplers, counts, f"{case}, {kind.name}"))
-    del samplers
-    gc.collect()
-    if not bench.dry:
-        torch.cuda.empty_cache()
     return result
 
 
