@@ -97,12 +97,15 @@ class Host(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Result(Timed):
-    """One case and format; all by contender. ``moved``: bytes over the bus, in each direction."""
+    """One case and format; all by contender. ``moved``: bytes over the bus, in each direction. ``made``: seconds to
+    make all state.
+    """
 
     case: str
     format: str
     samples: dict[str, list[float]] = field(default_factory=dict)
     moved: dict[str, int] = field(default_factory=dict)
+    made: dict[str, float] = field(default_factory=dict)
     host: dict[str, Host] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -120,19 +123,22 @@ def choose(way: str) -> None:
     vars(importlib.import_module("lucid.engine.choice"))["IN_PLACE"] = way == IN_PLACE
 
 
-def _own(kind: Format, way: str, params: list[Tensor]) -> tuple[Step, int]:
-    """Return lucid's step, and the bytes of its state on the host, which a step reads and writes."""
+def _own(result: Result, kind: Format, way: str, params: list[Tensor]) -> Step:
+    """Return lucid's step; add what is known of its state on the host, which a step reads and writes."""
     assert kind.state is not None
     choose(way)
     optimizer = lucid.optim.AdamW(params, LR, weight_decay=WEIGHT_DECAY, state_format=kind.state, state_device="cpu")
+    started = time.perf_counter()
     optimizer.init_state()
+    result.made[way] = time.perf_counter() - started
     slots = [slot for entry in optimizer.state.values() for key, slot in entry.items() if key not in (STEP, STREAM)]
 
     def step() -> None:
         choose(way)
         optimizer.step()
 
-    return step, sum(slot.nbytes for slot in slots if slot.device.type == "cpu")
+    result.moved[way] = sum(slot.nbytes for slot in slots if slot.device.type == "cpu")
+    return step
 
 
 def _offloaded(params: list[Tensor]) -> Step:
@@ -156,12 +162,12 @@ def _paged(params: list[Tensor]) -> Step:
     return step
 
 
-def _made(name: str, kind: Format, params: list[Tensor]) -> tuple[Step, int | None]:
+def _made(result: Result, kind: Format, name: str, params: list[Tensor]) -> Step:
     if name in WAYS:
-        return _own(kind, name, params)
+        return _own(result, kind, name, params)
     if not is_installed(LIBRARY[name]):
         raise ModuleNotFoundError(f"{LIBRARY[name]} is not installed")
-    return (_offloaded if name == OFFLOADED else _paged)(params), None
+    return (_offloaded if name == OFFLOADED else _paged)(params)
 
 
 # Measuring
@@ -215,6 +221,9 @@ def _bus(device: torch.device) -> tuple[Step, int]:
 
 def measure(bench: Bench, case: str, kind: Format, names: Sequence[str]) -> Result:
     """Time one case in one format; each contender has parameters, gradients and state of its own."""
+    gc.collect()  # what an earlier case held is free
+    if not bench.dry:
+        torch.cuda.empty_cache()
     bus, size = bench.bus
     result = Result(case, kind.name, moved={BUS: size})
     samplers: dict[str, Callable[[], float]] = {BUS: sampler(bus, warm=False, wait=bench.wait)}
@@ -226,22 +235,16 @@ def measure(bench: Bench, case: str, kind: Format, names: Sequence[str]) -> Resu
         try:
             with torch.device(bench.device):
                 params = parameters(bench.shapes(case), kind.dtype)
-            step, moved = _made(name, kind, params)
+            step = _made(result, kind, name, params)
             samplers[name] = sampler(step, warm=False, wait=bench.wait)
             result.host[name] = bench.host(step)
             started = time.perf_counter()
             samplers[name]()
             counts[name] = max(1, min(bench.count, int(BUDGET_SECONDS / (time.perf_counter() - started))))
-            if moved is not None:
-                result.moved[name] = moved
         except Exception as error:  # what one lacks on this device, or in this version, costs not the others
             result.failures[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
     if len(samplers) > 1:
         result.samples.update(rounds(samplers, counts, f"{case}, {kind.name}"))
-    del samplers
-    gc.collect()
-    if not bench.dry:
-        torch.cuda.empty_cache()
     return result
 
 
@@ -284,9 +287,10 @@ def tables(results: Sequence[Result]) -> Iterator[Table]:
         "Medians of the rounds. ×: its time over that of the step in place, within rounds. GB/s: of state, in each "
         "direction; of the bus: as a part of two simultaneous copies' GB/s, within rounds. host ms: until the call "
         "returns while the device is busy; in brackets if the host waited for it. torchao's step includes the copies "
-        "of gradients that its hooks begin in backward. bitsandbytes' pages stay on the GPU as long as they fit."
+        "of gradients that its hooks begin in backward. bitsandbytes' pages stay on the GPU as long as they fit. state "
+        "s: to make all state, in place also to pin its memory."
     )
-    header = ["", "ms", f"× {IN_PLACE}", "GB/s", "of the bus", "host ms"]
+    header = ["", "ms", f"× {IN_PLACE}", "GB/s", "of the bus", "host ms", "state s"]
     yield Table("State on the host, by way", note, header, rows)
 
 
@@ -302,6 +306,7 @@ def _row(result: Result, name: str) -> list[str]:
         f"{result.moved[name] / seconds / 1e9:.1f}" if over else "–",
         f"{result.of_bus(name).median:.2f}" if over else "–",
         "–" if host is None else f"({1e3 * host.seconds:.2f})" if host.waited else f"{1e3 * host.seconds:.2f}",
+        f"{result.made[name]:.2f}" if name in result.made else "–",
     ]
 
 

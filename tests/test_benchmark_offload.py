@@ -78,7 +78,7 @@ def test_the_bytes_over_the_bus_are_those_of_the_state(both_ways):
 
 def result(name, seconds, *, bus=1.0, waited=False, moved=0):
     samples = {BUS: [bus, bus], IN_PLACE: [seconds, seconds]}
-    return Result(LLAMA, name, samples, {BUS: 100, IN_PLACE: moved}, {IN_PLACE: Host(0.001, waited)})
+    return Result(LLAMA, name, samples, {BUS: 100, IN_PLACE: moved}, host={IN_PLACE: Host(0.001, waited)})
 
 
 @pytest.mark.parametrize(("seconds", "moved", "met"), [(0.079, 8, True), (0.081, 8, False), (0.079, 6, False)])
