@@ -208,9 +208,7 @@ class Optimizer(AveragingOptimizer):
         The default is True only if every parameter is on an accelerator. If it is True, Lightning raises an error when
         it is asked to clip, and Accelerate counts a skipped step as taken.
         """
-        if (
-            self._stepper.backward is not None
-        ):  # backward has used the gradients, so GradScaler finds none and raises its own error
+        if self._stepper.backward is not None:  # no gradient is left for GradScaler, which raises its own error
             return False
         if self._settings.amp_scaling is not None:
             return self._settings.amp_scaling

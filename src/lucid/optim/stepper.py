@@ -158,8 +158,11 @@ class Stepper:
 
     def _run(self, step: AtomicStep, inputs: Inputs, box: StateBox, failed: Callable[[], None]) -> Outcome:
         """Run a step under the lock; raise, without ``failed``, if a step of this thread is already running."""
-        with self._own_lock():
-            self._check_idle("step()")
+        if self._forks != _forks:  # the same as _own_lock() and _check_idle(), without two calls in each step
+            self._unlock()
+        with self._lock:
+            if self._stepping:
+                self._check_idle("step()")
             self._stepping = True
             try:
                 if self._unconfirmed and not engine.cuda.is_capturing():
