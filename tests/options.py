@@ -1,4 +1,4 @@
-"""Parameters of every dtype, layout and length under options beside the rule, stepped; and the draws in whole numbers."""
+"""Parameters of every dtype, layout and length, stepped under options beside the rule; and draws in whole numbers."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ STORED = [
     (dtype, masters, state_format)
     for dtype, every in MASTERS.items()
     for masters, state_format in itertools.product(every, FORMATS)
-    if state_format == "fp32" or dtype.to_real().itemsize < 8 and not dtype.is_complex
+    if state_format == "fp32" or dtype in (torch.float32, torch.bfloat16, torch.float16)
 ]
 
 

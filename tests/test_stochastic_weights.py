@@ -1,4 +1,4 @@
-"""Guards bfloat16 weights that are stochastically rounded: the same bits on every engine, unbiased, nothing beside them.
+"""Guards bfloat16 weights that are stochastically rounded: the same bits on every engine, unbiased, nothing kept.
 
 Naive bfloat16 weights stay where they are if an update is below half of their last place. Here they move by it in the
 mean. What is drawn is independent of the draws for the moments.
