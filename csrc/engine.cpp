@@ -142,8 +142,13 @@ int64_t cut(const Work& work, int64_t index) {
 // Updates elements [begin, end) of a row, all in one run of numbers, in slices that are cut only between blocks.
 template <class T>
 void update_slices(const Work& work, const Scalars<T>& scalars, int64_t begin, int64_t end, Observed<T>* observed) {
-  Slice slice{{},       begin,    end - begin,
-              work.row, work.key, work.numbering == nullptr ? begin : work.numbering->of(begin),
+  Slice slice{{},
+              begin,
+              end - begin,
+              work.row,
+              work.key,
+              work.numbering == nullptr ? begin : work.numbering->of(begin),
+              work.param_format == ParamFormat::bfloat16_drawn,
               observed};
   slice.at[exp_avg_scale] = work.address[exp_avg_scale];
   slice.at[exp_avg_sq_scale] = work.address[exp_avg_sq_scale];

@@ -48,9 +48,7 @@ template <class Param, class Gradient, bool amsgrad, bool averaged, class T, int
     observe(*static_cast<Observed<T>*>(s.observed), count, theta, g, m, used);
   }
   if constexpr (amsgrad) store_vectors(static_cast<T*>(s.at[max_exp_avg_sq]) + i, count, w);
-  Bits drawn[N] = {};
-  if constexpr (Param::draws) draws.next(drawn);
-  Param::store(s, i, count, theta, drawn);
+  Param::store(s, i, count, theta, draws);
 }
 
 template <class Param, class Gradient, class Moments, bool amsgrad>
@@ -62,7 +60,8 @@ void update(const Scalars<typename Param::Compute>& scalars, const Slice& slice)
     constexpr bool draws_any = Moments::draws || Param::draws;
     const int64_t end = draws_any ? least(s.n, begin + Draws::reach(s.number + begin)) : s.n;
     Draws draws(s.key, s.number + begin);
-    Draws param_draws(key_of(s.key, Use::param), s.number + begin);
+    Draws param_draws = draws;
+    if (Param::draws && s.drawn) param_draws = Draws(key_of(s.key, Use::param), s.number + begin);
     const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
       constexpr int N = decltype(vectors)::number;
       Vector<T> m[N], v[N];
@@ -141,7 +140,8 @@ template <bool usual, class Param, class Gradient, bool amsgrad>
   for (int64_t begin = b.begin; begin < b.end;) {
     const int64_t end = least(b.end, begin + Draws::reach(s.number + begin));
     Draws draws(s.key, s.number + begin);
-    Draws param_draws(key_of(s.key, Use::param), s.number + begin);
+    Draws param_draws = draws;
+    if (Param::draws && s.drawn) param_draws = Draws(key_of(s.key, Use::param), s.number + begin);
     const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
       constexpr int N = decltype(vectors)::number;
       Float m[N], v[N];
@@ -298,10 +298,10 @@ constexpr void add_squares_of(Kernels& k) {
 constexpr Kernels all_kernels() {
   Kernels k{};
   set_both<PlainParam<float>, PlainGradient<float>>(k, ParamFormat::plain);
-  set_both<HalfParam<Bfloat16>, HalfGradient<Bfloat16>>(k, ParamFormat::bfloat16);
+  set_both<Bfloat16Param, HalfGradient<Bfloat16>>(k, ParamFormat::bfloat16);
   set_both<Bfloat16ResidualParam, HalfGradient<Bfloat16>>(k, ParamFormat::bfloat16_residual);
-  set_both<Bfloat16DrawnParam, HalfGradient<Bfloat16>>(k, ParamFormat::bfloat16_drawn);
-  set_both<HalfParam<Float16>, HalfGradient<Float16>>(k, ParamFormat::float16);
+  set_both<Bfloat16Param, HalfGradient<Bfloat16>>(k, ParamFormat::bfloat16_drawn);
+  set_both<Float16Param, HalfGradient<Float16>>(k, ParamFormat::float16);
   set_both<Float16MasterParam, HalfGradient<Float16>>(k, ParamFormat::float16_master);
   k.f64[0] = update<PlainParam<double>, PlainGradient<double>, PlainMoments<double>, false>;
   k.f64[1] = update<PlainParam<double>, PlainGradient<double>, PlainMoments<double>, true>;

@@ -79,6 +79,7 @@ struct Slice {
   int64_t row;     // elements of a row; 8-bit slices begin and end between blocks
   uint64_t key;    // of the random bits of this parameter and step, for the moments
   int64_t number;  // of element `first` in the whole parameter; random bits depend on it
+  bool drawn;      // a bfloat16 parameter is stochastically rounded
   void* observed;  // Observed<T>, or null if the step is not observed
 };
 
