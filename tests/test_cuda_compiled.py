@@ -28,7 +28,7 @@ LIMIT = 270  # seconds that all processes together may take
 
 TYPES = ["float32", "float64", "float16", "bfloat16"]  # numbered as in csrc/kernels.h, as are forms and moments
 SIZES = dict(zip(TYPES, (4, 8, 2, 2), strict=True))
-FORMS = ["plain", "bfloat16", "bfloat16+residual", "float16", "float16+master"]
+FORMS = ["plain", "bfloat16", "bfloat16+residual", "float16", "float16+master", "bfloat16+drawn"]
 MOMENTS = ["plain", "bf16", "8bit"]
 
 # Kinds of rows. The first word is the parameter; a gradient is of its type if nothing is said.
@@ -41,28 +41,31 @@ UPDATES = [
     "float32 from-bfloat16 amsgrad narrow",
     "float64",
     "float64 from-float32 amsgrad",
-    "float64 strided narrow",
+    "float64 strided narrow ema cautious",
     "bfloat16",
     "bfloat16+residual amsgrad",
     "float16 from-float64 strided",
     "float16+master from-float32",
     "float32 bf16",
     "float32 bf16 numbered amsgrad",
-    "bfloat16 from-float64 bf16 amsgrad",
+    "bfloat16+drawn from-float64 bf16 amsgrad ema cautious",
     "bfloat16+residual bf16",
     "bfloat16+residual from-float64 bf16 strided",
     "float16 from-float32 bf16 narrow",
-    "float16+master bf16 numbered",
+    "float16+master bf16 numbered ema",
     "float32 8bit",
-    "float32 8bit numbered amsgrad",
+    "float32 8bit numbered amsgrad ema",
     "float32 8bit odd",
-    "float32 8bit strided",
+    "float32 8bit strided ema",
     "bfloat16 from-float32 8bit",
     "bfloat16+residual 8bit",
-    "bfloat16+residual from-float32 8bit odd numbered narrow",
+    "bfloat16+residual from-float32 8bit odd numbered narrow ema",
     "float16 8bit amsgrad",
     "float16+master from-float64 8bit",
     "float16+master 8bit odd",
+    "float32 ema",
+    "float32 cautious",
+    "bfloat16+drawn 8bit",
 ]
 OBSERVED = ["float32", "float64", "bfloat16+residual bf16", "float32 8bit", "float32 8bit odd"]
 MEASURED = ["float32", "float32 strided", "float32 from-float64", "float64", "bfloat16", "float16 narrow"]
@@ -77,12 +80,13 @@ ASSEMBLED = {
     "bfloat16+residual bf16",
     "float16 8bit amsgrad",
     "float16+master 8bit odd",
+    "float32 ema",
     "observed float32 8bit",
     "squares float64",
     "decide measured",
 }
 # These divide no integers, which AMD's compiler does with fused operations on floating-point numbers.
-AMD = ["float32 amsgrad", "bfloat16+residual bf16", "float16+master from-float32"]
+AMD = ["float32 amsgrad", "bfloat16+residual bf16", "float16+master from-float32", "float32 ema"]
 WANTED = {
     "sm_90": NAMES,
     "sm_80": [name for number, name in enumerate(NAMES) if number % 3 == 0 or name in {*ASSEMBLED, *DECIDING}],
@@ -105,6 +109,7 @@ def row_of(name):
         form=form,
         moments=next((MOMENTS.index(word) for word in words if word in MOMENTS), 0),
         amsgrad="amsgrad" in words,
+        ema="ema" in words,
         dims=3 if "strided" in words else 0,
         numbered="numbered" in words,
         whole_rows="odd" not in words,
@@ -187,10 +192,12 @@ def launches(names):
         rows.table[:, Column.ROW] = 200  # elements of a row, so that odd ones have programs
         return DeviceTables(Ahead(torch.device("cpu")), (1, 0), rows)
 
-    updates = [name for name in UPDATES if name in names]
-    yield from zip(updates, tables(updates).updates(observe=False), strict=True)
+    for cautious in (False, True):
+        updates = [name for name in UPDATES if name in names and ("cautious" in name.split()) == cautious]
+        found = tables(updates).updates(some_cautious=cautious, observe=False) if updates else []
+        yield from zip(updates, found, strict=True)
     observed = [name for name in OBSERVED if f"observed {name}" in names]
-    for name, each in zip(observed, tables(observed).updates(observe=True), strict=True):
+    for name, each in zip(observed, tables(observed).updates(some_cautious=False, observe=True), strict=True):
         yield f"observed {name}", each
     measured = [name for name in MEASURED if f"squares {name}" in names]
     measuring = tables(measured)
@@ -376,7 +383,7 @@ def operands(name):
     own = SIZES[words[0].split("+")[0]]
     real = SIZES[TYPES[row.compute]]
     param = {"bfloat16+residual": [2, 2], "float16+master": [2, 4]}.get(words[0], [own])
-    kept = param + 2 * [(real, 2, 1)[row.moments]] + [real] * row.amsgrad
+    kept = param + 2 * [(real, 2, 1)[row.moments]] + [real] * (row.amsgrad + row.ema)
     return [*kept, SIZES[TYPES[row.gradient]]], kept
 
 
@@ -435,7 +442,7 @@ def test_nothing_is_said_to_be_aligned_that_may_not_be(target, name, compiled):
     found = instructions(compiled[target][name]["ptx"])
     several = sum(count for (_, each), count in found.items() if re.match(r"(ld|st)\.global\.v", each))
     # Codes are not strided. The sums that are settled come from no table: they lie at the beginning of their memory.
-    assert several == 0 if name not in ("float32 8bit strided", "settle") else several <= 64
+    assert several == 0 if name not in ("float32 8bit strided ema", "settle") else several <= 64
 
 
 # AMD
