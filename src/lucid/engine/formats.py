@@ -27,6 +27,8 @@ STREAM = "stream"
 
 StateFormatName = Literal["fp32", "bf16", "8bit"]
 NAMES: tuple[StateFormatName, ...] = ("fp32", "bf16", "8bit")
+StateDevice = Literal["cpu", "cpu:moments"]
+STATE_DEVICES: tuple[StateDevice, ...] = ("cpu", "cpu:moments")
 
 # Identifies the random bits of a parameter: the seed, and the parameter's name, or its number over all groups.
 RoundingKey = tuple[int, str | int]
@@ -132,6 +134,7 @@ _LATER = {AMSGRAD, *(key for key, *_ in _MASTER.values())}  # these may be added
 _MOST_CERTAIN = 256  # bfloat16 represents every whole number up to this
 # The keys of all formats, which a conversion replaces.
 KEYS = {STEP, STREAM, *CODES, *moments(torch.float32), *_LATER}
+_OF_MOMENTS = {*CODES, *moments(torch.float32), AMSGRAD}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,21 +142,24 @@ class StateFormat:
     """The state of one kind of parameter.
 
     ``moments``: the name of the format of the moments. ``row_format``: how engines store moments and parameter.
-    ``slots``: all tensors except the step count and amsgrad's maximum. ``amsgrad_slot``: that maximum. ``device``: the
-    device of these tensors, or None for the parameter's device. ``in_pinned``: whether they are in pinned memory of the
-    host, which the parameter's device reads and writes.
+    ``slots``: all tensors except the step count and amsgrad's maximum. ``amsgrad_slot``: that maximum. ``on_host``: the
+    keys of the tensors that are on the host; the others are on the parameter's device. ``in_pinned``: whether those on
+    the host are in pinned memory, which the parameter's device reads and writes.
     """
 
     moments: StateFormatName
     row_format: RowFormat
     slots: Mapping[str, Slot]
     amsgrad_slot: Slot
-    device: torch.device | None = None
+    on_host: frozenset[str] = frozenset()
     in_pinned: bool = False
 
-    def device_for(self, param: Tensor) -> torch.device:
-        """Return the device of the state of `param`."""
-        return shards.local(param).device if self.device is None else self.device
+    def device_for(self, param: Tensor, key: str) -> torch.device:
+        """Return the device of a tensor of the state of `param`."""
+        return torch.device("cpu") if key in self.on_host else shards.local(param).device
+
+    def _is_pinned(self, key: str) -> bool:
+        return self.in_pinned and key in self.on_host
 
     def slots_with(self, amsgrad: bool) -> dict[str, Slot]:
         """Return the slots of a parameter, in the order in which they are created."""
@@ -188,7 +194,7 @@ class StateFormat:
                     "state_format and master_weights before the first step, or use load_state_dict, which converts"
                 )
             tensor = slot.check(value, param, key, name)
-            device = self.device_for(param)
+            device = self.device_for(param, key)
             if tensor.dtype != slot.dtype or (tensor.device != device and key != STREAM):
                 raise ValueError(
                     f"state {key!r} of {name} is {tensor.dtype} on {tensor.device}, expected "
@@ -204,7 +210,7 @@ class StateFormat:
                     f"state {key!r} of {name} has strides {tensor.stride()}, expected contiguous codes and scales; "
                     "load it with load_state_dict, which makes them contiguous"
                 )
-            if self.in_pinned and key != STREAM and not pinned.arena.holds(shards.local(tensor)):
+            if self._is_pinned(key) and not pinned.arena.holds(shards.local(tensor)):
                 missing[key] = self.new_slot(key, slot, param, rounding_key)
                 shards.local(missing[key]).copy_(shards.local(tensor).detach())
         return missing
@@ -213,7 +219,8 @@ class StateFormat:
         if key == STREAM:
             with torch.inference_mode(False):
                 return torch.tensor(_stream_of(*rounding_key), dtype=torch.int64, device="cpu")
-        return slot.new(param, self.device_for(param), contiguous=key in CODES, in_pinned=self.in_pinned)
+        device, in_pinned = self.device_for(param, key), self._is_pinned(key)
+        return slot.new(param, device, contiguous=key in CODES, in_pinned=in_pinned)
 
 
 def _stream_of(seed: int, called: str | int) -> int:
@@ -227,17 +234,20 @@ def format_for(
     state_format: StateFormatName,
     master_weights: bool,
     name: str,
-    device: torch.device | None = None,
+    state_device: StateDevice | None = None,
 ) -> StateFormat:
-    """Return the state format of `param`, with state on `device` if given; raise if its dtype is not supported."""
+    """Return the state format of `param`; raise if its dtype is not supported."""
     if param.dtype not in COMPUTE:
         known = ", ".join(str(dtype) for dtype in COMPUTE)
         raise TypeError(f"{name} has dtype {param.dtype}, expected one of {known}")
     if state_format == "8bit" and not _is_quantized(param.shape):
         state_format = "fp32"
     kept = _format(param.dtype, state_format, master_weights)
-    if device is not None:
-        kept = replace(kept, device=device, in_pinned=in_place(shards.local(param).device))
+    if state_device is not None:
+        in_pinned = in_place(shards.local(param).device)
+        every = frozenset(kept.slots_with(True)) - {STREAM}
+        on_host = every & _OF_MOMENTS if state_device == "cpu:moments" and in_pinned else every
+        kept = replace(kept, on_host=on_host, in_pinned=in_pinned)
     if kept.moments == "8bit":
         shards.check_blocks(param, name)
     if STREAM in kept.slots:
@@ -246,10 +256,10 @@ def format_for(
 
 
 def checked_format(
-    param: Tensor, state_format: StateFormatName, master_weights: bool, name: str, device: torch.device | None
+    param: Tensor, state_format: StateFormatName, master_weights: bool, name: str, state_device: StateDevice | None
 ) -> StateFormat:
     """Return the state format of `param`, as `format_for` does; also raise if no step can update `param`."""
-    kept = format_for(param, state_format, master_weights, name, device)
+    kept = format_for(param, state_format, master_weights, name, state_device)
     check_param(param, name)
     return kept
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from lucid import engine
-from lucid.engine.formats import StateFormat, StateFormatName, checked_format
+from lucid.engine.formats import StateDevice, StateFormat, StateFormatName, checked_format
 from lucid.engine.values import checked_lr, shown
 
 from .groups import ParamGroup, add_read, checked_params
@@ -34,12 +33,9 @@ class Hyperparameters(NamedTuple):
         """The hyperparameters that decide which slots a parameter's state has."""
         return self.amsgrad, self.state_format, self.master_weights
 
-    def format_of(self, param: Tensor, name: str, device: torch.device | None) -> StateFormat:
-        """Return the state format of a parameter of the group; raise if the parameter cannot be updated.
-
-        ``device``: the device of the state, or None for the parameter's.
-        """
-        return checked_format(param, self.state_format, self.master_weights, name, device)
+    def format_of(self, param: Tensor, name: str, state_device: StateDevice | None) -> StateFormat:
+        """Return the state format of a parameter of the group; raise if the parameter cannot be updated."""
+        return checked_format(param, self.state_format, self.master_weights, name, state_device)
 
     def with_lr(self, lr: Any) -> Hyperparameters:
         """Return these hyperparameters with another learning rate; raise if it is out of range."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lucid import engine
+from lucid.engine.formats import StateDevice
 from lucid.engine.values import checked_flag, one_of, shown
 
 from .atomic_step import Inputs
@@ -45,8 +46,8 @@ class Optimizer(StatefulOptimizer):
         What a step does if a gradient is non-finite (NaN or infinite) or overflows.
     shard_group : ProcessGroup, optional
         The processes that together compute the gradient norm and decide whether to skip the step.
-    state_device : "cpu" or None, default None
-        The device of the state, None for each parameter's device.
+    state_device : {"cpu", "cpu:moments"} or None, default None
+        Where the state is, None for each parameter's device.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Optimizer(StatefulOptimizer):
         max_grad_norm: float | None = None,
         nonfinite: NonFinite = "propagate",
         shard_group: ProcessGroup | None = None,
-        state_device: Literal["cpu"] | None = None,
+        state_device: StateDevice | None = None,
     ) -> None:
         super().__init__(params, defaults, Settings(max_grad_norm, nonfinite, shard_group, state_device))
 
@@ -325,7 +326,5 @@ class Optimizer(StatefulOptimizer):
 
     def engine_for(self, param: Tensor) -> str:
         """Return the name of the engine that updates `param`: ``"cpu"``, ``"cuda"`` or ``"reference"``."""
-        device = self._settings.state_device
-        if device is None or param.device.type == "meta" or engine.in_place(param.device):
-            device = param.device
-        return engine.name_for(device)
+        staged = self._settings.state_device is not None and not engine.in_place(param.device)
+        return engine.name_for(torch.device("cpu") if staged and param.device.type != "meta" else param.device)
