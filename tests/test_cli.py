@@ -28,7 +28,8 @@ from lucid.bench.contenders import FORMATS, FUSED, LIMIT, Contender, Format
 from lucid.bench.shapes import MODELS, elements, read_shapes
 from lucid.cli import app, bench, info, main, output, plan, shapes
 from lucid.engine import cpu
-from lucid.engine.formats import NAMES, state_bytes
+from lucid.engine.formats import NAMES
+from lucid.engine.sizes import state_bytes
 
 COMMANDS = ["info", "bench", "plan", "inspect", "convert"]
 

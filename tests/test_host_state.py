@@ -19,7 +19,7 @@ from deciding import every_kind
 from guarded import Forbidden, Guarded, OnDevice
 from launchers import Device, device_plan
 from lucid import engine
-from lucid.engine import choice, offload
+from lucid.engine import choice, formats, offload
 from lucid.engine.cuda import launch
 from lucid.engine.numbers import Operand
 from pinning import Pages, lies_in, pretend_pinned
@@ -115,6 +115,40 @@ def test_init_state_pins(arena):
         assert all(lies_in(arena, entry) for entry in peek(world.optimizer).values())
         world.run(2)
         assert_same(results(world.optimizer), results(World(state_format="bf16").run(2).optimizer))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{"amsgrad": True}, {"state_format": "8bit"}], ids=str)
+def test_moments_alone(dtype, options, arena):
+    """Master weights are on the device then; state goes from each place to the others."""
+
+    def world(place):
+        return World(dtype, ((64, 64), (7,)), state_device=place, **options).run(1)
+
+    with on("cuda"):
+        worlds = {place: world(place) for place in ("cpu:moments", "cpu", None)}
+        saved = [through_a_file(each.optimizer.state_dict()) for each in worlds.values()]
+        for each, state in zip(worlds.values(), saved[1:] + saved[:1], strict=True):
+            each.optimizer.load_state_dict(state)
+        wanted = world(None).run(2)
+        for place, each in worlds.items():
+            assert_same(results(each.run(2).optimizer), results(wanted.optimizer))
+            for entry in peek(each.optimizer).values():
+                moments = {key for key in entry if "exp_avg" in key}
+                on_host = {
+                    "cpu:moments": moments,
+                    "cpu": moments | (entry.keys() & {"residual", "master"}),
+                    None: set(),
+                }
+                assert {key for key, value in entry.items() if arena.holds(value)} == on_host[place]
+
+
+@pytest.mark.parametrize("place", ["cpu", "cpu:moments"])
+def test_staged_state_is_all_on_the_host(place, monkeypatch):
+    monkeypatch.setattr(choice, "IN_PLACE", False)
+    kept = formats.format_for(torch.empty(3, device="meta", dtype=torch.bfloat16), "fp32", True, "p", place)
+    assert kept.on_host == {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "residual"}
+    assert not kept.in_pinned
 
 
 def test_without_the_option_nothing_is_pinned(arena):

@@ -18,7 +18,8 @@ from lucid.bench import machine
 from lucid.bench.contenders import FORMATS
 from lucid.bench.shapes import MODELS, elements
 from lucid.cli import info, main, plan, shapes
-from lucid.engine.formats import NAMES, STEP, STREAM, state_bytes
+from lucid.engine.formats import NAMES, STEP, STREAM
+from lucid.engine.sizes import state_bytes
 
 SHAPES = [(100, 128), (64, 64, 3, 3), (1000,), (5, 7), (), (333, 257)]
 HOST = plan.Options(state_device="cpu")

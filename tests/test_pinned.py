@@ -16,7 +16,7 @@ from torch.nn import Parameter
 import lucid.optim as optim
 from bits import World, assert_same, draw, on, peek, results, snapshot
 from lucid.bench.shapes import gpt2_small, llama_1b
-from lucid.engine import formats, pinned
+from lucid.engine import formats, pinned, sizes
 from pinning import Pages, lies_in, pretend_pinned
 from quick import examples
 
@@ -101,7 +101,7 @@ def test_pieces_are_powers_of_two_and_few(monkeypatch):
 @pytest.mark.parametrize("state_format", formats.NAMES)
 def test_what_is_wasted(state_format, dtype, shapes):
     """Of the memory that models take: up to 1/16, what the largest tensors leave, and 4 MiB."""
-    slots = [formats.slot_bytes(shape, dtype, state_format) for shape in shapes]
+    slots = [sizes.slot_bytes(shape, dtype, state_format) for shape in shapes]
     sizes = [size for each in slots for key, size in each.items() if key != "stream"]
     taken = sum(-(-size // 256) * 256 for size in sizes)
     assert taken <= pinned.bytes_for(sizes) <= 1.13 * taken + (4 << 20)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import lucid.optim
 from lucid.engine import _cpu
-from lucid.engine.formats import MasterWeights, StateFormatName, state_bytes
+from lucid.engine.formats import MasterWeights, StateFormatName
+from lucid.engine.sizes import state_bytes
 
 from .shapes import Shape, elements, parameters
 

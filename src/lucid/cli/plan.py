@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from rich.text import Text
 
 from lucid.bench.shapes import Shape
-from lucid.engine.formats import NAMES, STREAM, StateFormatName, new_step, slot_bytes
+from lucid.engine.formats import NAMES, STREAM, StateFormatName, new_step
+from lucid.engine.sizes import slot_bytes
 
 from . import output
 from .shapes import DTYPES, Model, memory

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ STREAM = "stream"
 StateFormatName = Literal["fp32", "bf16", "8bit"]
 MasterWeights = bool | Literal["stochastic"]
 NAMES: tuple[StateFormatName, ...] = ("fp32", "bf16", "8bit")
+StateDevice = Literal["cpu", "cpu:moments"]
+STATE_DEVICES: tuple[StateDevice, ...] = ("cpu", "cpu:moments")
 
 # Identifies the random bits of a parameter: the seed, and the parameter's name, or its number over all groups.
 RoundingKey = tuple[int, str | int]
@@ -134,6 +136,7 @@ _LATER = {AMSGRAD, EMA, STREAM, *(key for key, *_ in _MASTER.values())}  # these
 _MOST_CERTAIN = 256  # bfloat16 represents every whole number up to this
 # The keys of all formats, which a conversion replaces.
 KEYS = {STEP, STREAM, *CODES, *moments(torch.float32), *_LATER}
+_OF_MOMENTS = {*CODES, *moments(torch.float32), AMSGRAD}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,21 +144,24 @@ class StateFormat:
     """The state of one kind of parameter.
 
     ``moments``: the name of the format of the moments. ``row_format``: how engines store moments and parameter.
-    ``slots``: all tensors except the step count and amsgrad's maximum. ``amsgrad_slot``: that maximum. ``device``: the
-    device of these tensors, or None for the parameter's device. ``in_pinned``: whether they are in pinned memory of the
-    host, which the parameter's device reads and writes.
+    ``slots``: all tensors except the step count and amsgrad's maximum. ``amsgrad_slot``: that maximum. ``on_host``: the
+    keys of the tensors that are on the host; the others are on the parameter's device. ``in_pinned``: whether those on
+    the host are in pinned memory, which the parameter's device reads and writes.
     """
 
     moments: StateFormatName
     row_format: RowFormat
     slots: Mapping[str, Slot]
     amsgrad_slot: Slot
-    device: torch.device | None = None
+    on_host: frozenset[str] = frozenset()
     in_pinned: bool = False
 
-    def device_for(self, param: Tensor) -> torch.device:
-        """Return the device of the state of `param`."""
-        return shards.local(param).device if self.device is None else self.device
+    def device_for(self, param: Tensor, key: str) -> torch.device:
+        """Return the device of a tensor of the state of `param`."""
+        return torch.device("cpu") if key in self.on_host else shards.local(param).device
+
+    def _is_pinned(self, key: str) -> bool:
+        return self.in_pinned and key in self.on_host
 
     def slots_with(self, amsgrad: bool) -> dict[str, Slot]:
         """Return the slots of a parameter, in the order in which they are created."""
@@ -191,7 +197,7 @@ class StateFormat:
                     "state_format and master_weights before the first step, or use load_state_dict, which converts"
                 )
             tensor = slot.check(value, param, key, name)
-            device = self.device_for(param)
+            device = self.device_for(param, key)
             if tensor.dtype != slot.dtype or (tensor.device != device and key != STREAM):
                 raise ValueError(
                     f"state {key!r} of {name} is {tensor.dtype} on {tensor.device}, expected "
@@ -207,7 +213,7 @@ class StateFormat:
                     f"state {key!r} of {name} has strides {tensor.stride()}, expected contiguous codes and scales; "
                     "load it with load_state_dict, which makes them contiguous"
                 )
-            if self.in_pinned and key != STREAM and not pinned.arena.holds(shards.local(tensor)):
+            if self._is_pinned(key) and not pinned.arena.holds(shards.local(tensor)):
                 missing[key] = self.new_slot(key, slot, param, rounding_key)
                 shards.local(missing[key]).copy_(shards.local(tensor).detach())
         self._begin_average(param, entry, missing)
@@ -234,7 +240,8 @@ class StateFormat:
         if key == STREAM:
             with torch.inference_mode(False):
                 return torch.tensor(_stream_of(*rounding_key), dtype=torch.int64, device="cpu")
-        return slot.new(param, self.device_for(param), contiguous=key in CODES, in_pinned=self.in_pinned)
+        device, in_pinned = self.device_for(param, key), self._is_pinned(key)
+        return slot.new(param, device, contiguous=key in CODES, in_pinned=in_pinned)
 
 
 def _stream_of(seed: int, called: str | int) -> int:
@@ -248,11 +255,11 @@ def format_for(
     state_format: StateFormatName,
     master_weights: MasterWeights,
     name: str,
-    device: torch.device | None = None,
+    state_device: StateDevice | None = None,
     *,
     ema: bool = False,
 ) -> StateFormat:
-    """Return the state format of `param`, with state on `device` if given; raise if its dtype is not supported.
+    """Return the state format of `param`; raise if its dtype is not supported.
 
     ``ema``: whether an average of the weights is kept.
     """
@@ -267,8 +274,11 @@ def format_for(
             "master_weights to True or False for its group, or convert it"
         )
     kept = _format(param.dtype, state_format, master_weights, ema)
-    if device is not None:
-        kept = replace(kept, device=device, in_pinned=in_place(shards.local(param).device))
+    if state_device is not None:
+        in_pinned = in_place(shards.local(param).device)
+        every = frozenset(kept.slots_with(True)) - {STREAM}
+        on_host = every & _OF_MOMENTS if state_device == "cpu:moments" and in_pinned else every
+        kept = replace(kept, on_host=on_host, in_pinned=in_pinned)
     if kept.moments == "8bit":
         shards.check_blocks(param, name)
     if STREAM in kept.slots:
@@ -281,47 +291,14 @@ def checked_format(
     state_format: StateFormatName,
     master_weights: MasterWeights,
     name: str,
-    device: torch.device | None,
+    state_device: StateDevice | None,
     *,
     ema: bool = False,
 ) -> StateFormat:
     """Return the state format of `param`, as `format_for` does; also raise if no step can update `param`."""
-    kept = format_for(param, state_format, master_weights, name, device, ema=ema)
+    kept = format_for(param, state_format, master_weights, name, state_device, ema=ema)
     check_param(param, name)
     return kept
-
-
-def state_bytes(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    state_format: StateFormatName,
-    *,
-    master_weights: MasterWeights = True,
-    amsgrad: bool = False,
-    ema: bool = False,
-    ranks: int = 1,
-) -> int:
-    """Return the bytes of a parameter's state; if sharded by rows over `ranks` processes, of the largest shard."""
-    slots = slot_bytes(shape, dtype, state_format, master_weights=master_weights, amsgrad=amsgrad, ema=ema, ranks=ranks)
-    return new_step().nbytes + sum(slots.values())
-
-
-def slot_bytes(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    state_format: StateFormatName,
-    *,
-    master_weights: MasterWeights = True,
-    amsgrad: bool = False,
-    ema: bool = False,
-    ranks: int = 1,
-) -> dict[str, int]:
-    """Return the bytes of each tensor of that state but the step count, by key, in the order in which it is made."""
-    whole = torch.empty(tuple(shape), dtype=dtype, device="meta")
-    kept = format_for(whole, state_format, master_weights, "a parameter", ema=ema)
-    part = whole[: math.ceil(whole.shape[0] / ranks)] if whole.dim() else whole
-    slots = kept.slots_with(amsgrad)
-    return {key: slot.dtype.itemsize * math.prod(slot.shape_for(part)) for key, slot in slots.items()}
 
 
 def _is_quantized(shape: torch.Size) -> bool:

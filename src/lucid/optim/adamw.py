@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from lucid.engine.formats import NAMES, MasterWeights, StateFormatName
+from lucid.engine.formats import NAMES, MasterWeights, StateDevice, StateFormatName
 from lucid.engine.values import as_float, checked_flag, checked_lr, checked_number, one_of, shown
 
 from .groups import ParamGroup, pair
@@ -81,10 +81,10 @@ class AdamW(Optimizer):
         Processes that hold different parameters, or different parts of plain tensors, as under
         ``ZeroRedundancyOptimizer``, FSDP1 or pipeline parallelism. The gradient norm is then over the gradients of all
         of them, and they skip the same steps. DTensors (FSDP2, tensor parallelism) do not need it.
-    state_device : "cpu" or None, default None
-        ``"cpu"`` keeps the state of parameters on a GPU in the host's memory and updates them on the CPU. Gradients
-        and parameters are copied to the host in chunks, and parameters are copied back. The bits are the same; the
-        speed is that of the host's memory and of the bus. See ``docs/gpu.md``.
+    state_device : {"cpu", "cpu:moments"} or None, default None
+        Where the state of parameters on a GPU is. ``"cpu"`` keeps it in the host's pinned memory, ``"cpu:moments"``
+        only the moments, not master weights. The GPU updates it there, over the bus, at its speed, and the host does
+        not wait. The bits are the same. Everything works as with state on the GPU. See ``docs/gpu.md``.
     weight_decay_schedule : {"lr", "independent"}, default "lr"
         The part of a parameter that a step takes away: α·λ under ``"lr"``, as in torch; λ·(α/α₀) under
         ``"independent"``, as in the paper. There the decay follows the schedule but not the size of the learning rate;
@@ -166,7 +166,7 @@ class AdamW(Optimizer):
         nonfinite: NonFinite = "propagate",
         seed: int = 0,
         shard_group: ProcessGroup | None = None,
-        state_device: Literal["cpu"] | None = None,
+        state_device: StateDevice | None = None,
         weight_decay_schedule: WeightDecaySchedule = "lr",
         reference_lr: float | None = None,
         cautious_decay: bool = False,

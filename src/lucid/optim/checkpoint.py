@@ -93,10 +93,11 @@ def load_optimizer(
         known = ", ".join(sorted({key.split(".")[0] for key in metadata}))
         raise ValueError(f"prefix: expected one of the checkpoint's keys ({known}), got {prefix!r}")
     values: dict[str, Any] = {}
+    on_host = optimizer._settings.state_device is not None
     for key, place in places.items():
         if place.part == _STATE and place.name in param_of:
             what = f"state {place.key!r} of {place.name!r}"
-            values[key] = _room(param_of[place.name], metadata[key], what, optimizer._settings.state_device)
+            values[key] = _room(param_of[place.name], metadata[key], what, on_host)
         elif place.part == _GROUPS:
             values[key] = _room(None, metadata[key])
     load(values, storage_reader=storage_reader, planner=Planner(), process_group=process_group)
@@ -165,11 +166,8 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
     return [[name_of[param] for param in group[_PARAMS]] for group in optimizer.param_groups]
 
 
-def _room(param: Tensor | None, saved: Any, what: str = "", on: torch.device | None = None) -> Tensor | None:
-    """An empty tensor to read a `saved` tensor into, sharded as the parameter is; None for other values.
-
-    ``on``: the device of the state, None for the parameter's.
-    """
+def _room(param: Tensor | None, saved: Any, what: str = "", on_host: bool = False) -> Tensor | None:
+    """An empty tensor to read a `saved` tensor into, sharded as the parameter is; None for other values."""
     if not isinstance(saved, TensorStorageMetadata):
         return None
     dtype = saved.properties.dtype
@@ -178,13 +176,13 @@ def _room(param: Tensor | None, saved: Any, what: str = "", on: torch.device | N
     if len(saved.size) not in (param.dim(), 2) or saved.size[:1] != param.shape[:1]:
         raise ValueError(f"{what} has shape {tuple(saved.size)} in the checkpoint, the parameter {tuple(param.shape)}")
     if not engine.shards.is_sharded(param):
-        return torch.empty(saved.size, dtype=dtype, device=on or param.device)
+        return torch.empty(saved.size, dtype=dtype, device="cpu" if on_host else param.device)
     from torch.distributed import tensor
 
     placements: Sequence[tensor.Placement] = param.placements
     if engine.shards.cuts_blocks(param) and (saved.size != param.shape or dtype == torch.uint8):
         placements = [tensor.Replicate()] * param.device_mesh.ndim  # codes and scales need whole blocks
-    return engine.shards.empty(param, saved.size, dtype, placements, on or param.device)
+    return engine.shards.empty(param, saved.size, dtype, placements, "cpu" if on_host else param.device)
 
 
 def _assembled(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from lucid import engine
-from lucid.engine.formats import MasterWeights, StateFormat, StateFormatName, checked_format
+from lucid.engine.formats import MasterWeights, StateDevice, StateFormat, StateFormatName, checked_format
 from lucid.engine.values import checked_lr, one_of, shown
 
 from .groups import ParamGroup, add_read, checked_params
@@ -41,13 +40,10 @@ class Hyperparameters(NamedTuple):
         """The hyperparameters that decide which slots a parameter's state has."""
         return self.amsgrad, self.state_format, self.master_weights, self.ema_decay is not None
 
-    def format_of(self, param: Tensor, name: str, device: torch.device | None) -> StateFormat:
-        """Return the state format of a parameter of the group; raise if the parameter cannot be updated.
-
-        ``device``: the device of the state, or None for the parameter's.
-        """
+    def format_of(self, param: Tensor, name: str, state_device: StateDevice | None) -> StateFormat:
+        """Return the state format of a parameter of the group; raise if the parameter cannot be updated."""
         ema = self.ema_decay is not None
-        return checked_format(param, self.state_format, self.master_weights, name, device, ema=ema)
+        return checked_format(param, self.state_format, self.master_weights, name, state_device, ema=ema)
 
     def with_lr(self, lr: Any) -> Hyperparameters:
         """Return these hyperparameters with another learning rate; raise if it is out of range."""

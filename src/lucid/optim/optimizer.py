@@ -5,12 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lucid import engine
+from lucid.engine.formats import StateDevice
 from lucid.engine.values import checked_flag, one_of, shown
 
 from .averages import AveragingOptimizer
@@ -47,8 +48,8 @@ class Optimizer(AveragingOptimizer):
         What a step does if a gradient is non-finite (NaN or infinite) or overflows.
     shard_group : ProcessGroup, optional
         The processes that together compute the gradient norm and decide whether to skip the step.
-    state_device : "cpu" or None, default None
-        The device of the state, None for each parameter's device.
+    state_device : {"cpu", "cpu:moments"} or None, default None
+        Where the state is, None for each parameter's device.
     spike_threshold : float, optional
         How far above those before a gradient norm may be before the step is skipped.
     """
@@ -61,7 +62,7 @@ class Optimizer(AveragingOptimizer):
         max_grad_norm: float | None = None,
         nonfinite: NonFinite = "propagate",
         shard_group: ProcessGroup | None = None,
-        state_device: Literal["cpu"] | None = None,
+        state_device: StateDevice | None = None,
         spike_threshold: float | None = None,
     ) -> None:
         settings = Settings(max_grad_norm, nonfinite, shard_group, state_device, spike_threshold)
@@ -346,7 +347,5 @@ class Optimizer(AveragingOptimizer):
 
     def engine_for(self, param: Tensor) -> str:
         """Return the name of the engine that updates `param`: ``"cpu"``, ``"cuda"`` or ``"reference"``."""
-        device = self._settings.state_device
-        if device is None or param.device.type == "meta" or engine.in_place(param.device):
-            device = param.device
-        return engine.name_for(device)
+        staged = self._settings.state_device is not None and not engine.in_place(param.device)
+        return engine.name_for(torch.device("cpu") if staged and param.device.type != "meta" else param.device)

@@ -11,8 +11,7 @@ import numbers
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
+from lucid.engine.formats import STATE_DEVICES, StateDevice
 from lucid.engine.values import as_float, one_of, shown
 
 from .agreement import checked_group
@@ -28,7 +27,7 @@ class Settings:
     """The settings of an optimizer; `AdamW` describes them.
 
     ``observing``: whether steps measure what `Optimizer.statistics` returns. ``amp_scaling``: whether the step unscales
-    the gradients instead of GradScaler, None for the default. ``state_device``: the device of the state, None for the
+    the gradients instead of GradScaler, None for the default. ``state_device``: where the state is, None for the
     parameter's device.
     """
 
@@ -37,12 +36,10 @@ class Settings:
         max_grad_norm: float | None = None,
         nonfinite: NonFinite = "propagate",
         shard_group: ProcessGroup | None = None,
-        state_device: Literal["cpu"] | None = None,
+        state_device: StateDevice | None = None,
         spike_threshold: float | None = None,
     ) -> None:
-        self.state_device: torch.device | None = None
-        if state_device is not None:
-            self.state_device = torch.device(one_of("state_device", state_device, ("cpu",)))
+        self.state_device = None if state_device is None else one_of("state_device", state_device, STATE_DEVICES)
         self.shard_group = checked_group(shard_group)
         self.max_grad_norm = checked_max_norm(max_grad_norm)
         self.nonfinite: NonFinite = one_of("nonfinite", nonfinite, NON_FINITE)

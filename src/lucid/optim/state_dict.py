@@ -6,11 +6,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lucid.engine.conversion import converted_entry, copied
-from lucid.engine.formats import STEP, is_entry, step_is_uncertain
+from lucid.engine.formats import STEP, StateDevice, is_entry, step_is_uncertain
 from lucid.engine.told import warn
 from lucid.engine.values import plain, shown
 
@@ -63,11 +62,11 @@ def loaded(
     groups: Sequence[ParamGroup],
     defaults: ParamGroup,
     read: Reading,
-    state_device: torch.device | None,
+    state_device: StateDevice | None,
 ) -> tuple[State, list[ParamGroup]]:
     """Return the new state and groups of an optimizer with `groups` that loads `saved`; no argument is changed.
 
-    ``read``: reads a group. ``state_device``: the device of the state, or None for each parameter's device.
+    ``read``: reads a group.
     """
     own = list(members(groups))
     names = [[member.name for member in own if member.group == number] for number in range(len(groups))]
