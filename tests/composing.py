@@ -21,14 +21,17 @@ from capturing import replay
 from sharded import bits_of, whole
 
 FORMATS = {"fp32": "float32 moments", "bf16": "bfloat16 moments", "8bit": "8-bit moments"}
-WEIGHTS = {"bf16 weights": torch.bfloat16, "fp16 weights": torch.float16}
+WEIGHTS = {"bf16 weights": torch.bfloat16, "fp16 weights": torch.float16, "stochastic": torch.bfloat16}
 DTENSORS = ("fsdp2", "hsdp", "tp")
 SHARDED = (*DTENSORS, "shard_group")
 TITLES = {
     **FORMATS,
     "bf16 weights": "bfloat16 weights",
     "fp16 weights": "float16 weights",
+    "stochastic": '`master_weights="stochastic"`',
     "amsgrad": "`amsgrad`",
+    "independent": '`weight_decay_schedule="independent"`',
+    "cautious": "`cautious_decay`",
     "clip": "`max_grad_norm`",
     "skip": '`nonfinite="skip"`',
     "error": '`nonfinite="error"`',
@@ -86,6 +89,8 @@ NOTED = {
     ("fp32", "bf16"): TWO_GROUPS,
     ("fp32", "8bit"): TWO_GROUPS,
     ("bf16", "8bit"): TWO_GROUPS,
+    ("bf16 weights", "stochastic"): TWO_GROUPS,
+    ("fp16 weights", "stochastic"): TWO_GROUPS,
 }
 
 
@@ -213,12 +218,16 @@ class Training:
 
     def make_optimizer(self):
         formats = self.of_parts(FORMATS, "fp32")
+        masters = ["stochastic" if kind == "stochastic" else True for kind in self.of_parts(WEIGHTS, None)]
         lr = torch.tensor(0.01, dtype=torch.float64) if self.has("tensor lr") else 0.01
         groups = [
-            {"params": list(part.named_parameters(prefix=f"parts.{number}")), "state_format": formats[number]}
+            {"params": list(part.named_parameters(prefix=f"parts.{number}"))}
+            | {"state_format": formats[number], "master_weights": masters[number]}
             for number, part in enumerate(self.net.parts)
         ]
-        options = {"lr": lr, "amsgrad": "amsgrad" in self.on}
+        options = {"lr": lr, "amsgrad": "amsgrad" in self.on, "cautious_decay": "cautious" in self.on}
+        if "independent" in self.on:
+            options |= {"weight_decay_schedule": "independent", "reference_lr": 0.03}
         if "clip" in self.on:
             options["max_grad_norm"] = 3.0
         if "skip" in self.on or "error" in self.on:

@@ -212,8 +212,8 @@ def test_a_group_that_begins_at_0_wants_a_reference(lr):
 
 
 def test_a_device_that_decides_has_the_same_decay(device):
-    options = {"weight_decay": 0.3, "weight_decay_schedule": "independent", "nonfinite": "skip"}
-    pair = Pair(torch.float32, **options)
+    options = {"weight_decay": 0.7e10, "weight_decay_schedule": "independent", "nonfinite": "skip"}  # shows all bits
+    pair = Pair(torch.float64, **options)
     rates = [torch.tensor(0.007 * (1 + k), dtype=torch.float64) for k in range(2)]
     for world in pair.worlds:
         world.optimizer.param_groups[1]["reference_lr"] = 0.11

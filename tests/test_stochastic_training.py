@@ -152,11 +152,11 @@ def test_replicas_and_fsdp2_train_alike(ranks):
 class Training:
     """A bfloat16 matrix and vector, beside a float32 one; gradients depend on the step only."""
 
-    def __init__(self, kind, state_format="fp32", **options):
+    def __init__(self, kind, state_format="fp32", named=True, **options):
         self.params = [Parameter(draw(n, shape).to(BF16)) for n, shape in enumerate(((70, 64), (33,)))]
         self.params.append(Parameter(draw(9, (7,))))
-        named = [(str(number), param) for number, param in enumerate(self.params)]
-        self.optimizer = optim.AdamW(named, lr=1e-4, state_format=state_format, master_weights=kind, **options)
+        params = [(str(number), param) for number, param in enumerate(self.params)] if named else self.params
+        self.optimizer = optim.AdamW(params, lr=1e-4, state_format=state_format, master_weights=kind, **options)
         self.done = 0
 
     def run(self, steps):
@@ -181,7 +181,7 @@ class Training:
 def test_a_resumed_training_has_the_same_bits(state_format):
     whole_run = Training("stochastic", state_format, seed=5).run(6)
     first = Training("stochastic", state_format, seed=5).run(3)
-    resumed = first.resumed_by(Training("stochastic", state_format, seed=99))  # the stream is in the state
+    resumed = first.resumed_by(Training("stochastic", state_format, named=False, seed=99))  # its stream is saved
     assert_same(results(resumed.run(3).optimizer), results(whole_run.optimizer))
     other = Training("stochastic", state_format, seed=6).run(6)
     assert not torch.equal(other.params[0], whole_run.params[0])
