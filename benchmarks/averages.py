@@ -38,7 +38,7 @@ class _Model(torch.nn.Module):
             self.register_parameter(str(number), torch.nn.Parameter(param.detach()))
 
 
-def _fused_averaged(params: list[Tensor]) -> Callable[[], object]:
+def fused_averaged(params: list[Tensor]) -> Callable[[], object]:
     model = _Model(params)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))  # type: ignore[no-untyped-call]
     for own, param in zip(model.parameters(), params, strict=True):
@@ -64,7 +64,7 @@ def time_averages(name: str, count: int) -> AveragesResult:
         LUCID: lambda params: ours(params, None),
         AVERAGED: lambda params: ours(params, DECAY),
         FUSED: lambda params: optimizers()[FUSED](params).step,
-        FUSED_AVERAGED: _fused_averaged,
+        FUSED_AVERAGED: fused_averaged,
     }
     samplers = {key: sampler(make(parameters(case.shapes)), warm=not large) for key, make in makers.items()}
     return AveragesResult(name, rounds(samplers, dict.fromkeys(samplers, count), name))

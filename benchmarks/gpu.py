@@ -34,6 +34,8 @@ from lucid.bench.shapes import Case, llama_1b
 
 from . import machine, report
 from .arguments import check_page, count, write_page
+from .averages import AVERAGED, FUSED_AVERAGED
+from .averages import CASES as AVERAGES
 from .clipping import CLIPPED, FUSED_CLIPPED
 from .gpu_contenders import (
     COPY,
@@ -65,10 +67,18 @@ STEPS = {
 }
 GRAPHS = {f"graph-{name}": (SHAPES[name], (LUCID, GRAPH, FUSED_GRAPH)) for name in ("gpt2-small", "10000x64")}
 CLIPPING = {"clip-llama-1b": (STEPS["llama-1b"][0], (LUCID, CLIPPED, FUSED, FUSED_CLIPPED))}
-CASES = STEPS | GRAPHS | CLIPPING
+AVERAGING = {name: (case, (LUCID, AVERAGED, FUSED, FUSED_AVERAGED)) for name, case in AVERAGES.items()}
+CASES = STEPS | GRAPHS | CLIPPING | AVERAGING
 
 # Of the cases above that have a table of their own: who is compared with whom.
-PAIRS = ((GRAPH, FUSED_GRAPH), (GRAPH, LUCID), (CLIPPED, FUSED_CLIPPED), (LUCID, CLIPPED))
+PAIRS = (
+    (GRAPH, FUSED_GRAPH),
+    (GRAPH, LUCID),
+    (CLIPPED, FUSED_CLIPPED),
+    (LUCID, CLIPPED),
+    (AVERAGED, FUSED_AVERAGED),
+    (LUCID, AVERAGED),
+)
 
 
 class Sample(NamedTuple):
@@ -308,7 +318,7 @@ def _pairs(cases: dict[str, CaseResult]) -> Table:
         if own in case.samples and peer in case.samples
     ]
     note = "×: the second's time over the first's. Graphs: the step captured once and replayed."
-    return Table("CUDA graphs, clipping", note, ["case", "first", "ms", "second", "ms", "×"], rows)
+    return Table("CUDA graphs, clipping, averages", note, ["case", "first", "ms", "second", "ms", "×"], rows)
 
 
 def _each(cases: dict[str, CaseResult]) -> Table:

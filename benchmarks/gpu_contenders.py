@@ -21,6 +21,7 @@ from lucid.bench.contenders import (
     optimizers,
 )
 
+from .averages import AVERAGED, DECAY, FUSED_AVERAGED, fused_averaged
 from .clipping import CLIPPED, FUSED_CLIPPED, MAX_NORM
 
 COPY = "copy"
@@ -46,6 +47,8 @@ def contenders() -> dict[str, Contender]:
         *(peer.contender() for peer in LIBRARY_PEERS if is_installed(peer.library)),
         Contender(CLIPPED, _clipped),
         Contender(FUSED_CLIPPED, _fused_clipped),
+        Contender(AVERAGED, _averaged, state=12),
+        Contender(FUSED_AVERAGED, fused_averaged, state=12),
         Contender(GRAPH, lambda params: Replay(lucid.optim.AdamW(params, LR, weight_decay=WEIGHT_DECAY))),
         Contender(FUSED_GRAPH, _fused_graph),
     ]
@@ -54,6 +57,10 @@ def contenders() -> dict[str, Contender]:
 
 def _clipped(params: list[Tensor]) -> Step:
     return lucid.optim.AdamW(params, LR, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_NORM).step
+
+
+def _averaged(params: list[Tensor]) -> Step:
+    return lucid.optim.AdamW(params, LR, weight_decay=WEIGHT_DECAY, ema_decay=DECAY).step
 
 
 def _fused_clipped(params: list[Tensor]) -> Step:

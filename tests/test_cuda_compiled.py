@@ -349,6 +349,15 @@ def test_an_update_divides_and_takes_roots(target, name, compiled):
     assert found[False, f"mul.rn.{real}"] >= 7 * each
 
 
+def test_options_that_are_off_have_no_instructions(compiled):
+    """Comparing signs is for cautious decay, mixing random bits for an average."""
+    found = {name: instructions(each["ptx"]) for name, each in compiled["sm_90"].items()}
+    compares = {name for name, each in found.items() if each[False, "setp.gt.f32"] and each[False, "setp.lt.f32"]}
+    mixes = {name for name, each in found.items() if each[False, "xor.b64"]}
+    assert {"float32", "float32 ema", "float32 cautious"} & compares == {"float32 cautious"}
+    assert {"float32", "float32 ema", "float32 cautious"} & mixes == {"float32 ema"}
+
+
 @each_of(ASSEMBLED)
 def test_nothing_is_fused_but_within_division_and_root(target, name, compiled):
     found = Counter(compiled[target][name]["opcodes"])

@@ -20,6 +20,7 @@ OPTIONS = [
     {"max_grad_norm": 0.05},
     {"nonfinite": "skip"},
     {"max_grad_norm": 0.05, "nonfinite": "skip", "state_format": "8bit"},
+    {"max_grad_norm": 0.05, "ema_decay": 0.99, "cautious_decay": True, "weight_decay_schedule": "independent"},
 ]
 
 
