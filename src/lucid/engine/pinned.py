@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -77,13 +78,13 @@ class _Piece:
 
     def join(self, begin: int, end: int) -> None:
         """Make a part free again."""
-        joined: list[tuple[int, int]] = []
-        for part in sorted([*self.free, (begin, end)]):
-            if joined and joined[-1][1] == part[0]:
-                joined[-1] = (joined[-1][0], part[1])
-            else:
-                joined.append(part)
-        self.free = joined
+        place = bisect_left(self.free, (begin, end))
+        if place < len(self.free) and self.free[place][0] == end:
+            _, end = self.free.pop(place)
+        if place and self.free[place - 1][1] == begin:
+            place -= 1
+            begin, _ = self.free.pop(place)
+        self.free.insert(place, (begin, end))
 
 
 class Arena:
