@@ -99,18 +99,30 @@ def test_the_options_are_not_torchs(capsys):
         assert {each["state_format"] for each in choices} == set(NAMES)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_moments_alone_leave_master_weights_on_the_device(sums, dtype):
+    options = plan.Options(amsgrad=True, state_device="cpu:moments")
+    found, whole = (plan.need(SHAPES, dtype, "8bit", 1, each) for each in (options, plan.Options(amsgrad=True)))
+    elements = sum(map(math.prod, SHAPES))
+    assert found.state == {"bfloat16": 2, "float16": 4, "float32": 0}[dtype] * elements
+    assert found.host == whole.state - found.state
+    assert found.total == found.weights + found.gradients + found.state
+
+
 def test_the_table_has_device_and_host_apart(sums, capsys):
     arguments = ["plan", "--parameters", "7B", "--state-device", "cpu", "--ranks", "2", "--memory", "16GB"]
     assert main(arguments) == 0
     header, *rows = capsys.readouterr().out.splitlines()[1:10]
-    wanted = "device/param host/param weights gradients device in backward host each of 2 its host"
+    wanted = "device/param host/param weights gradients state device in backward host each of 2 its host"
     assert " ".join(header.split()[2:]) == wanted
     (row,) = (row for row in rows if row.split()[:2] == ["bfloat16", "8bit"])
-    assert "4.00        4.06  13.0 GiB   13.0 GiB  ✗ 26.1 GiB   ✓ 13.1 GiB  26.5 GiB  ✓ 13.0 GiB  13.2 GiB" in row
+    assert (
+        "4.00        4.06  13.0 GiB   13.0 GiB    0 B  ✗ 26.1 GiB   ✓ 13.1 GiB  26.5 GiB  ✓ 13.0 GiB  13.2 GiB" in row
+    )
     assert main([*arguments, "--step-in-backward"]) == 0
     said = capsys.readouterr().out
     assert "in backward" not in said.splitlines()[1]
-    assert "2.00        4.06  13.0 GiB   32.0 MiB  ✓ 13.1 GiB  26.5 GiB" in said
+    assert "2.00        4.06  13.0 GiB   32.0 MiB    0 B  ✓ 13.1 GiB  26.5 GiB" in said
 
 
 # docs/memory.md
@@ -142,25 +154,40 @@ def shown(values):
     return [f"{value:.2f}".rstrip("0").rstrip(".") for value in values]
 
 
+MOMENTS = ', `"cpu:moments"`'
+WHOLE = [row for row in CHOICES[:-2] if not row[0].endswith(MOMENTS)]
+SPLIT = [row for row in CHOICES[:-2] if row[0].endswith(MOMENTS)]
+
+
 def test_the_page_has_every_choice():
-    assert [row[:2] for row in CHOICES[:-2]] == [[weights, kind] for weights in WEIGHTS for kind in NAMES]
+    assert [row[:2] for row in WHOLE] == [[weights, kind] for weights in WEIGHTS for kind in NAMES]
+    masters = [f"{weights}{MOMENTS}" for weights in WEIGHTS if "+" in weights]
+    assert [row[:2] for row in SPLIT] == [[weights, kind] for weights in masters for kind in NAMES]
 
 
-@pytest.mark.parametrize("row", CHOICES[:-2], ids=lambda row: " ".join(row[:2]))
+@pytest.mark.parametrize("row", WHOLE, ids=lambda row: " ".join(row[:2]))
 def test_the_bytes_of_a_choice(sums, row):
     dtype, master = WEIGHTS[row[0]]
     size, state = dtype.itemsize, state_of(dtype, row[1], master_weights=master)
     assert row[2:7] == shown([2 * size + state, size + state, 2 * size, size, state])
     if master:
-        kept, moved = (
-            plan.need([LARGE], str(dtype).removeprefix("torch."), row[1], 1, options)
-            for options in (plan.Options(), HOST)
-        )
-        found = [kept.total, kept.total_in_backward, moved.total, moved.total_in_backward, moved.host]
-        largest = [0, kept.in_backward, 0, moved.in_backward, 0]  # which the page does not count
-        assert row[2:7] == shown(
-            (size - gradient) / math.prod(LARGE) for size, gradient in zip(found, largest, strict=True)
-        )
+        assert row[2:7] == shown([*planned_for(dtype, row[1])[:2], *planned_for(dtype, row[1], "cpu")])
+
+
+@pytest.mark.parametrize("row", SPLIT, ids=lambda row: " ".join(row[:2]))
+def test_the_bytes_of_a_choice_with_moments_on_the_host(sums, row):
+    dtype, _ = WEIGHTS[row[0].removesuffix(MOMENTS)]
+    assert row[4:7] == shown(planned_for(dtype, row[1], "cpu:moments"))
+    assert row[6] == shown([state_of(dtype, row[1], master_weights=False)])[0]
+    assert row[2:4] == ["–", "–"]
+
+
+def planned_for(dtype, state_format, state_device=None):
+    """Bytes per parameter of a large matrix: on the device, there in backward without the gradient, on the host."""
+    options = plan.Options(state_device=state_device)
+    found = plan.need([LARGE], str(dtype).removeprefix("torch."), state_format, 1, options)
+    sizes = found.total, found.total_in_backward - found.in_backward, found.host
+    return [size / math.prod(LARGE) for size in sizes]
 
 
 @pytest.mark.parametrize("row", CHOICES[-2:], ids=lambda row: row[0])
@@ -182,10 +209,12 @@ def test_the_bytes_of_each_part():
 def test_the_times_are_those_of_the_results(row):
     """Of steps with state on the GPU; where the results have none, the page says so."""
     results = (ROOT / "benchmarks" / "RESULTS-gpu.md").read_text()
-    names = {(kind.dtype, kind.state): kind.name for kind in FORMATS if row[0] != "bfloat16, stochastic"}
+    stochastic = "stochastic" in row[0]
+    names = {(kind.dtype, kind.state): kind.name for kind in FORMATS if ("stochastic" in kind.name) == stochastic}
     name = re.escape(names.get((WEIGHTS.get(row[0], (None,))[0], row[1]), "none"))
     found = re.search(rf"^\| llama-1b: {name} +\| +([\d.]+) \|", results, re.MULTILINE)
-    assert row[7] == (f"{float(found[1]):.1f} ms" if found else "not measured")
+    missing = "–" if row[0].endswith(MOMENTS) else "not measured"
+    assert row[7] == (f"{float(found[1]):.1f} ms" if found else missing)
 
 
 def test_7_billion_parameters_are_as_the_page_says(sums, capsys):
@@ -204,7 +233,8 @@ def test_the_bus_takes_as_long_as_the_page_says(row):
     if row[1] == "any":
         assert row[8] == f"+ {1e3 * 4 * parameters / 50e9:.0f} ms"
     else:
-        dtype, master = WEIGHTS[row[0]]
+        dtype, master = WEIGHTS[row[0].removesuffix(MOMENTS)]
+        master = False if row[0].endswith(MOMENTS) else master
         assert row[8] == f"{1e3 * state_of(dtype, row[1], master_weights=master) * parameters / 50e9:.0f} ms"
 
 

@@ -58,6 +58,7 @@ class StateDevice(StrEnum):
     """Where state may be, if not on the weights' device."""
 
     cpu = "cpu"
+    moments = "cpu:moments"
 
 
 class Peer(StrEnum):
@@ -155,7 +156,7 @@ def plan(
     ] = None,
     amsgrad: Annotated[bool, typer.Option("--amsgrad", help="Plan for amsgrad.")] = False,
     state_device: Annotated[
-        StateDevice | None, typer.Option(help="Plan for weights on a GPU and state on the host: bytes of each.")
+        StateDevice | None, typer.Option(help="Plan for weights on a GPU, and state or its moments on the host.")
     ] = None,
     step_in_backward: Annotated[
         bool, typer.Option("--step-in-backward", help="Plan for step_in_backward(), which frees gradients at once.")

@@ -7,16 +7,28 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
+import torch
 from rich.text import Text
 
 from lucid.bench.shapes import Shape
-from lucid.engine.formats import NAMES, STREAM, StateFormatName, new_step
+from lucid.engine.formats import (
+    AMSGRAD,
+    CODES,
+    NAMES,
+    STEP,
+    STREAM,
+    StateFormatName,
+    moments,
+    new_step,
+)
 from lucid.engine.sizes import slot_bytes
 
 from . import output
 from .shapes import DTYPES, Model, memory
 
 TORCH = "torch"
+_NUMBERS = {STEP, STREAM}  # in the host's ordinary memory, wherever the state is
+_MOMENTS = {*CODES, *moments(torch.float32), AMSGRAD}  # which "cpu:moments" puts on the host
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +75,16 @@ def host_bytes(sizes: Iterable[int]) -> int:
     return sum(sizes)
 
 
+def _placed(held: Sequence[tuple[str, int]], state_device: str | None) -> tuple[int, int]:
+    """Return the bytes of state, given by key, on the weights' device and on the host."""
+    whole = sum(size for _, size in held)
+    if state_device is None:
+        return whole, 0
+    numbers = sum(size for key, size in held if key in _NUMBERS)
+    pinned = [size for key, size in held if key in _MOMENTS or (state_device == "cpu" and key not in _NUMBERS)]
+    return whole - numbers - sum(pinned), numbers + host_bytes(pinned)
+
+
 def _part(shape: Shape, ranks: int) -> int:
     """Elements of the largest shard when FSDP2 shards rows over processes."""
     return math.prod((math.ceil(shape[0] / ranks), *shape[1:])) if shape else 1
@@ -79,10 +101,8 @@ def need(shapes: Sequence[Shape], dtype: str, state_format: str, ranks: int, opt
     else:
         name: StateFormatName = state_format  # type: ignore[assignment]
         slots = {shape: slot_bytes(shape, kind, name, amsgrad=options.amsgrad, ranks=ranks) for shape in counts}
-    state, host = len(shapes) * new_step().nbytes + sum(sum(slots[shape].values()) for shape in shapes), 0
-    if options.state_device is not None:
-        pinned = [size for shape in shapes for key, size in slots[shape].items() if key != STREAM]
-        state, host = 0, state - sum(pinned) + host_bytes(pinned)
+    held = [(STEP, new_step().nbytes)] * len(shapes) + [each for shape in shapes for each in slots[shape].items()]
+    state, host = _placed(held, options.state_device)
     in_backward = max(sizes.values()) if ranks == 1 and state_format != TORCH else None
     gradients = in_backward if options.step_in_backward and in_backward is not None else weights
     found = Need(dtype, state_format, ranks, weights, gradients, state, host, in_backward)
@@ -159,18 +179,18 @@ def _header(options: Options) -> list[str]:
     in_backward = [] if options.step_in_backward else ["in backward"]
     if options.state_device is None:
         return ["bytes/param", "weights", "gradients", "state", "all", *in_backward]
-    return ["device/param", "host/param", "weights", "gradients", "device", *in_backward, "host"]
+    return ["device/param", "host/param", "weights", "gradients", "state", "device", *in_backward, "host"]
 
 
 def _cells(one: Need, elements: int, options: Options) -> list[str | Text]:
     """Return what `_header` names."""
     least = one.total_in_backward
     in_backward = [] if options.step_in_backward else ["–" if least is None else _marked(least, one.fits_in_backward)]
-    parts = [output.size(one.weights), output.size(one.gradients)]
+    parts = [output.size(each) for each in (one.weights, one.gradients, one.state)]
     on_device = output.digits(one.total / elements)
     whole = _marked(one.total, one.fits)
     if options.state_device is None:
-        return [on_device, *parts, output.size(one.state), whole, *in_backward]
+        return [on_device, *parts, whole, *in_backward]
     return [on_device, output.digits(one.host / elements), *parts, whole, *in_backward, output.size(one.host)]
 
 
@@ -185,7 +205,7 @@ def _notes(options: Options, *, several: bool) -> Iterator[str]:
             "; with several processes, all gradients are." if several else "."
         )
     if options.state_device is not None:
-        yield "host: the host's memory for the state; all else is on the device, whose memory --memory is."
+        yield "host: the host's memory for the state that is there; --memory is that of the device."
     elif not options.step_in_backward:
         yield "torch: torch.optim.AdamW, which keeps no master weights for 16-bit parameters."
 
