@@ -81,13 +81,18 @@ class AdamW(Optimizer):
         ``"cpu"`` keeps the state of parameters on a GPU in the host's memory and updates them on the CPU. Gradients
         and parameters are copied to the host in chunks, and parameters are copied back. The bits are the same; the
         speed is that of the host's memory and of the bus. See ``docs/gpu.md``.
+    spike_threshold : float, optional
+        Finite and above 0; 6 is a good start. A step is skipped, and counted in ``skipped_steps``, if its gradient
+        norm is more than this many deviations above the mean of the norms before it. A deviation is their standard
+        deviation plus half their mean. The first 64 steps are all taken. After 16 such steps in a row the optimizer
+        warns and learns the norms anew. ``docs/spikes.md`` gives the formula. You may set it between steps.
 
     Attributes
     ----------
     param_groups : list of dict
         Each has ``"params"``, ``"lr"``, ``"beta1"``, ``"beta2"``, ``"eps"``, ``"weight_decay"``, ``"amsgrad"``,
         ``"maximize"``, ``"state_format"``, ``"master_weights"`` and ``"seed"``. ``"betas"`` reads and writes
-        ``beta1`` and ``beta2``. If you change a hyperparameter, the next step uses the new value. Other keys are kept;
+        ``beta1`` and ``beta2``. ``"spike_memory"`` is there under ``spike_threshold``. If you change a hyperparameter, the next step uses the new value. Other keys are kept;
         a warning names each that neither the optimizer nor a known tool reads, with the nearest hyperparameter.
     defaults : dict
         The same hyperparameters, for groups that do not set their own.
