@@ -38,6 +38,9 @@ def test_golden_checkpoints_are_what_is_made_today(name, engine_name):
     assert new["after"] == saved["after"]
     for key, entry in saved["optimizer"]["state"].items():
         assert_same([raw(new["optimizer"]["state"][key])], [raw(entry)])
+    memories = [each["optimizer"]["param_groups"][0].get("spike_memory") for each in (new, saved)]
+    assert memories[0] == memories[1]
+    assert (memories[1] is None) == ("spike_threshold" not in saved["options"])
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -28,6 +28,7 @@ KINDS = {
     "8bit-amsgrad": (torch.float32, {"state_format": "8bit", "amsgrad": True}),
     "8bit-bf16-parameters": (torch.bfloat16, {"state_format": "8bit"}),
     "bf16-fp16-parameters": (torch.float16, {"state_format": "bf16"}),
+    "fp32-spikes": (torch.float32, {"state_format": "fp32", "spike_threshold": 6.0}),
 }
 
 

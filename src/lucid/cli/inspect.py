@@ -17,7 +17,10 @@ from lucid.engine import codecs
 from lucid.engine.conversion import converted_entry
 from lucid.engine.formats import format_for
 from lucid.engine.shards import is_sharded
+from lucid.engine.spikes import SPAN
 from lucid.engine.values import as_float, number_in, shown
+from lucid.optim.matching import SPIKES
+from lucid.optim.spike_memory import checked as checked_memory
 
 from . import output
 from .checkpoints import Checkpoint, Parameter, read
@@ -37,7 +40,8 @@ class Found:
     """A parameter's state.
 
     `max_m_over_sqrt_v`: the largest of any element. `update_ratio`: RMS of the next update over RMS of the weight.
-    `no_weight`: why no weight is matched to this parameter.
+    `no_weight`: why no weight is matched to this parameter. `spike_memory`: the optimizer's memory of gradient norms,
+    if it was saved.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Found:
     update_ratio: float = math.nan
     state_bytes: int = 0
     no_weight: str | None = None
+    spike_memory: list[Any] | None = None
     oddities: tuple[str, ...] = ()
 
 
@@ -69,6 +74,11 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
         odd.append(f"it could not be loaded: {refusal}")
     moment = tensors.get("exp_avg_code", tensors.get("exp_avg"))
     found = Found(parameter.called, [] if moment is None else list(moment.shape), _format(tensors), step)
+    if SPIKES in parameter.group:
+        try:
+            found = replace(found, spike_memory=checked_memory(parameter.group[SPIKES]))
+        except ValueError as error:
+            odd.append(f"it could not be loaded with a spike_threshold: {error}")
     moments = None if odd else _moments(tensors, odd)
     if weight is not None and (not _has_numbers(weight) or is_sharded(weight)):
         weight = None
@@ -324,6 +334,10 @@ def _print(name: str, states: list[Found]) -> None:
     for each in states:
         for oddity in each.oddities:
             console.print(Text(output.printable(f"{each.name}: {oddity}"), output.BAD))
+    if memory := next((each.spike_memory for each in states if each.spike_memory), None):
+        mean, square, seen, in_a_row = memory
+        told = f"{mean:.4g} on average, ±{math.sqrt(square):.2g}, {in_a_row} spikes in a row since"
+        console.print(Text(f"gradient norms ({'at least ' * (seen == SPAN)}{seen} steps): {told}", output.FAINT))
     if not any(each.oddities for each in states):
         console.print(Text("nothing odd", output.GOOD))
 

@@ -96,6 +96,11 @@ class AdamW(Optimizer):
     cautious_decay : bool, default False
         Take the decay only from elements that the update itself also moves towards 0: those where θ and the
         term after α·λ·θ in the last line above have the same sign and neither is 0.
+    spike_threshold : float, optional
+        Finite and above 0; 6 is a good start. A step is skipped, and counted in ``skipped_steps``, if its gradient
+        norm is more than this many deviations above the mean of the norms before it. A deviation is their standard
+        deviation plus half their mean. The first 64 steps are all taken. After 16 such steps in a row the optimizer
+        warns and learns the norms anew. ``docs/spikes.md`` gives the formula. You may set it between steps.
 
     Attributes
     ----------
@@ -103,7 +108,8 @@ class AdamW(Optimizer):
         Each has ``"params"``, ``"lr"``, ``"beta1"``, ``"beta2"``, ``"eps"``, ``"weight_decay"``, ``"amsgrad"``,
         ``"maximize"``, ``"state_format"``, ``"master_weights"``, ``"seed"``, ``"weight_decay_schedule"``,
         ``"reference_lr"``, ``"cautious_decay"`` and ``"ema_decay"``. ``"betas"`` reads and writes ``beta1`` and
-        ``beta2``. If you change a hyperparameter, the next step uses the new value. Other keys are kept;
+        ``beta2``. Under ``spike_threshold`` there is also ``"spike_memory"``. If you change a hyperparameter, the next
+        step uses the new value. Other keys are kept;
         a warning names each that neither the optimizer nor a known tool reads, with the nearest hyperparameter.
     defaults : dict
         The same hyperparameters, for groups that do not set their own.
