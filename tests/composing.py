@@ -29,6 +29,7 @@ TITLES = {
     "bf16 weights": "bfloat16 weights",
     "fp16 weights": "float16 weights",
     "amsgrad": "`amsgrad`",
+    "ema": "`ema_decay`",
     "clip": "`max_grad_norm`",
     "skip": '`nonfinite="skip"`',
     "error": '`nonfinite="error"`',
@@ -218,6 +219,8 @@ class Training:
             for number, part in enumerate(self.net.parts)
         ]
         options = {"lr": lr, "amsgrad": "amsgrad" in self.on}
+        if "ema" in self.on:
+            options["ema_decay"] = 0.9
         if "clip" in self.on:
             options["max_grad_norm"] = 3.0
         if "skip" in self.on or "error" in self.on:
@@ -297,6 +300,9 @@ class Training:
     def step(self, step):
         if self.has("dcp") and step == SAVED:
             self.resume()
+        if self.has("ema"):
+            with self.optimizer.averaged(self.net):  # evaluating it must not change the training
+                pass
         with contextlib.suppress(FloatingPointError):
             self.optimizer.zero_grad()
             self.gradients(step)
