@@ -32,6 +32,7 @@ TITLES = {
     "amsgrad": "`amsgrad`",
     "independent": '`weight_decay_schedule="independent"`',
     "cautious": "`cautious_decay`",
+    "ema": "`ema_decay`",
     "clip": "`max_grad_norm`",
     "skip": '`nonfinite="skip"`',
     "error": '`nonfinite="error"`',
@@ -228,6 +229,8 @@ class Training:
         options = {"lr": lr, "amsgrad": "amsgrad" in self.on, "cautious_decay": "cautious" in self.on}
         if "independent" in self.on:
             options |= {"weight_decay_schedule": "independent", "reference_lr": 0.03}
+        if "ema" in self.on:
+            options["ema_decay"] = 0.9
         if "clip" in self.on:
             options["max_grad_norm"] = 3.0
         if "skip" in self.on or "error" in self.on:
@@ -313,6 +316,9 @@ class Training:
     def step(self, step):
         if self.has("dcp") and step == SAVED:
             self.resume()
+        if self.has("ema"):
+            with self.optimizer.averaged(self.net):  # evaluating it must not change the training
+                pass
         with contextlib.suppress(FloatingPointError):
             self.optimizer.zero_grad()
             self.gradients(step)

@@ -109,8 +109,8 @@ class AdamW(Optimizer):
         ``"maximize"``, ``"state_format"``, ``"master_weights"``, ``"seed"``, ``"weight_decay_schedule"``,
         ``"reference_lr"``, ``"cautious_decay"`` and ``"ema_decay"``. ``"betas"`` reads and writes ``beta1`` and
         ``beta2``. Under ``spike_threshold`` there is also ``"spike_memory"``. If you change a hyperparameter, the next
-        step uses the new value. Other keys are kept;
-        a warning names each that neither the optimizer nor a known tool reads, with the nearest hyperparameter.
+        step uses the new value. Other keys are kept; a warning names each that neither the optimizer nor a known tool
+        reads, with the nearest hyperparameter.
     defaults : dict
         The same hyperparameters, for groups that do not set their own.
 
