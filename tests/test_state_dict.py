@@ -89,6 +89,10 @@ def test_state_dict_is_plain_and_documented():
         "state_format": "fp32",
         "master_weights": True,
         "seed": 0,
+        "weight_decay_schedule": "lr",
+        "reference_lr": None,
+        "cautious_decay": False,
+        "ema_decay": None,
         "state_version": 1,
         "params": [0, 1, 2],
     }

@@ -161,7 +161,8 @@ class StateFormat:
 
         A parameter without state gets all tensors. amsgrad's maximum may be added later; it starts from zero. The
         residual or master may also be added later, if a model is converted to 16 bits; the master weight then starts
-        from the parameter's value. So may the average of the weights, which starts from the master weight.
+        from the parameter's value. So may the average of the weights, which starts from the master weight, and with it
+        the stream.
         """
         slots = self.slots_with(amsgrad)
         if not entry:
@@ -174,7 +175,7 @@ class StateFormat:
             missing[STEP] = step
         for key, slot in slots.items():
             value = entry.get(key)
-            if value is None and key in _LATER:
+            if value is None and key in _LATER and (key != STREAM or self.moments == "fp32"):
                 missing[key] = self.new_slot(key, slot, param, rounding_key)
                 continue
             if value is None and (others := sorted(KEYS & entry.keys() - slots.keys() - _LATER - {STEP})):

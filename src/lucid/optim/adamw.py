@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from lucid.engine.formats import NAMES, MasterWeights, StateFormatName
@@ -243,11 +244,11 @@ def _reference_lr(group: ParamGroup) -> float | None:
 
 
 def _master_weights(value: Any) -> MasterWeights:
-    if isinstance(value, str):
-        if value != "stochastic":
-            raise ValueError(f"master_weights: expected True, False or 'stochastic', got {value!r}")
+    if isinstance(value, str) and value == "stochastic":
         return "stochastic"
-    return checked_flag("master_weights", value)
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"master_weights: expected True, False or 'stochastic', got {shown(value)}")
+    return bool(value)
 
 
 def _seed(value: Any) -> int:
