@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from examples.train_gpt import lr_factor
@@ -52,12 +52,8 @@ def trained(cautious: bool) -> Course:
     network, data = TASK.network(), TASK.data()
     matrices = [p for p in network.parameters() if p.ndim >= 2]
     others = [p for p in network.parameters() if p.ndim < 2]
-    optimizer = optim.AdamW(
-        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
-        lr=TASK.lr,
-        weight_decay=TASK.weight_decay,
-        cautious_decay=cautious,
-    )
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    optimizer = optim.AdamW(groups, lr=TASK.lr, weight_decay=TASK.weight_decay, cautious_decay=cautious)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, TASK.schedule()))
     course = Course([], [])
     for step in range(TASK.steps):
@@ -77,7 +73,8 @@ def trained(cautious: bool) -> Course:
 
 def _agrees(optimizer: optim.AdamW, param: nn.Parameter, before: torch.Tensor) -> torch.Tensor:
     """Return where the update has the sign of the weight: the update's sign is that of the first moment."""
-    return optimizer.state[param]["exp_avg"].sign() * before.sign() > 0
+    moment: torch.Tensor = optimizer.state[param]["exp_avg"]
+    return moment.sign() * before.sign() > 0
 
 
 def draw(plain: Course, cautious: Course) -> Figure:

@@ -13,8 +13,10 @@ from fractions import Fraction
 import lightning.pytorch as lightning
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch import distributed
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, CyclicLR, LambdaLR, OneCycleLR, SequentialLR
 
@@ -23,6 +25,7 @@ from bits import assert_same, draw, on, results, snapshot, through_a_file
 from deciding import Pair, decisions
 from frameworks import LIGHTNINGS_WARNINGS, forget
 from lucid.engine import Scalars
+from lucid.optim.checkpoint import load_optimizer
 from sharded import everyone_has
 
 with warnings.catch_warnings():
@@ -399,6 +402,22 @@ def test_a_bad_reference_in_a_checkpoint(wrong):
     saved, target = Twins().run(1).optimizers[0].state_dict(), Twins().run(2).optimizers[0]
     saved["param_groups"][0]["reference_lr"] = wrong
     refused((ValueError, TypeError), "^reference_lr: expected", lambda: target.load_state_dict(saved), target)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["", "of an earlier release"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_distributed_checkpoints(old, tmp_path):
+    nets = [torch.nn.Linear(5, 3) for _ in range(2)]
+    source = optim.AdamW(nets[0].parameters(), lr=PEAK, **INDEPENDENT)
+    target = optim.AdamW(nets[1].parameters(), lr=8 * PEAK, **INDEPENDENT)
+    give_gradients(source, 0)
+    source.step()
+    saved = get_optimizer_state_dict(nets[0], source)
+    dcp.save({"optimizer": without_keys(saved) if old else saved}, checkpoint_id=tmp_path)
+    load_optimizer(nets[1], target, tmp_path)
+    (group,) = target.param_groups
+    assert (group["lr"], group["weight_decay_schedule"]) == (PEAK, "independent")
+    assert group["reference_lr"] == (8 * PEAK if old else PEAK)
 
 
 def test_torch_does_not_get_our_keys():

@@ -88,7 +88,8 @@ class AdamW(Optimizer):
     weight_decay_schedule : {"lr", "independent"}, default "lr"
         The part of a parameter that a step takes away: α·λ under ``"lr"``, as in torch; λ·(α/α₀) under
         ``"independent"``, as in the paper. There the decay follows the schedule but not the size of the learning rate;
-        usual values of λ are about α₀ times those for ``"lr"``. See ``docs/decay.md``.
+        usual values of λ are about α₀ times those for ``"lr"``, so the default of 0.01 is far too large. See
+        ``docs/decay.md``.
     reference_lr : float, optional
         α₀ of ``"independent"``, finite and > 0: the learning rate at which a step takes away the part λ. None is the
         group's `lr` when the group is added, so give α₀ if that is 0 or not the peak of the schedule. Later changes of
