@@ -92,8 +92,9 @@ class AdamW(Optimizer):
     param_groups : list of dict
         Each has ``"params"``, ``"lr"``, ``"beta1"``, ``"beta2"``, ``"eps"``, ``"weight_decay"``, ``"amsgrad"``,
         ``"maximize"``, ``"state_format"``, ``"master_weights"`` and ``"seed"``. ``"betas"`` reads and writes
-        ``beta1`` and ``beta2``. ``"spike_memory"`` is there under ``spike_threshold``. If you change a hyperparameter, the next step uses the new value. Other keys are kept;
-        a warning names each that neither the optimizer nor a known tool reads, with the nearest hyperparameter.
+        ``beta1`` and ``beta2``. If you change a hyperparameter, the next step uses the new value. With
+        ``spike_threshold`` there is also ``"spike_memory"``. Other keys are kept; a warning names each that neither the
+        optimizer nor a known tool reads, with the nearest hyperparameter.
     defaults : dict
         The same hyperparameters, for groups that do not set their own.
 
