@@ -113,6 +113,7 @@ using SquaresFn = bool (*)(const void* from, int64_t n, const SquareWindow& wind
 struct Kernels {
   UpdateFn<float> f32[param_formats][moment_formats][2][2];  // ... [gradient in the parameter's type][amsgrad]
   UpdateFn<double> f64[2];                                   // [amsgrad]
+  UpdateFn<float> f32_averaged;  // of plain parameters and moments, without amsgrad: averages the weights, too
   AverageFn<float> average_f32[param_formats];
   AverageFn<double> average_f64;
   ConvertFn<float> to_f32[4];  // by Type

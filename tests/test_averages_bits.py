@@ -20,6 +20,7 @@ from bits import assert_same, draw, on, results, same
 from lucid import engine
 from lucid.engine import codecs, reference
 from lucid.engine.shards import WHOLE
+from offloading import offload_all
 from options import NUMBERINGS, STORED, Run, draws_for, on_reference, ran
 from patterns import BATCHES, LEVELS, patterns
 from stored import DRAWS, ENGINES, float32, stepped
@@ -143,6 +144,17 @@ def test_averages_of_shards(dtype, masters, state_format, numbering, engine_name
     wanted = on_reference(dtype, 2, **options)
     with on(engine_name):
         assert_same(ran(dtype, 2, **options), wanted)
+
+
+@by_format
+def test_averages_of_state_on_the_host(dtype, masters, state_format, monkeypatch):
+    """Whose rows go to the CPU engine in pieces."""
+    options = {"master_weights": masters, "state_format": state_format, "ema_decay": 0.999, "few": True}
+    wanted = on_reference(dtype, 2, **options)
+    log = []
+    offload_all(monkeypatch, log)
+    assert_same(ran(dtype, 2, **options), wanted)
+    assert log
 
 
 @pytest.mark.parametrize("cut", [1, 8, 31])
