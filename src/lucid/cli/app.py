@@ -37,6 +37,14 @@ class StateFormat(StrEnum):
     eight_bit = "8bit"
 
 
+class MasterWeights(StrEnum):
+    """What is kept beside 16-bit parameters."""
+
+    true = "true"
+    false = "false"
+    stochastic = "stochastic"
+
+
 class Target(StrEnum):
     """Formats to convert to."""
 
@@ -146,6 +154,10 @@ def plan(
     ] = 1,
     memory: Annotated[str | None, typer.Option(help="Memory of each process, like 24GiB: marks what fits.")] = None,
     amsgrad: Annotated[bool, typer.Option("--amsgrad", help="Plan for amsgrad.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="Plan for averages of the weights (ema_decay).")] = False,
+    master_weights: Annotated[
+        MasterWeights, typer.Option(help="As the argument of AdamW, for 16-bit weights.")
+    ] = MasterWeights.true,
     json: Json = False,
 ) -> None:
     """Compute bytes of weights, gradients and state before you train, in every format, and what fits."""
@@ -156,7 +168,8 @@ def plan(
         model = counted(parameters, layout, others=(checkpoint, like, shapes))
     else:
         model = chosen(checkpoint, like and like.value, shapes)
-    raise typer.Exit(command.run(model, ranks, memory, amsgrad=amsgrad, json=json))
+    kept = command.Kept(amsgrad, ema, "stochastic" if master_weights == "stochastic" else master_weights == "true")
+    raise typer.Exit(command.run(model, ranks, memory, kept, json=json))
 
 
 @app.command()

@@ -10,12 +10,21 @@ from dataclasses import asdict, dataclass
 from rich.text import Text
 
 from lucid.bench.shapes import Shape
-from lucid.engine.formats import NAMES, StateFormatName, state_bytes
+from lucid.engine.formats import NAMES, MasterWeights, StateFormatName, state_bytes
 
 from . import output
 from .shapes import DTYPES, Model, memory
 
 TORCH = "torch"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is kept beside the moments, as the arguments of AdamW say."""
+
+    amsgrad: bool = False
+    ema: bool = False
+    master_weights: MasterWeights = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +63,8 @@ def need(
     dtype: str,
     state_format: str,
     ranks: int,
+    kept: Kept = Kept(),
     *,
-    amsgrad: bool = False,
     limit: int | None = None,
 ) -> Need:
     """Return the bytes that training needs; `state_format` may be ``"torch"``, for torch's AdamW."""
@@ -64,11 +73,11 @@ def need(
     sizes = {shape: kind.itemsize * _part(shape, ranks) for shape in counts}
     weights = sum(count * sizes[shape] for shape, count in counts.items())
     if state_format == TORCH:
-        state = (3 if amsgrad else 2) * weights + 4 * len(shapes)  # and the step count
+        state = (2 + kept.amsgrad + kept.ema) * weights + 4 * len(shapes)  # and the step count
     else:
         name: StateFormatName = state_format  # type: ignore[assignment]
         state = sum(
-            count * state_bytes(shape, kind, name, amsgrad=amsgrad, ranks=ranks) for shape, count in counts.items()
+            count * state_bytes(shape, kind, name, ranks=ranks, **asdict(kept)) for shape, count in counts.items()
         )
     in_backward = max(sizes.values()) if ranks == 1 and state_format != TORCH else None
     found = Need(dtype, state_format, ranks, weights, weights, state, in_backward)
@@ -79,12 +88,13 @@ def need(
     return Need(dtype, state_format, ranks, weights, weights, state, in_backward, *fits)
 
 
-def needs(model: Model, ranks: Sequence[int], *, amsgrad: bool, limit: int | None) -> Iterator[Need]:
+def needs(model: Model, ranks: Sequence[int], kept: Kept, *, limit: int | None) -> Iterator[Need]:
     """Return the bytes of each choice."""
     for dtype in DTYPES:
-        for state_format in (*NAMES, TORCH):
+        refused = dtype == "float16" and kept.master_weights == "stochastic"
+        for state_format in (TORCH,) if refused else (*NAMES, TORCH):
             for number in ranks:
-                yield need(model.shapes, dtype, state_format, number, amsgrad=amsgrad, limit=limit)
+                yield need(model.shapes, dtype, state_format, number, kept, limit=limit)
 
 
 def rank_counts(most: int) -> list[int]:
@@ -92,11 +102,11 @@ def rank_counts(most: int) -> list[int]:
     return sorted({*(2**power for power in range(most.bit_length()) if 2**power <= most), most})
 
 
-def run(model: Model, most_ranks: int, memory_text: str | None, *, amsgrad: bool, json: bool) -> int:
+def run(model: Model, most_ranks: int, memory_text: str | None, kept: Kept, *, json: bool) -> int:
     """Print the bytes of each choice; return 1 if nothing fits into the given memory."""
     limit = None if memory_text is None else memory(memory_text)
     ranks = rank_counts(most_ranks)
-    found = list(needs(model, ranks, amsgrad=amsgrad, limit=limit))
+    found = list(needs(model, ranks, kept, limit=limit))
     if json:
         choices = [asdict(each) | {"total": each.total, "total_in_backward": each.total_in_backward} for each in found]
         output.print_json(
@@ -132,7 +142,7 @@ def _print(
     console.print(
         "Activations, buffers and the allocator's reserve come on top. in backward: with step_in_backward(), which "
         "keeps only the largest gradient (weights used more than once need more). torch: torch.optim.AdamW, which "
-        "keeps no master weights for 16-bit parameters.",
+        "keeps no master weights for 16-bit parameters, with --ema beside an AveragedModel in the weights' dtype.",
         style=output.FAINT,
     )
     if limit is None:
