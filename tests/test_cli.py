@@ -364,15 +364,22 @@ def test_memory_is_read_in_either_unit(text, count):
 SHAPES = [(100, 128), (64, 64, 3, 3), (1000,), (5, 7), (), (333, 257)]
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("dtype", shapes.DTYPES)
+KEPT = [plan.Options(), plan.Options(amsgrad=True), plan.Options(ema=True), plan.Options(True, True, False)]
+DRAWN = [plan.Options(master_weights="stochastic"), plan.Options(ema=True, master_weights="stochastic")]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [(dtype, kept) for dtype in shapes.DTYPES for kept in [*KEPT, *(DRAWN if dtype != "float16" else [])]],
+)
 @pytest.mark.parametrize("state_format", NAMES)
-def test_the_plan_counts_the_very_bytes_of_the_state(state_format, dtype, amsgrad):
+def test_the_plan_counts_the_very_bytes_of_the_state(state_format, dtype, kept):
     params = [nn.Parameter(torch.zeros(shape, dtype=shapes.DTYPES[dtype])) for shape in SHAPES]
-    optimizer = optim.AdamW(params, state_format=state_format, amsgrad=amsgrad)
+    options = {"amsgrad": kept.amsgrad, "ema_decay": 0.9 if kept.ema else None, "master_weights": kept.master_weights}
+    optimizer = optim.AdamW(params, state_format=state_format, **options)
     optimizer.init_state()
     held = sum(value.nbytes for param in params for value in optimizer.state[param].values())
-    found = plan.need(SHAPES, dtype, state_format, 1, plan.Options(amsgrad))
+    found = plan.need(SHAPES, dtype, state_format, 1, kept)
     assert (found.state, found.weights, found.gradients) == (
         held,
         sum(param.nbytes for param in params),

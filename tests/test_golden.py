@@ -48,6 +48,8 @@ def test_golden_checkpoints_are_what_is_made_today(name, engine_name):
 def test_a_golden_checkpoint_loads_into_every_format_and_into_torch(name, to):
     saved = torch.load(golden.HERE / f"{name}.pt", weights_only=True)
     for dtype in DTYPES:
+        if dtype == torch.float16 and saved["options"].get("master_weights") == "stochastic":
+            continue
         start = {key: value.to(dtype) for key, value in saved["params"].items()}
         optimizer, params = golden.made(start, saved["options"] | {"state_format": to})
         optimizer.load_state_dict(saved["optimizer"])

@@ -29,6 +29,18 @@ KINDS = {
     "8bit-bf16-parameters": (torch.bfloat16, {"state_format": "8bit"}),
     "bf16-fp16-parameters": (torch.float16, {"state_format": "bf16"}),
     "fp32-spikes": (torch.float32, {"state_format": "fp32", "spike_threshold": 6.0}),
+    "8bit-ema": (torch.float32, {"state_format": "8bit", "ema_decay": 0.9}),
+    "8bit-ema-bf16-parameters": (torch.bfloat16, {"state_format": "8bit", "ema_decay": 0.9}),
+    "8bit-stochastic-bf16-parameters": (torch.bfloat16, {"state_format": "8bit", "master_weights": "stochastic"}),
+    "bf16-independent-cautious": (
+        torch.float32,
+        {
+            "state_format": "bf16",
+            "weight_decay_schedule": "independent",
+            "reference_lr": 0.03,
+            "cautious_decay": True,
+        },
+    ),
 }
 
 

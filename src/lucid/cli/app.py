@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,6 +35,14 @@ class StateFormat(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     eight_bit = "8bit"
+
+
+class MasterWeights(StrEnum):
+    """What is kept beside 16-bit parameters."""
+
+    true = "true"
+    false = "false"
+    stochastic = "stochastic"
 
 
 class Target(StrEnum):
@@ -161,6 +169,10 @@ def plan(
     step_in_backward: Annotated[
         bool, typer.Option("--step-in-backward", help="Plan for step_in_backward(), which frees gradients at once.")
     ] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="Plan for averages of the weights (ema_decay).")] = False,
+    master_weights: Annotated[
+        MasterWeights, typer.Option(help="As the argument of AdamW, for 16-bit weights.")
+    ] = MasterWeights.true,
     json: Json = False,
 ) -> None:
     """Compute bytes of weights, gradients and state before you train, in every format, and what fits."""
@@ -171,7 +183,8 @@ def plan(
         model = counted(parameters, layout, others=(checkpoint, like, shapes))
     else:
         model = chosen(checkpoint, like and like.value, shapes)
-    options = command.Options(amsgrad, state_device and state_device.value, step_in_backward)
+    kept: bool | Literal["stochastic"] = "stochastic" if master_weights == "stochastic" else master_weights == "true"
+    options = command.Options(amsgrad, ema, kept, state_device and state_device.value, step_in_backward)
     raise typer.Exit(command.run(model, ranks, memory, options, json=json))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,11 +65,15 @@ def _entry(parameter: Parameter, to: Target) -> dict[str, Any]:
     if to == "torch":
         return decoded(param, parameter.entry, parameter.called)
     master = "residual" in parameter.entry or "master" in parameter.entry
-    kept = format_for(param, to, master, parameter.called)
+    kept = format_for(param, to, master, parameter.called, ema="ema" in parameter.entry)
     seed = parameter.group.get("seed", 0)
     name = parameter.name if "param_names" in parameter.group else None  # a folder's keys are not saved names
     rounding_key = (seed, parameter.number if name is None else name)
-    return converted_entry(kept, param, parameter.entry, parameter.called, rounding_key)
+    found: dict[str, Any] = converted_entry(kept, param, parameter.entry, parameter.called, rounding_key)
+    stream = parameter.entry.get("stream")
+    if parameter.group.get("master_weights") == "stochastic" and isinstance(stream, Tensor):
+        found.setdefault("stream", stream.clone())  # the weights may be drawn from it, whatever the moments' format
+    return found
 
 
 def _group(to: Target, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,6 +127,20 @@ def uncertain_count(entry: Mapping[str, Any]) -> str:
     )
 
 
+def _notes(before: Sequence[Saved], to: Target) -> Iterator[str]:
+    """Yield what the user has to know."""
+    for saved in before:
+        averages = sum("ema" in parameter.entry for parameter in saved.parameters)
+        if to == "torch" and averages:
+            yield (
+                f"averages of the weights of {averages} parameters are left out: torch.optim.AdamW keeps none; save "
+                "optimizer.averages() to keep them"
+            )
+        for parameter in saved.parameters:
+            if note := uncertain_count(parameter.entry):
+                yield f"{parameter.called}: {note}"
+
+
 def _kind(checkpoint: Checkpoint, target: str) -> Kind:
     if target.endswith(("/", "\\")):
         return "folder"
@@ -150,7 +168,7 @@ def run(source: Path, target: str, to: Target, *, json: bool) -> int:
         sum(bool(parameter.entry) for saved in before for parameter in saved.parameters),
         _bytes(before),
         _bytes(after),
-        [f"{of.called}: {note}" for saved in before for of in saved.parameters if (note := uncertain_count(of.entry))],
+        list(_notes(before, to)),
     )
     if json:
         output.print_json(asdict(done))

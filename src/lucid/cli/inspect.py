@@ -40,8 +40,9 @@ class Found:
     """A parameter's state.
 
     `max_m_over_sqrt_v`: the largest of any element. `update_ratio`: RMS of the next update over RMS of the weight.
-    `no_weight`: why no weight is matched to this parameter. `spike_memory`: the optimizer's memory of gradient norms,
-    if it was saved.
+    `ema_distance`: RMS of the average of the weights minus the weight, over RMS of the weight. `ema_bytes`: of that
+    average. `no_weight`: why no weight is matched to this parameter. `spike_memory`: the optimizer's memory of
+    gradient norms, if it was saved.
     """
 
     name: str
@@ -52,7 +53,9 @@ class Found:
     root_v_norm: float = math.nan
     max_m_over_sqrt_v: float = math.nan
     update_ratio: float = math.nan
+    ema_distance: float = math.nan
     state_bytes: int = 0
+    ema_bytes: int = 0
     no_weight: str | None = None
     spike_memory: list[Any] | None = None
     oddities: tuple[str, ...] = ()
@@ -88,6 +91,9 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
         return replace(found, state_bytes=size, oddities=tuple(odd))
     m, v = moments
     odd += _oddities_of_values(m, v, step or 0.0)
+    ema = tensors.get("ema")
+    if ema is not None:
+        odd += _not_finite("ema", ema)
     w = tensors.get(_MAXIMUM)
     if w is not None and w.is_complex():
         w = torch.view_as_real(w)
@@ -104,9 +110,17 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
         root_v_norm=math.sqrt(max(0.0, float(v.double().sum()))) if not bool((v < 0).any()) else math.nan,
         max_m_over_sqrt_v=ratio,
         update_ratio=_update_ratio(parameter.group, m, denominator, step or 0.0, weight),
+        ema_distance=math.nan if ema is None or weight is None else _distance(ema, weight),
         state_bytes=size,
+        ema_bytes=0 if ema is None else ema.nbytes,
         oddities=tuple(odd),
     )
+
+
+def _distance(ema: Tensor, weight: Tensor) -> float:
+    wide = torch.complex128 if weight.is_complex() else torch.float64
+    size = float(torch.linalg.vector_norm(weight.to(wide))) if weight.shape == ema.shape else 0.0
+    return float(torch.linalg.vector_norm(ema.to(wide) - weight.to(wide))) / size if size else math.nan
 
 
 def _has_numbers(tensor: Tensor) -> bool:
@@ -119,7 +133,7 @@ def _refusal(parameter: Parameter) -> str:
     codes = "exp_avg_code" in entry
     try:
         param = stand_in(entry, parameter.called)
-        kept = format_for(param, "8bit" if codes else "fp32", True, parameter.called)
+        kept = format_for(param, "8bit" if codes else "fp32", True, parameter.called, ema="ema" in entry)
         converted_entry(kept, param, entry, parameter.called, (0, 0))
     except (TypeError, ValueError) as error:
         return str(error)
@@ -144,7 +158,7 @@ def _format(tensors: Mapping[str, Tensor]) -> str:
         moments = "bf16"
     else:
         moments = str(tensors["exp_avg"].dtype).removeprefix("torch.")
-    more = [key for key in ("residual", "master") if key in tensors] + ["amsgrad"] * (_MAXIMUM in tensors)
+    more = [key for key in ("residual", "master", "ema") if key in tensors] + ["amsgrad"] * (_MAXIMUM in tensors)
     return " + ".join([moments, *more])
 
 
@@ -157,7 +171,7 @@ def _oddities_of_keys(entry: Mapping[str, Any]) -> Iterator[str]:
         yield "moments twice: as codes and as numbers"
     if not missing:
         shape = entry[wanted[0]].shape
-        for key in ("exp_avg_sq", "exp_avg_sq_code", _MAXIMUM, "residual", "master"):
+        for key in ("exp_avg_sq", "exp_avg_sq_code", _MAXIMUM, "residual", "master", "ema"):
             value = entry.get(key)
             if isinstance(value, Tensor) and value.shape != shape:
                 yield f"{key} has shape {_shape(value)}, {wanted[0]} {_shape(entry[wanted[0]])}"
@@ -316,7 +330,9 @@ def run(path: Path, *, weights: Path | None, json: bool, plot: Path | None) -> i
 
 def _print(name: str, states: list[Found]) -> None:
     console = output.console()
+    averages = sum(each.ema_bytes for each in states)
     header = ["parameter", "shape", "format", "step", "‖m‖", "‖√v‖", "max |m|/√v", "update/weight"]
+    header += ["ema − weight"] if averages else []
     rows: list[list[str | Text]] = [
         [
             Text(output.printable(each.name), output.BAD if each.oddities else ""),
@@ -324,10 +340,12 @@ def _print(name: str, states: list[Found]) -> None:
             each.format,
             "–" if each.step is None else f"{each.step:g}",
             *(_figure(value) for value in (each.m_norm, each.root_v_norm, each.max_m_over_sqrt_v, each.update_ratio)),
+            *([_figure(each.ema_distance)] if averages else []),
         ]
         for each in states
     ]
     size = output.size(sum(each.state_bytes for each in states))
+    size += f", {output.size(averages)} of it averages of weights" if averages else ""
     console.print(output.table(header, rows, f"{output.printable(name)}: state of {len(states)} parameters, {size}"))
     for reason, names in _without_weight(states).items():
         console.print(Text(output.printable(f"no update/weight for {names}: {reason}"), output.FAINT))

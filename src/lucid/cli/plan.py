@@ -11,12 +11,14 @@ import torch
 from rich.text import Text
 
 from lucid.bench.shapes import Shape
+from lucid.engine import pinned
 from lucid.engine.formats import (
     AMSGRAD,
     CODES,
     NAMES,
     STEP,
     STREAM,
+    MasterWeights,
     StateFormatName,
     moments,
     new_step,
@@ -62,9 +64,14 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to plan for: `AdamW`'s options of these names, `step_in_backward`, and the bytes of the weights' device."""
+    """What to plan for: `AdamW`'s options of these names, `step_in_backward`, and the bytes of the weights' device.
+
+    ``ema``: whether averages of the weights are kept.
+    """
 
     amsgrad: bool = False
+    ema: bool = False
+    master_weights: MasterWeights = True
     state_device: str | None = None
     step_in_backward: bool = False
     limit: int | None = None
@@ -72,7 +79,7 @@ class Options:
 
 def host_bytes(sizes: Iterable[int]) -> int:
     """Return the pinned memory that tensors of these sizes take, made in this order."""
-    return sum(sizes)
+    return pinned.bytes_for(sizes)
 
 
 def _placed(held: Sequence[tuple[str, int]], state_device: str | None) -> tuple[int, int]:
@@ -81,8 +88,8 @@ def _placed(held: Sequence[tuple[str, int]], state_device: str | None) -> tuple[
     if state_device is None:
         return whole, 0
     numbers = sum(size for key, size in held if key in _NUMBERS)
-    pinned = [size for key, size in held if key in _MOMENTS or (state_device == "cpu" and key not in _NUMBERS)]
-    return whole - numbers - sum(pinned), numbers + host_bytes(pinned)
+    on_host = [size for key, size in held if key in _MOMENTS or (state_device == "cpu" and key not in _NUMBERS)]
+    return whole - numbers - sum(on_host), numbers + host_bytes(on_host)
 
 
 def _part(shape: Shape, ranks: int) -> int:
@@ -97,10 +104,21 @@ def need(shapes: Sequence[Shape], dtype: str, state_format: str, ranks: int, opt
     sizes = {shape: kind.itemsize * _part(shape, ranks) for shape in counts}
     weights = sum(count * sizes[shape] for shape, count in counts.items())
     if state_format == TORCH:
-        slots = {shape: {"moments": (3 if options.amsgrad else 2) * size} for shape, size in sizes.items()}
+        slots = {shape: {"moments": (2 + options.amsgrad + options.ema) * size} for shape, size in sizes.items()}
     else:
         name: StateFormatName = state_format  # type: ignore[assignment]
-        slots = {shape: slot_bytes(shape, kind, name, amsgrad=options.amsgrad, ranks=ranks) for shape in counts}
+        slots = {
+            shape: slot_bytes(
+                shape,
+                kind,
+                name,
+                master_weights=options.master_weights,
+                amsgrad=options.amsgrad,
+                ema=options.ema,
+                ranks=ranks,
+            )
+            for shape in counts
+        }
     held = [(STEP, new_step().nbytes)] * len(shapes) + [each for shape in shapes for each in slots[shape].items()]
     state, host = _placed(held, options.state_device)
     in_backward = max(sizes.values()) if ranks == 1 and state_format != TORCH else None
@@ -118,9 +136,11 @@ def needs(model: Model, ranks: Sequence[int], options: Options) -> Iterator[Need
     """Return the bytes of each choice. torch's AdamW is one if all options are also torch's."""
     formats = NAMES if options.state_device or options.step_in_backward else (*NAMES, TORCH)
     for dtype in DTYPES:
+        refused = dtype == "float16" and options.master_weights == "stochastic"
         for state_format in formats:
             for number in ranks:
-                yield need(model.shapes, dtype, state_format, number, options)
+                if not refused or state_format == TORCH:
+                    yield need(model.shapes, dtype, state_format, number, options)
 
 
 def rank_counts(most: int) -> list[int]:
@@ -207,7 +227,8 @@ def _notes(options: Options, *, several: bool) -> Iterator[str]:
     if options.state_device is not None:
         yield "host: the host's memory for the state that is there; --memory is that of the device."
     elif not options.step_in_backward:
-        yield "torch: torch.optim.AdamW, which keeps no master weights for 16-bit parameters."
+        beside = ", and an AveragedModel in the weights' dtype" if options.ema else ""
+        yield f"torch: torch.optim.AdamW, which keeps no master weights for 16-bit parameters{beside}."
 
 
 def _marked(size: int, fits: bool | None) -> str | Text:
