@@ -16,6 +16,8 @@ from benchmarks import gpu, offload, report
 from benchmarks.offload import BUS, IN_PLACE, LLAMA, OFFLOADED, PAGED, STAGED, Bench, Host, Result
 
 from lucid.bench.contenders import EIGHT_BIT, LUCID, bus_copies
+from lucid.engine import choice, only
+from pinning import Pages, pretend_pinned
 
 PAGE = Path(__file__).parents[1] / "benchmarks" / "RESULTS-gpu.md"
 CPU = torch.device("cpu")
@@ -45,12 +47,12 @@ def test_the_whole_script_runs(both_ways, without_libraries, capsys):
     for case, name, names in offload.CASES:
         assert f"{case}, {name}: the bus" in said
         for each in names:
-            assert (f"{case}, {name}: {each} " in said) == (each in offload.WAYS)
+            assert (f"{case}, {name}: {each} " in said) == (each in offload.OWN)
     assert "A dry run on the CPU" in said
     assert f"{OFFLOADED} was not measured (llama-1b, lucid;" in said
     assert "torchao is not installed" in said
     assert "bitsandbytes is not installed" in said
-    assert {IN_PLACE, STAGED} == set(both_ways)
+    assert set(offload.OWN) == set(both_ways)
 
 
 def test_what_has_no_time_or_fails_is_named(both_ways, without_libraries, monkeypatch):
@@ -125,6 +127,21 @@ def test_torchaos_hooks_get_the_gradients_of_each_step(monkeypatch):
         step()
     assert got[2::3] == ["step", "step"]
     assert sorted(each for each in got if each != "step") == [21.0, 21.0, 28.0, 28.0]
+
+
+def test_a_step_in_place_is_measured(monkeypatch):
+    """By the CUDA engine, interpreted, in pretended pinned memory."""
+    pages = Pages()
+    pretend_pinned(monkeypatch, pages)
+    monkeypatch.setattr(choice, "IN_PLACE", False)
+    monkeypatch.setattr(offload, "SIZES", {LLAMA: [(64, 64), (7,)]})
+    with only("cuda"):
+        found = offload.measure(bench(), LLAMA, offload.KINDS[EIGHT_BIT], [IN_PLACE])
+    assert found.failures == {}
+    assert len(found.samples[IN_PLACE]) >= 1
+    assert found.moved[IN_PLACE] == 2 * 64 * 64 + 8 * 64 + 8 * 7
+    assert choice.IN_PLACE
+    assert sum(pages.asked) >= found.moved[IN_PLACE]
 
 
 # A pretended GPU

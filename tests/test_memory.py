@@ -18,6 +18,7 @@ from lucid.bench import machine
 from lucid.bench.contenders import FORMATS
 from lucid.bench.shapes import MODELS, elements
 from lucid.cli import info, main, plan, shapes
+from lucid.engine import pinned
 from lucid.engine.formats import NAMES, STEP, STREAM
 from lucid.engine.sizes import state_bytes
 
@@ -28,7 +29,7 @@ HOST = plan.Options(state_device="cpu")
 @pytest.fixture
 def sums(monkeypatch):
     """Pinned memory without what is lost at the ends of its pieces."""
-    monkeypatch.setattr(plan, "host_bytes", sum)
+    monkeypatch.setattr(pinned, "bytes_for", sum)
 
 
 def planned(capsys, *arguments):
@@ -49,16 +50,15 @@ def choice(choices, dtype, state_format, ranks=1):
 
 @pytest.mark.parametrize("dtype", shapes.DTYPES)
 @pytest.mark.parametrize("state_format", NAMES)
-def test_state_on_the_host_is_counted_there_and_only_there(state_format, dtype, monkeypatch):
+def test_state_on_the_host_is_counted_there_and_only_there(state_format, dtype):
     """Tensors that kernels read are pinned; step counts and random streams are not."""
-    monkeypatch.setattr(plan, "host_bytes", lambda sizes: sum(math.ceil(size / 256) * 256 for size in sizes))
     params = [nn.Parameter(torch.zeros(shape, dtype=shapes.DTYPES[dtype])) for shape in SHAPES]
     optimizer = optim.AdamW(params, state_format=state_format, state_device="cpu", amsgrad=True)
     optimizer.init_state()
     state = [(key, value.nbytes) for param in params for key, value in optimizer.state[param].items()]
     numbers, slots = ([size for key, size in state if (key in (STEP, STREAM)) == one] for one in (True, False))
     found = plan.need(SHAPES, dtype, state_format, 1, plan.Options(amsgrad=True, state_device="cpu"))
-    assert (found.state, found.host) == (0, sum(numbers) + plan.host_bytes(slots))
+    assert (found.state, found.host) == (0, sum(numbers) + pinned.bytes_for(slots))
     assert found.total == 2 * sum(param.nbytes for param in params)
     assert found.total_in_backward == sum(param.nbytes for param in params) + max(param.nbytes for param in params)
 
@@ -133,7 +133,7 @@ LARGE = (4096, 4096)
 WEIGHTS = {
     "float32": (torch.float32, True),
     "bfloat16 + residual": (torch.bfloat16, True),
-    "bfloat16, stochastic": (torch.bfloat16, False),  # keeps what master_weights=False keeps
+    "bfloat16, stochastic": (torch.bfloat16, "stochastic"),
     "float16 + master": (torch.float16, True),
 }
 
@@ -170,7 +170,7 @@ def test_the_bytes_of_a_choice(sums, row):
     dtype, master = WEIGHTS[row[0]]
     size, state = dtype.itemsize, state_of(dtype, row[1], master_weights=master)
     assert row[2:7] == shown([2 * size + state, size + state, 2 * size, size, state])
-    if master:
+    if master is True:
         assert row[2:7] == shown([*planned_for(dtype, row[1])[:2], *planned_for(dtype, row[1], "cpu")])
 
 
@@ -192,7 +192,8 @@ def planned_for(dtype, state_format, state_device=None):
 
 @pytest.mark.parametrize("row", CHOICES[-2:], ids=lambda row: row[0])
 def test_what_is_added_to_any_choice(row):
-    added = state_of(torch.float32, "8bit", amsgrad=True) - state_of(torch.float32, "8bit")
+    option = {"ema" if "ema" in row[0] else "amsgrad": True}
+    added = state_of(torch.float32, "8bit", **option) - state_of(torch.float32, "8bit")
     assert row[1:7] == ["any", *(f"+ {each}" for each in shown([added, added, 0, 0, added]))]
 
 
@@ -236,6 +237,14 @@ def test_the_bus_takes_as_long_as_the_page_says(row):
         dtype, master = WEIGHTS[row[0].removesuffix(MOMENTS)]
         master = False if row[0].endswith(MOMENTS) else master
         assert row[8] == f"{1e3 * state_of(dtype, row[1], master_weights=master) * parameters / 50e9:.0f} ms"
+
+
+def test_the_page_says_what_pieces_add(capsys):
+    _, choices = planned(capsys, "--parameters", "7B", "--state-device", "cpu")
+    assert f"{choice(choices, 'bfloat16', '8bit')['host'] / 1e9:.1f} GB for the 28.4 GB above" in PAGE
+    _, choices = planned(capsys, "--like", "llama-1b", "--state-device", "cpu")
+    more = choice(choices, "float32", "fp32")["host"] / (8 * elements(MODELS["llama-1b"]())) - 1
+    assert f"{more:.0%} more for Llama".replace("%", " %") in PAGE
 
 
 # lucid info

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -77,11 +77,6 @@ class Options:
     limit: int | None = None
 
 
-def host_bytes(sizes: Iterable[int]) -> int:
-    """Return the pinned memory that tensors of these sizes take, made in this order."""
-    return pinned.bytes_for(sizes)
-
-
 def _placed(held: Sequence[tuple[str, int]], state_device: str | None) -> tuple[int, int]:
     """Return the bytes of state, given by key, on the weights' device and on the host."""
     whole = sum(size for _, size in held)
@@ -89,7 +84,7 @@ def _placed(held: Sequence[tuple[str, int]], state_device: str | None) -> tuple[
         return whole, 0
     numbers = sum(size for key, size in held if key in _NUMBERS)
     on_host = [size for key, size in held if key in _MOMENTS or (state_device == "cpu" and key not in _NUMBERS)]
-    return whole - numbers - sum(on_host), numbers + host_bytes(on_host)
+    return whole - numbers - sum(on_host), numbers + pinned.bytes_for(on_host)
 
 
 def _part(shape: Shape, ranks: int) -> int:
@@ -225,7 +220,7 @@ def _notes(options: Options, *, several: bool) -> Iterator[str]:
             "; with several processes, all gradients are." if several else "."
         )
     if options.state_device is not None:
-        yield "host: the host's memory for the state that is there; --memory is that of the device."
+        yield "host: the host's memory for its part of the state, in pinned pieces; --memory is the device's."
     elif not options.step_in_backward:
         beside = ", and an AveragedModel in the weights' dtype" if options.ema else ""
         yield f"torch: torch.optim.AdamW, which keeps no master weights for 16-bit parameters{beside}."
