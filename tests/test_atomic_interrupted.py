@@ -13,6 +13,7 @@ import torch
 
 import lucid.optim as optim
 from bits import World, assert_same, on, peek, results, snapshot
+from interrupting import Interrupts
 from lucid import engine
 from lucid.engine import formats, reference
 from lucid.engine.cuda.device import CUDA
@@ -128,30 +129,6 @@ def test_an_exception_at_each_place_inside_the_step(place, raised, when, stage, 
                     assert_same(results(world.optimizer), finished)
                     world.done += 1
             assert_same(results(world.run(stage + 2 - world.done).optimizer), wanted)
-
-
-class Interrupts:
-    """Ctrl-C at one of the points at which Python handles signals: calls, and returns from C, of these files.
-
-    But within a kernel, which is Python only where it is interpreted.
-    """
-
-    KERNELS = ("cuda/kernels.py", "cuda/formats.py", "cuda/adamw.py")
-
-    def __init__(self, at, files):
-        self.left = at
-        self.files = files
-        self.where = None
-
-    def __call__(self, frame, event, _):
-        file = frame.f_code.co_filename
-        if event not in ("call", "c_return") or self.files not in file or file.endswith(self.KERNELS):
-            return
-        self.left -= 1
-        if self.left == 0:
-            self.where = f"{file.rpartition('/')[2]}:{frame.f_lineno} ({event})"
-            sys.setprofile(None)
-            signal.getsignal(signal.SIGINT)(signal.SIGINT, frame)
 
 
 @pytest.mark.slow
