@@ -404,8 +404,11 @@ WAYS = {
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("way", WAYS)
-def test_training_resumes_with_the_same_bits(way, tmp_path, engine_name):
+@pytest.mark.parametrize(
+    ("engine_name", "way"),
+    [*(("cpu", way) for way in WAYS), *(("cuda", way) for way in ("file", "pickle", "DCP, flat"))],
+)
+def test_training_resumes_with_the_same_bits(engine_name, way, tmp_path):
     """In the warm-up, among spikes in a row, at their last, and later."""
     norms = [*ordinary(6), *[20.0] * MOST_IN_A_ROW, *ordinary(5, size=20.0)]
     with on(engine_name), warnings.catch_warnings():
