@@ -12,6 +12,7 @@ from commands import KINDS, inspected, run, save, save_folder, train, trained
 from golden import make as golden
 from lucid.cli.checkpoints import read
 from lucid.engine.formats import NAMES
+from spiking import Normed, memory
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -29,6 +30,23 @@ def test_nothing_is_odd_about_a_training(dtype, state_format, amsgrad, capsys, t
     assert all(each["update_ratio"] > 0 for each in found.values())
     held = sum(value.nbytes for entry in optimizer.state.values() for value in entry.values())
     assert sum(each["state_bytes"] for each in found.values()) == held
+
+
+def test_the_memory_of_norms_is_shown(capsys, tmp_path):
+    world = Normed(spike_threshold=6.0).steps([1.0, 20.0])
+    torch.save(world.optimizer.state_dict(), tmp_path / "a.pt")
+    status, out, _ = run(capsys, "inspect", tmp_path / "a.pt")
+    assert status == 0
+    assert "gradient norms (65 steps): 1 on average, ±0.2, 1 spikes in a row since" in out
+    _, out, _ = run(capsys, "inspect", "--json", tmp_path / "a.pt")
+    (states,) = json.loads(out).values()
+    assert [each["spike_memory"] for each in states] == [memory(world.optimizer)] * 3
+    saved = world.optimizer.state_dict()
+    saved["param_groups"][0]["spike_memory"] = "many"
+    torch.save(saved, tmp_path / "a.pt")
+    status, out, _ = run(capsys, "inspect", tmp_path / "a.pt")
+    assert status == 1
+    assert "spike_memory: expected [mean norm" in out
 
 
 @pytest.mark.parametrize("name", golden.KINDS)

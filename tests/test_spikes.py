@@ -7,6 +7,7 @@ import copy
 import math
 import pickle
 import random
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from benchmarks.spikes import RULES, left_out
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -23,6 +25,7 @@ from torch.nn import Parameter
 
 import lucid.optim as optim
 from bits import World, assert_same, on, results, snapshot, through_a_file
+from interrupting import Interrupts
 from lucid import engine
 from lucid.engine.spikes import MOST_IN_A_ROW, SPAN, TOO_LARGE, WARM_UP, Memory, judged
 from lucid.optim.checkpoint import load_optimizer
@@ -401,8 +404,11 @@ WAYS = {
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("way", WAYS)
-def test_training_resumes_with_the_same_bits(way, tmp_path, engine_name):
+@pytest.mark.parametrize(
+    ("engine_name", "way"),
+    [*(("cpu", way) for way in WAYS), *(("cuda", way) for way in ("file", "pickle", "DCP, flat"))],
+)
+def test_training_resumes_with_the_same_bits(engine_name, way, tmp_path):
     """In the warm-up, among spikes in a row, at their last, and later."""
     norms = [*ordinary(6), *[20.0] * MOST_IN_A_ROW, *ordinary(5, size=20.0)]
     with on(engine_name), warnings.catch_warnings():
@@ -475,3 +481,38 @@ def test_the_option_is_in_the_signature(kind):
     import inspect
 
     assert inspect.signature(kind).parameters["spike_threshold"].default is None
+
+
+def test_the_rule_that_the_benchmark_compares_is_the_steps():
+    for seed in range(5):
+        norms = lifelike(400, random.Random(seed))
+        positive = [norm for norm in norms if norm]
+        assert left_out(RULES["√q + mean / 2, as it is"], positive)[0] == len(after(positive)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that strikes a dying generator
+def test_an_interrupt_at_every_point_leaves_step_and_memory_together():
+    done = Normed(spike_threshold=6.0).steps([*NORMS, 1.0])
+    finished, memory_after = results(done.optimizer), memory(done.optimizer)
+    both = set()
+    for at in range(1, 500):
+        twin = Normed(spike_threshold=6.0).steps(NORMS)
+        twin.set_gradients(1.0)
+        before = snapshot(twin.optimizer)
+        interrupts = Interrupts(at, "lucid")
+        sys.setprofile(interrupts)
+        try:
+            twin.optimizer.step()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        if interrupts.where is None:
+            break
+        taken = snapshot(twin.optimizer) != before
+        both.add(taken)
+        if taken:
+            assert_same(results(twin.optimizer), finished, interrupts.where)
+            assert memory(twin.optimizer) == memory_after, interrupts.where
+    assert both == {True, False}
