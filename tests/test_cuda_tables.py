@@ -62,6 +62,7 @@ def told_rows(draw, largest=60_000):
                 form=0,
                 moments=moments,
                 amsgrad=False,
+                ema=draw(st.booleans()),
                 dims=0,
                 numbered=draw(st.booleans()),
                 whole_rows=length % BLOCK == 0,
