@@ -201,6 +201,9 @@ def test_an_average_where_no_wide_load_may_be_taken(offset):
     assert wide == [offset % 4 == 0]
 
 
+NUMBERED = [(torch.bfloat16, "fp32", None), (torch.float32, "fp32", 0.999), (torch.bfloat16, "8bit", 0.999)]
+
+
 def numbered_alike():
     """Spread over the one process that there is: only then are numbers not those of the place."""
     mesh = init_device_mesh("cpu", (1,))
@@ -208,10 +211,10 @@ def numbered_alike():
     def spread(values):
         return DTensor.from_local(values, mesh, [Shard(0)], run_check=False)
 
-    def run(dtype, state_format):
+    def run(dtype, state_format, ema_decay):
         param = Parameter(spread(draw(0, (33, 131)).to(dtype)))
         options = {"state_format": state_format, "master_weights": "stochastic"}
-        optimizer = optim.AdamW([param], lr=0.01, ema_decay=0.999, **options)
+        optimizer = optim.AdamW([param], lr=0.01, ema_decay=ema_decay, **options)
         param.grad = spread(draw(1, (33, 131)).to(dtype))
         optimizer.step()
         row = {"param": param.detach()} | optimizer.state[param]
@@ -221,11 +224,11 @@ def numbered_alike():
     for name, numbering in NUMBERINGS.items():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shards, "numbering", lambda param, name, numbering=numbering: numbering)
-            for dtype, state_format in ((torch.float32, "fp32"), (torch.bfloat16, "8bit")):
+            for case in NUMBERED:
                 with on("reference"):
-                    [wanted] = run(dtype, state_format)
+                    [wanted] = run(*case)
                 with on("cuda"):
-                    assert_same(run(dtype, state_format), [wanted], f"{name}, {dtype}, {state_format}")
+                    assert_same(run(*case), [wanted], f"{name}, {case}")
             drawn += [tuple(wanted[key].flatten().tolist()) for key in ("param", "ema")]
     assert len(set(drawn)) == 2 * len(NUMBERINGS)  # each has draws of its own
 

@@ -21,7 +21,7 @@ import lucid.optim as optim
 from bits import World, assert_same, draw, on, results
 from launchers import OPTIONS, Device, settled
 from lucid.engine.cuda import device_tables, launch
-from lucid.engine.numbers import SET
+from lucid.engine.numbers import SET, Scalar, ToldOfSet
 
 # What a step launches and uploads
 
@@ -424,7 +424,11 @@ class Lending(Device):
         config = args[0].numpy().reshape(-1, SET)
         sets = config[1 : 1 + config[0, 0]]
         for numbers, words in zip(sets.view(np.float64), sets, strict=True):
-            for one_minus_beta, address in ((numbers[1], words[10]), (numbers[3], words[12])):
+            for beta, powers in (
+                (Scalar.ONE_MINUS_BETA1, ToldOfSet.POWERS1),
+                (Scalar.ONE_MINUS_BETA2, ToldOfSet.POWERS2),
+            ):
+                one_minus_beta, address = numbers[beta], words[powers]
                 assert ctypes.c_double.from_address(int(address) + 8).value == pytest.approx(one_minus_beta)
                 self.read += 1
 

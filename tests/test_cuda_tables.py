@@ -18,7 +18,7 @@ from lucid.engine.cuda.row_table import (
     Programs,
     RowTable,
 )
-from lucid.engine.numbers import BLOCK, COLUMNS, MomentFormat
+from lucid.engine.numbers import BLOCK, COLUMNS, Column, MomentFormat
 from quick import examples
 
 
@@ -35,8 +35,8 @@ class Told:
 
     def write_device_rows(self, table, layouts):
         values = np.zeros((len(self.rows), COLUMNS), np.int64)
-        values[:, 8] = [row.elements for row in self.rows]
-        values[:, 9] = self.lengths
+        values[:, Column.ELEMENTS] = [row.elements for row in self.rows]
+        values[:, Column.ROW] = self.lengths
         ctypes.memmove(table, values.tobytes(), values.nbytes)
 
 
@@ -62,6 +62,7 @@ def told_rows(draw, largest=60_000):
                 form=0,
                 moments=moments,
                 amsgrad=False,
+                ema=draw(st.booleans()),
                 dims=0,
                 numbered=draw(st.booleans()),
                 whole_rows=length % BLOCK == 0,
