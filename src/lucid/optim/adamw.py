@@ -81,13 +81,18 @@ class AdamW(Optimizer):
         ``"cpu"`` keeps the state of parameters on a GPU in the host's memory and updates them on the CPU. Gradients
         and parameters are copied to the host in chunks, and parameters are copied back. The bits are the same; the
         speed is that of the host's memory and of the bus. See ``docs/gpu.md``.
+    ema_decay : float, optional
+        In [0, 1): keep an average of each parameter's weights, and at each of its steps set it to ``ema_decay`` times
+        itself plus 1 − ``ema_decay`` times the new weight. It covers about the last 1 / (1 − ``ema_decay``) steps and
+        takes 4 bytes per parameter. You may set it between steps: the average starts at the weights as they are.
+        `averaged`, `averages` and `copy_averages_to` use it. See ``docs/averages.md``.
 
     Attributes
     ----------
     param_groups : list of dict
         Each has ``"params"``, ``"lr"``, ``"beta1"``, ``"beta2"``, ``"eps"``, ``"weight_decay"``, ``"amsgrad"``,
-        ``"maximize"``, ``"state_format"``, ``"master_weights"`` and ``"seed"``. ``"betas"`` reads and writes
-        ``beta1`` and ``beta2``. If you change a hyperparameter, the next step uses the new value. Other keys are kept;
+        ``"maximize"``, ``"state_format"``, ``"master_weights"``, ``"seed"`` and ``"ema_decay"``. ``"betas"`` reads and
+        writes ``beta1`` and ``beta2``. If you change a hyperparameter, the next step uses the new value. Other keys are kept;
         a warning names each that neither the optimizer nor a known tool reads, with the nearest hyperparameter.
     defaults : dict
         The same hyperparameters, for groups that do not set their own.
