@@ -92,8 +92,8 @@ class AdamW(Optimizer):
     param_groups : list of dict
         Each has ``"params"``, ``"lr"``, ``"beta1"``, ``"beta2"``, ``"eps"``, ``"weight_decay"``, ``"amsgrad"``,
         ``"maximize"``, ``"state_format"``, ``"master_weights"``, ``"seed"`` and ``"ema_decay"``. ``"betas"`` reads and
-        writes ``beta1`` and ``beta2``. If you change a hyperparameter, the next step uses the new value. Other keys are kept;
-        a warning names each that neither the optimizer nor a known tool reads, with the nearest hyperparameter.
+        writes ``beta1`` and ``beta2``. If you change a hyperparameter, the next step uses the new value. Other keys are
+        kept; a warning names each that neither the optimizer nor a known tool reads, with the nearest hyperparameter.
     defaults : dict
         The same hyperparameters, for groups that do not set their own.
 
