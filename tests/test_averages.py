@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import Parameter
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lucid.optim as optim
@@ -565,3 +566,19 @@ def test_an_average_of_the_wrong_shape_is_refused():
 def test_a_decay_out_of_range_is_refused(value):
     with pytest.raises((ValueError, TypeError), match=r"^ema_decay: expected a number"):
         optim.AdamW([Parameter(torch.ones(2))], ema_decay=value)
+
+
+def test_the_averages_are_those_of_torchs_averaged_model():
+    """In float32, where both move: the same to float32's precision, begun at the same weights."""
+    torch.manual_seed(1)
+    net = Net()
+    optimizer = optim.AdamW(net.named_parameters(), lr=0.1, ema_decay=0.9)
+    theirs = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    theirs.update_parameters(net)
+    for step in range(20):
+        for param in net.parameters():
+            param.grad = torch.full_like(param, (-1.0) ** step + 0.1 * step)
+        optimizer.step()
+        theirs.update_parameters(net)
+    for name, average in theirs.module.named_parameters():
+        assert torch.allclose(optimizer.averages()[name], average, rtol=1e-5, atol=1e-6)

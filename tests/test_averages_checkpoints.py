@@ -211,10 +211,12 @@ def test_inspect_finds_odd_averages(capsys, tmp_path):
     model, optimizer = trained(named=True, ema_decay=0.9)
     optimizer.state[model[0].weight]["ema"][0, 0] = torch.nan
     optimizer.state[model[0].bias]["ema"] = torch.ones(5)
+    optimizer.state[model[1].bias]["ema"] = torch.ones(3, dtype=torch.int64)
     status, found = inspected(capsys, save(tmp_path / "a.pt", model, optimizer))
     assert status == 1
     assert found["0.weight"]["oddities"] == ["ema is NaN or infinite in 1 of 8,192"]
     assert found["0.bias"]["oddities"] == ["ema has shape 5, exp_avg 64"]
+    assert found["1.bias"]["oddities"][0].startswith("it could not be loaded: state 'ema' of ")
 
 
 @pytest.mark.parametrize("target", NAMES)

@@ -102,6 +102,11 @@ class AdamW(Optimizer):
         norm is more than this many deviations above the mean of the norms before it. A deviation is their standard
         deviation plus half their mean. The first 64 steps are all taken. After 16 such steps in a row the optimizer
         warns and learns the norms anew. ``docs/spikes.md`` gives the formula. You may set it between steps.
+    ema_decay : float, optional
+        In [0, 1): keep an average of each parameter's weights, and at each of its steps set it to ``ema_decay`` times
+        itself plus 1 − ``ema_decay`` times the new weight. It covers about the last 1 / (1 − ``ema_decay``) steps and
+        takes 4 bytes per parameter. You may set it between steps: the average starts at the weights as they are.
+        `averaged`, `averages` and `copy_averages_to` use it. See ``docs/averages.md``.
 
     Attributes
     ----------
