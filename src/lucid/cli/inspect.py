@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,14 @@ from lucid.engine.values import as_float, number_in, shown
 from lucid.optim.matching import SPIKES
 from lucid.optim.spike_memory import checked as checked_memory
 
-from . import output
+from . import oddities, output
 from .checkpoints import Checkpoint, Parameter, read
 from .convert import stand_in, uncertain_count
 from .error import CommandError
 from .matching import matched
 from .reading import first_line
 
-_CODES = ("exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale")
-_MAXIMUM = "max_exp_avg_sq"
 _NAMED = 3  # parameters in a sentence
-_SQUARE_IS_NONE = 2.0**-63  # squares of such gradients, times 1 - beta2, are below float32: v is 0 then
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +61,7 @@ class Found:
 def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
     """Return a description of a parameter's state; `weight`: the parameter itself, if known."""
     entry = parameter.entry
-    odd = list(_oddities_of_keys(entry))
+    odd = list(oddities.of_keys(entry))
     tensors = {key: value.detach() for key, value in entry.items() if isinstance(value, Tensor)}
     weight = None if weight is None else weight.detach()
     size = sum(value.nbytes for value in tensors.values() if value.layout is torch.strided)
@@ -86,21 +83,21 @@ def looked_at(parameter: Parameter, weight: Tensor | None) -> Found:
     if weight is not None and (not _has_numbers(weight) or is_sharded(weight)):
         weight = None
     if weight is not None and moment is not None:
-        odd += _oddities_of_weight(weight, {key: each for key, each in tensors.items() if _has_numbers(each)}, moment)
+        odd += oddities.of_weight(weight, {key: each for key, each in tensors.items() if _has_numbers(each)}, moment)
     if moments is None:
         return replace(found, state_bytes=size, oddities=tuple(odd))
     m, v = moments
-    odd += _oddities_of_values(m, v, step or 0.0)
+    odd += oddities.of_values(m, v, step or 0.0)
     ema = tensors.get("ema")
     if ema is not None:
-        odd += _not_finite("ema", ema)
-    w = tensors.get(_MAXIMUM)
+        odd += oddities.not_finite("ema", ema)
+    w = tensors.get(oddities.MAXIMUM)
     if w is not None and w.is_complex():
         w = torch.view_as_real(w)
     if w is not None and w.shape == v.shape:
-        odd += _not_finite(_MAXIMUM, w)
+        odd += oddities.not_finite(oddities.MAXIMUM, w)
         if negative := int((w < 0).sum()):
-            odd.append(f"{_MAXIMUM} is negative in {negative:,}")
+            odd.append(f"{oddities.MAXIMUM} is negative in {negative:,}")
     denominator = (v if w is None or w.shape != v.shape else w).double().sqrt()
     ratios = torch.where(m == 0, 0.0, m.abs() / denominator)
     ratio = float(ratios.max()) if ratios.numel() else 0.0
@@ -158,101 +155,25 @@ def _format(tensors: Mapping[str, Tensor]) -> str:
         moments = "bf16"
     else:
         moments = str(tensors["exp_avg"].dtype).removeprefix("torch.")
-    more = [key for key in ("residual", "master", "ema") if key in tensors] + ["amsgrad"] * (_MAXIMUM in tensors)
+    more = [key for key in ("residual", "master", "ema") if key in tensors] + ["amsgrad"] * (
+        oddities.MAXIMUM in tensors
+    )
     return " + ".join([moments, *more])
-
-
-def _oddities_of_keys(entry: Mapping[str, Any]) -> Iterator[str]:
-    wanted = _CODES if any(key in entry for key in _CODES) else ("exp_avg", "exp_avg_sq")
-    missing = [key for key in wanted if not isinstance(entry.get(key), Tensor)]
-    if missing:
-        yield f"{', '.join(missing)} missing"
-    if wanted is _CODES and ("exp_avg" in entry or "exp_avg_sq" in entry):
-        yield "moments twice: as codes and as numbers"
-    if not missing:
-        shape = entry[wanted[0]].shape
-        for key in ("exp_avg_sq", "exp_avg_sq_code", _MAXIMUM, "residual", "master", "ema"):
-            value = entry.get(key)
-            if isinstance(value, Tensor) and value.shape != shape:
-                yield f"{key} has shape {_shape(value)}, {wanted[0]} {_shape(entry[wanted[0]])}"
-        if wanted is _CODES:
-            yield from _oddities_of_codes(entry, shape)
-    residual = entry.get("residual")
-    if isinstance(residual, Tensor) and residual.dtype != torch.bfloat16:
-        yield f"residual is {residual.dtype}, which has lost the bits that it holds as torch.bfloat16"
-
-
-def _oddities_of_codes(entry: Mapping[str, Any], shape: torch.Size) -> Iterator[str]:
-    for key in ("exp_avg_code", "exp_avg_sq_code"):
-        if entry[key].dtype != torch.uint8:
-            yield f"{key} is {entry[key].dtype}, expected torch.uint8"
-    for key in ("exp_avg_scale", "exp_avg_sq_scale"):
-        if not shape or entry[key].shape != (shape[0], codecs.blocks(shape)):
-            yield f"{key} has shape {_shape(entry[key])}, expected one scale for each block of 128 of a row"
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "()"
 
 
 def _moments(tensors: Mapping[str, Tensor], odd: list[str]) -> tuple[Tensor, Tensor]:
     """Return both moments as float64, complex ones as pairs; append what is odd about codes to `odd`."""
     if "exp_avg_code" in tensors:
         for key in ("exp_avg_scale", "exp_avg_sq_scale"):
-            odd += _not_finite(key, tensors[key])
+            odd += oddities.not_finite(key, tensors[key])
         m = codecs.decode_signed(tensors["exp_avg_code"], tensors["exp_avg_scale"].float())
         v = codecs.decode_unsigned(tensors["exp_avg_sq_code"], tensors["exp_avg_sq_scale"].float())
         return m.double(), v.double()
     m, v = tensors["exp_avg"], tensors["exp_avg_sq"]
-    odd += [*_not_finite("exp_avg", m), *_not_finite("exp_avg_sq", v)]
+    odd += [*oddities.not_finite("exp_avg", m), *oddities.not_finite("exp_avg_sq", v)]
     if m.is_complex():
         m, v = torch.view_as_real(m), torch.view_as_real(v) if v.is_complex() else v
     return m.double(), v.double()
-
-
-def _not_finite(key: str, value: Tensor) -> Iterator[str]:
-    known = value.float() if value.is_floating_point() and value.itemsize < 2 else value  # torch asks no float8
-    count = int(value.numel() - known.isfinite().sum())
-    if count:
-        yield f"{key} is NaN or infinite in {count:,} of {value.numel():,}"
-
-
-def _oddities_of_values(m: Tensor, v: Tensor, step: float) -> Iterator[str]:
-    negative = int((v < 0).sum())
-    if negative:
-        yield f"exp_avg_sq is negative in {negative:,}"
-    alone = int(((v == 0) & (m.abs() > _SQUARE_IS_NONE)).sum())
-    if alone:
-        yield f"exp_avg_sq is 0 where exp_avg is not, in {alone:,}: the update there is exp_avg / eps"
-    if step == 0 and bool((m != 0).any()):
-        yield "step is 0, yet there are moments"
-
-
-def _oddities_of_weight(weight: Tensor, tensors: Mapping[str, Tensor], moment: Tensor) -> Iterator[str]:
-    if weight.shape != moment.shape:
-        yield f"the weight has shape {_shape(weight)}, its state {_shape(moment)}"
-        return
-    if weight.is_floating_point() or weight.is_complex():
-        yield from _not_finite("the weight", weight)
-    residual, master = tensors.get("residual"), tensors.get("master")
-    if residual is not None and weight.dtype != torch.bfloat16:
-        yield f"there is a residual, of a bfloat16 parameter, and the weight is {weight.dtype}"
-    elif residual is not None and residual.dtype == torch.bfloat16 and residual.shape == weight.shape:
-        stale = _stale(weight, residual)
-        if stale:
-            yield f"stale residual in {stale:,}: no step has left it beside this weight, someone overwrote the weight"
-    if master is not None and master.shape == weight.shape and weight.dtype == torch.float16:
-        values = codecs.master_of_float16(weight, master.float())
-        other = int(((values != master.float()) & ~(values.isnan() & master.isnan())).sum())
-        if other:
-            yield f"stale master in {other:,}: it does not round to the weight, someone overwrote the weight"
-
-
-def _stale(weight: Tensor, residual: Tensor) -> int:
-    """Return how many elements have a weight and a residual that no master weight splits into."""
-    upper, lower = codecs.split(codecs.joined(weight, residual))
-    bits = [tensor.contiguous().view(torch.int16) for tensor in (weight, residual, upper, lower)]
-    return int(((bits[0] != bits[2]) | (bits[1] != bits[3])).sum())
 
 
 def _update_ratio(
