@@ -106,6 +106,22 @@ def test_every_format(dtype, state_format, master_weights, small_tiles):
     assert 0.5 < finite[0] < 1
 
 
+def test_weights_below_the_least_bfloat16_number_are_drawn_too():
+    """To 0 or to the least number, unlike second moments, which stay above 0."""
+    found = []
+
+    def run():
+        param = Parameter(torch.zeros(2000, dtype=torch.bfloat16))
+        optimizer = optim.AdamW([param], lr=2e-41, master_weights="stochastic")
+        param.grad = -torch.ones_like(param)
+        optimizer.step()
+        found.append(param.detach().count_nonzero().item())
+        return results(optimizer)
+
+    assert_equal_runs(run)
+    assert 100 < found[0] < 1000
+
+
 @pytest.mark.parametrize("ema_decay", [0.0, 1e-46, 0.5 - 6e-17, 0.5, 1 - 1e-9, 1 - 1e-16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("max_grad_norm", [None, math.inf], ids=["host", "device"])
