@@ -132,7 +132,7 @@ void update_staged(const Work& work, const Scalars<T>& scalars, Slice slice) {
 
 // Updates a slice of contiguous operands.
 template <class T>
-void update_in_place(const Work& work, const Scalars<T>& scalars, Slice slice) {
+void update_in_place(const Work& work, const Scalars<T>& scalars, Slice& slice) {
   for (int o = 0; o < shaped_operands; ++o) {
     if (work.address[o] != nullptr) slice.at[o] = element(work, o, slice.first);
   }
