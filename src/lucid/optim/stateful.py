@@ -48,7 +48,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """The state of each parameter, a dict of tensors.
 
         It is created in the first step in which the parameter has a gradient, or by `init_state`. To read this property
-        waits for a GPU that decides steps.
+        waits for a GPU that decides steps. Within `averaged` it raises RuntimeError.
         """
         self._stepper.check_trains()
         self._stepper.confirm()
