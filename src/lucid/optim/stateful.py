@@ -49,7 +49,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """The state of each parameter, a dict of tensors.
 
         It is created in the first step in which the parameter has a gradient, or by `init_state`. To read this property
-        waits for a GPU that decides steps or updates state on the host.
+        waits for a GPU that decides steps or updates state on the host. Within `averaged` it raises RuntimeError.
         """
         self._stepper.check_trains()
         self._stepper.settle()
