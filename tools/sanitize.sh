@@ -8,6 +8,7 @@ site=$($python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 tests=(tests/test_engine_bits.py tests/test_codecs.py tests/test_codecs_16_bits.py tests/test_draws.py
   tests/test_formats.py tests/test_formats_drift.py tests/test_formats_refused.py tests/test_layouts.py
   tests/test_clipping.py tests/test_clipping_option.py tests/test_exact_norm.py tests/test_statistics.py
+  tests/test_averages_bits.py tests/test_stochastic_weights.py tests/test_cautious_decay.py
   tests/test_atomic.py tests/test_atomic_interrupted.py tests/test_caches.py tests/test_caches_inputs.py
   tests/test_concurrency.py)
 
