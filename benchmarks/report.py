@@ -14,7 +14,8 @@ from lucid.bench.machine import BUSY
 from lucid.bench.paired import Quartiles
 
 from . import overhead
-from .clipping import FUSED_CLIPPED
+from .averages import FUSED_AVERAGED, AveragesResult
+from .clipping import FUSED_CLIPPED, ClippingResult
 from .formats import FormatResult
 from .results import Results
 from .tables import markdown_table, terminal_table
@@ -51,7 +52,9 @@ def tables(results: Results) -> Iterator[Table]:
     for found_formats in results.formats.values():
         yield _formats(found_formats)
     if results.clipping:
-        yield _clipping(results)
+        yield _beside("Clipping, observing", "clip + fused", FUSED_CLIPPED, results.clipping)
+    if results.averages:
+        yield _beside("Averages of the weights", "fused + AveragedModel", FUSED_AVERAGED, results.averages)
     if results.loops:
         yield _loops(results)
     if any(step.temporary for step in results.steps.values()):
@@ -120,23 +123,25 @@ def _formats(found: FormatResult) -> Table:
     return Table(f"Formats: {found.case.removeprefix('formats-')}", note, header, rows)
 
 
-def _clipping(results: Results) -> Table:
+def _beside(
+    title: str, short: str, peer: str, found: Mapping[str, ClippingResult] | Mapping[str, AveragesResult]
+) -> Table:
     rows = [
         [
-            case.case.removeprefix("clip-"),
+            case.case.partition("-")[2],
             name,
             _digits(1e3 * case.seconds(name)),
             _spread(case.times(name, LUCID)),
-            _spread(case.times(FUSED_CLIPPED, name)),
+            _spread(case.times(peer, name)),
         ]
-        for case in results.clipping.values()
+        for case in found.values()
         for name in case.samples
     ]
     note = (
-        "× lucid: its time over that of lucid's step alone. × clip + fused: how many times as long "
-        f"{FUSED_CLIPPED} took; above 1, faster."
+        f"× lucid: its time over that of lucid's step alone. × {short}: how many times as long {peer} took; above 1, "
+        "faster."
     )
-    return Table("Clipping, observing", note, ["case", "", "ms", "× lucid", "× clip + fused"], rows)
+    return Table(title, note, ["case", "", "ms", "× lucid", f"× {short}"], rows)
 
 
 def _loops(results: Results) -> Table:

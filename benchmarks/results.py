@@ -9,6 +9,7 @@ from lucid.bench.contenders import BYTES_MOVED, LIMIT, LUCID
 from lucid.bench.paired import Quartiles, Timed
 from lucid.bench.shapes import Case
 
+from .averages import AveragesResult
 from .clipping import ClippingResult
 from .footprint import ImportSeconds
 from .formats import FormatResult
@@ -59,6 +60,7 @@ class Results:
     steps: dict[str, StepResult] = field(default_factory=dict)
     formats: dict[str, FormatResult] = field(default_factory=dict)
     clipping: dict[str, ClippingResult] = field(default_factory=dict)
+    averages: dict[str, AveragesResult] = field(default_factory=dict)
     loops: dict[str, LoopResult] = field(default_factory=dict)
     imports: list[ImportSeconds] = field(default_factory=list)
     overhead: dict[str, list[Cost]] = field(default_factory=dict)

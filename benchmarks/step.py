@@ -24,7 +24,7 @@ from lucid.bench.machine import Neighbours, last_level_cache
 from lucid.bench.paired import rounds, sampler
 from lucid.bench.shapes import CASES, Case
 
-from . import clipping, footprint, formats, machine, overhead, report
+from . import averages, clipping, footprint, formats, machine, overhead, report
 from .arguments import check_page, count, write_page
 from .results import Results, StepResult
 from .training import TRAININGS, time_training
@@ -65,7 +65,7 @@ def time_step(case: Case, count: int, slow_count: int) -> StepResult:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.partition("\n")[0])
-    names = [*CASES, *formats.CASES, *clipping.CASES, *TRAININGS, *OTHERS]
+    names = [*CASES, *formats.CASES, *clipping.CASES, *averages.CASES, *TRAININGS, *OTHERS]
     parser.add_argument("--case", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--rounds", type=count, help="pairs of lucid and its fast peers (61)")
     parser.add_argument("--quick", action="store_true", help="few rounds: a look, not for quoting")
@@ -94,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.formats[name] = formats.time_formats(name, rounds_wanted)
         elif name in clipping.CASES:
             results.clipping[name] = clipping.time_clipping(name, rounds_wanted)
+        elif name in averages.CASES:
+            results.averages[name] = averages.time_averages(name, rounds_wanted)
         elif name in TRAININGS:
             results.loops[name] = time_training(TRAININGS[name], trained, rounds_wanted)
         elif name == "import":

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lucid.bench.contenders import DEFAULT, EIGHT_BIT, FUSED, FUSED_BF16, LUCID, RESIDUAL_EIGHT_BIT
+from lucid.bench.contenders import (
+    DEFAULT,
+    EIGHT_BIT,
+    FUSED,
+    FUSED_BF16,
+    LUCID,
+    RESIDUAL_EIGHT_BIT,
+    STOCHASTIC_EIGHT_BIT,
+)
 from lucid.bench.paired import Quartiles
 
+from .averages import AVERAGED, FUSED_AVERAGED
 from .clipping import CLIPPED, FUSED_CLIPPED, OBSERVED
 from .results import Results
 
@@ -26,7 +35,8 @@ class Target(NamedTuple):
 
 def targets(results: Results) -> list[Target]:
     """Return every promise of which something was measured."""
-    return [*_steps(results), *_formats(results), *_clipping(results), *_loops(results), *_footprint(results)]
+    found = (_steps, _formats, _clipping, _averages, _loops, _footprint)
+    return [target for each in found for target in each(results)]
 
 
 def _at_least(what: str, bound: float, found: Quartiles, unit: str = "×") -> Target:
@@ -62,6 +72,8 @@ def _formats(results: Results) -> Iterator[Target]:
             yield _at_least(what, bound, large.times(peer, RESIDUAL_EIGHT_BIT))
         if (size := large.bytes_a_parameter(RESIDUAL_EIGHT_BIT)) is not None:
             yield _at_most(f"64M: bytes a parameter of {RESIDUAL_EIGHT_BIT}", 8.2, size, "")
+        if (size := large.bytes_a_parameter(STOCHASTIC_EIGHT_BIT)) is not None:
+            yield _at_most(f"64M: bytes a parameter of {STOCHASTIC_EIGHT_BIT}", 6.2, size, "")
     if (small := results.formats.get("formats-1000x1000")) is not None:
         yield _at_least(f"1000x1000: {FUSED}'s time over {EIGHT_BIT}'s", 10.0, small.times(FUSED, EIGHT_BIT))
 
@@ -75,6 +87,14 @@ def _clipping(results: Results) -> Iterator[Target]:
     if (case := results.clipping.get("clip-64M")) is not None:
         cost = 100 * (case.times(OBSERVED, LUCID).median - 1)
         yield _at_most("64M: cost of observing a step", 15.0, cost, " %")
+
+
+def _averages(results: Results) -> Iterator[Target]:
+    for name in ("64M", "gpt2-small"):
+        if (case := results.averages.get(f"ema-{name}")) is not None:
+            what = f"{name}: time of {FUSED_AVERAGED} over that of {AVERAGED}"
+            yield _at_least(what, 1.5, case.times(FUSED_AVERAGED, AVERAGED))
+            yield _at_most(f"{name}: time of {AVERAGED} over lucid's", 1.35, case.times(AVERAGED, LUCID).median, "×")
 
 
 def _loops(results: Results) -> Iterator[Target]:

@@ -18,7 +18,7 @@ std::atomic<int64_t> elements_of_batch = 1 << 16;
 constexpr int64_t staged = 512;
 
 // The weights of so many elements are averaged at a time, after their update, which leaves them in a cache.
-constexpr int64_t averaged = 2048;
+constexpr int64_t averaged = 512;
 
 template <class T>
 Scalars<T> rounded(const HostScalars& host) {
@@ -71,7 +71,14 @@ char* element(const Work& work, int operand, int64_t index) {
   return static_cast<char*>(work.address[operand]) + index * work.size[operand];
 }
 
+// Whether one kernel updates and averages the weights of a row.
+bool averages_in_update(const Work& work) {
+  return work.address[ema] != nullptr && work.compute == Type::float32 && work.param_format == ParamFormat::plain &&
+         work.moment_format == MomentFormat::plain && !work.amsgrad;
+}
+
 void run_kernel(const Work& work, const Scalars<float>& scalars, const Slice& slice, bool own_gradient) {
+  if (averages_in_update(work)) return kernels().f32_averaged(scalars, slice);
   const auto& by_format = kernels().f32[static_cast<int>(work.param_format)][static_cast<int>(work.moment_format)];
   by_format[own_gradient][work.amsgrad](scalars, slice);
   if (slice.at[ema] != nullptr) kernels().average_f32[static_cast<int>(work.param_format)](scalars, slice);
@@ -142,12 +149,19 @@ int64_t cut(const Work& work, int64_t index) {
 // Updates elements [begin, end) of a row, all in one run of numbers, in slices that are cut only between blocks.
 template <class T>
 void update_slices(const Work& work, const Scalars<T>& scalars, int64_t begin, int64_t end, Observed<T>* observed) {
-  Slice slice{{},       begin,    end - begin,
-              work.row, work.key, work.numbering == nullptr ? begin : work.numbering->of(begin),
+  Slice slice{{},
+              begin,
+              end - begin,
+              work.row,
+              work.key,
+              work.numbering == nullptr ? begin : work.numbering->of(begin),
+              work.param_format == ParamFormat::bfloat16_drawn,
               observed};
   slice.at[exp_avg_scale] = work.address[exp_avg_scale];
   slice.at[exp_avg_sq_scale] = work.address[exp_avg_sq_scale];
-  const int64_t most = work.layout != nullptr ? staged : work.address[ema] != nullptr ? averaged : slice.n;
+  const int64_t most = work.layout != nullptr                                     ? staged
+                       : work.address[ema] == nullptr || averages_in_update(work) ? slice.n
+                                                                                  : averaged;
   for (; slice.first < end; slice.first += slice.n, slice.number += slice.n) {
     const int64_t full = slice.first + most;  // 8-bit: the first cut after full - block is at most at full
     if (full >= end) {

@@ -144,7 +144,8 @@ inline const uint16_t* halves(const Slice& s, int operand, int64_t i) {
 }
 inline uint16_t* halves_to(const Slice& s, int operand, int64_t i) { return static_cast<uint16_t*>(s.at[operand]) + i; }
 
-// How a parameter is loaded and stored. Compute: the type in which it is computed. draws: it is stochastically rounded.
+// How a parameter is loaded and stored. Compute: the type in which it is computed. draws: it may be stochastically
+// rounded.
 
 template <class T>
 struct PlainParam {
@@ -156,23 +157,39 @@ struct PlainParam {
   }
   template <int N>
   [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Vector<T> (&theta)[N],
-                                           const Bits (&)[N]) {
+                                           Draws&) {
     store_vectors(static_cast<T*>(s.at[param]) + i, count, theta);
   }
 };
 
-template <class Half>
-struct HalfParam {
+struct Bfloat16Param {
+  using Compute = float;
+  static constexpr bool draws = true;
+  template <int N>
+  [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&theta)[N]) {
+    Bfloat16::load(halves(s, param, i), count, theta);
+  }
+  template <int N>
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N],
+                                           Draws& draws) {
+    if (!s.drawn) return Bfloat16::store(halves_to(s, param, i), count, theta);
+    Bits drawn[N];
+    draws.next(drawn);
+    for (int n = 0; n < N; ++n) drawn[n] = drawn_bfloat16<false>(theta[n], drawn[n]);
+    store_upper(halves_to(s, param, i), count, drawn);
+  }
+};
+
+struct Float16Param {
   using Compute = float;
   static constexpr bool draws = false;
   template <int N>
   [[gnu::always_inline]] static void load(const Slice& s, int64_t i, int64_t count, Float (&theta)[N]) {
-    Half::load(halves(s, param, i), count, theta);
+    Float16::load(halves(s, param, i), count, theta);
   }
   template <int N>
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N],
-                                           const Bits (&)[N]) {
-    Half::store(halves_to(s, param, i), count, theta);
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N], Draws&) {
+    Float16::store(halves_to(s, param, i), count, theta);
   }
 };
 
@@ -202,8 +219,7 @@ struct Bfloat16ResidualParam {
     }
   }
   template <int N>
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N],
-                                           const Bits (&)[N]) {
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N], Draws&) {
     Bits bits[N], upper[N];
     for (int n = 0; n < N; ++n) {
       bits[n] = theta[n] != theta[n] ? all(quiet_nan) : bits_of(theta[n]);
@@ -211,17 +227,6 @@ struct Bfloat16ResidualParam {
     }
     store_upper(halves_to(s, param, i), count, upper);
     store_low_bits(halves_to(s, low_bits, i), count, bits);
-  }
-};
-
-struct Bfloat16DrawnParam : HalfParam<Bfloat16> {
-  static constexpr bool draws = true;
-  template <int N>
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N],
-                                           const Bits (&drawn)[N]) {
-    Bits upper[N];
-    for (int n = 0; n < N; ++n) upper[n] = drawn_bfloat16<false>(theta[n], drawn[n]);
-    store_upper(halves_to(s, param, i), count, upper);
   }
 };
 
@@ -241,8 +246,7 @@ struct Float16MasterParam {
     }
   }
   template <int N>
-  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N],
-                                           const Bits (&)[N]) {
+  [[gnu::always_inline]] static void store(const Slice& s, int64_t i, int64_t count, const Float (&theta)[N], Draws&) {
     store_vectors(static_cast<float*>(s.at[low_bits]) + i, count, theta);
     Float16::store(halves_to(s, param, i), count, theta);
   }

@@ -48,21 +48,36 @@ template <class Param, class Gradient, bool amsgrad, bool averaged, class T, int
     observe(*static_cast<Observed<T>*>(s.observed), count, theta, g, m, used);
   }
   if constexpr (amsgrad) store_vectors(static_cast<T*>(s.at[max_exp_avg_sq]) + i, count, w);
-  Bits drawn[N] = {};
-  if constexpr (Param::draws) draws.next(drawn);
-  Param::store(s, i, count, theta, drawn);
+  Param::store(s, i, count, theta, draws);
 }
 
-template <class Param, class Gradient, class Moments, bool amsgrad>
+// Averages the weights from index i on, as they are stored.
+template <class Param, int N>
+[[gnu::always_inline]] inline void average_vectors(const Scalars<typename Param::Compute>& h, const Slice& s, int64_t i,
+                                                   int64_t count, Draws& draws) {
+  using T = typename Param::Compute;
+  T* const averages = static_cast<T*>(s.at[ema]) + i;
+  Vector<T> a[N], theta[N];
+  load_vectors(averages, count, a);
+  Param::load(s, i, count, theta);
+  Bits drawn[N];
+  draws.next(drawn);
+  for (int n = 0; n < N; ++n) a[n] = average_of_weights(h, a[n], theta[n], drawn[n]);
+  store_vectors(averages, count, a);
+}
+
+template <class Param, class Gradient, class Moments, bool amsgrad, bool averages = false>
 void update(const Scalars<typename Param::Compute>& scalars, const Slice& slice) noexcept {
   using T = typename Param::Compute;
   const Scalars<T> h = scalars;
   const Slice s = slice;
   for (int64_t begin = 0; begin < s.n;) {
-    constexpr bool draws_any = Moments::draws || Param::draws;
+    constexpr bool draws_any = Moments::draws || Param::draws || averages;
     const int64_t end = draws_any ? least(s.n, begin + Draws::reach(s.number + begin)) : s.n;
     Draws draws(s.key, s.number + begin);
-    Draws param_draws(key_of(s.key, Use::param), s.number + begin);
+    Draws param_draws = draws;
+    if (Param::draws && s.drawn) param_draws = Draws(key_of(s.key, Use::param), s.number + begin);
+    Draws average_draws(key_of(s.key, Use::ema), s.number + begin);
     const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
       constexpr int N = decltype(vectors)::number;
       Vector<T> m[N], v[N];
@@ -73,6 +88,7 @@ void update(const Scalars<typename Param::Compute>& scalars, const Slice& slice)
       if constexpr (Moments::draws) draws.next(drawn);
       Moments::template store<exp_avg>(s, i, count, m, drawn);
       Moments::template store<exp_avg_sq>(s, i, count, v, drawn);
+      if constexpr (averages) average_vectors<Param, N>(h, s, i, count, average_draws);
     };
     for_each_vector<T, 2>(begin, end, part);
     begin = end;
@@ -141,7 +157,8 @@ template <bool usual, class Param, class Gradient, bool amsgrad>
   for (int64_t begin = b.begin; begin < b.end;) {
     const int64_t end = least(b.end, begin + Draws::reach(s.number + begin));
     Draws draws(s.key, s.number + begin);
-    Draws param_draws(key_of(s.key, Use::param), s.number + begin);
+    Draws param_draws = draws;
+    if (Param::draws && s.drawn) param_draws = Draws(key_of(s.key, Use::param), s.number + begin);
     const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
       constexpr int N = decltype(vectors)::number;
       Float m[N], v[N];
@@ -216,19 +233,11 @@ void average_slice(const Scalars<typename Param::Compute>& scalars, const Slice&
   using T = typename Param::Compute;
   const Scalars<T> h = scalars;
   const Slice s = slice;
-  T* const averages = static_cast<T*>(s.at[ema]);
   for (int64_t begin = 0; begin < s.n;) {
     const int64_t end = least(s.n, begin + Draws::reach(s.number + begin));
     Draws draws(key_of(s.key, Use::ema), s.number + begin);
     const auto part = [&](auto vectors, int64_t i, int64_t count) __attribute__((always_inline)) {
-      constexpr int N = decltype(vectors)::number;
-      Vector<T> a[N], theta[N];
-      load_vectors(averages + i, count, a);
-      Param::load(s, i, count, theta);
-      Bits drawn[N];
-      draws.next(drawn);
-      for (int n = 0; n < N; ++n) a[n] = average_of_weights(h, a[n], theta[n], drawn[n]);
-      store_vectors(averages + i, count, a);
+      average_vectors<Param, decltype(vectors)::number>(h, s, i, count, draws);
     };
     for_each_vector<T, 2>(begin, end, part);
     begin = end;
@@ -298,13 +307,14 @@ constexpr void add_squares_of(Kernels& k) {
 constexpr Kernels all_kernels() {
   Kernels k{};
   set_both<PlainParam<float>, PlainGradient<float>>(k, ParamFormat::plain);
-  set_both<HalfParam<Bfloat16>, HalfGradient<Bfloat16>>(k, ParamFormat::bfloat16);
+  set_both<Bfloat16Param, HalfGradient<Bfloat16>>(k, ParamFormat::bfloat16);
   set_both<Bfloat16ResidualParam, HalfGradient<Bfloat16>>(k, ParamFormat::bfloat16_residual);
-  set_both<Bfloat16DrawnParam, HalfGradient<Bfloat16>>(k, ParamFormat::bfloat16_drawn);
-  set_both<HalfParam<Float16>, HalfGradient<Float16>>(k, ParamFormat::float16);
+  set_both<Bfloat16Param, HalfGradient<Bfloat16>>(k, ParamFormat::bfloat16_drawn);
+  set_both<Float16Param, HalfGradient<Float16>>(k, ParamFormat::float16);
   set_both<Float16MasterParam, HalfGradient<Float16>>(k, ParamFormat::float16_master);
   k.f64[0] = update<PlainParam<double>, PlainGradient<double>, PlainMoments<double>, false>;
   k.f64[1] = update<PlainParam<double>, PlainGradient<double>, PlainMoments<double>, true>;
+  k.f32_averaged = update<PlainParam<float>, PlainGradient<float>, PlainMoments<float>, false, true>;
   k.average_f64 = average_slice<PlainParam<double>>;
   k.to_f32[static_cast<int>(Type::float32)] = convert<float, float>;
   k.to_f32[static_cast<int>(Type::float64)] = convert<double, float>;

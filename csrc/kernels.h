@@ -79,6 +79,7 @@ struct Slice {
   int64_t row;     // elements of a row; 8-bit slices begin and end between blocks
   uint64_t key;    // of the random bits of this parameter and step, for the moments
   int64_t number;  // of element `first` in the whole parameter; random bits depend on it
+  bool drawn;      // a bfloat16 parameter is stochastically rounded
   void* observed;  // Observed<T>, or null if the step is not observed
 };
 
@@ -112,6 +113,7 @@ using SquaresFn = bool (*)(const void* from, int64_t n, const SquareWindow& wind
 struct Kernels {
   UpdateFn<float> f32[param_formats][moment_formats][2][2];  // ... [gradient in the parameter's type][amsgrad]
   UpdateFn<double> f64[2];                                   // [amsgrad]
+  UpdateFn<float> f32_averaged;  // of plain parameters and moments, without amsgrad: averages the weights, too
   AverageFn<float> average_f32[param_formats];
   AverageFn<double> average_f64;
   ConvertFn<float> to_f32[4];  // by Type

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lucid.optim
 from lucid.engine import _cpu
-from lucid.engine.formats import StateFormatName, state_bytes
+from lucid.engine.formats import MasterWeights, StateFormatName, state_bytes
 
 from .shapes import Shape, elements, parameters
 
@@ -41,6 +41,7 @@ class Contender:
     step_of: Callable[[list[Tensor]], Step]
     dtype: torch.dtype = torch.float32
     state: StateFormatName | float = 8
+    master_weights: MasterWeights = True
 
     def make(self, shapes: Sequence[Shape], device: str = "cpu") -> Step:
         """Return the step of newly made parameters, gradients and state."""
@@ -51,7 +52,9 @@ class Contender:
     def state_bytes(self, shapes: Sequence[Shape]) -> float:
         """Return the bytes of its state."""
         if isinstance(self.state, str):
-            return sum(state_bytes(shape, self.dtype, self.state) for shape in shapes)
+            return sum(
+                state_bytes(shape, self.dtype, self.state, master_weights=self.master_weights) for shape in shapes
+            )
         return self.state * elements(shapes)
 
     def moved(self, shapes: Sequence[Shape]) -> float:
@@ -69,20 +72,24 @@ class Format:
     name: str
     dtype: torch.dtype = torch.float32
     state: StateFormatName | None = "fp32"  # None: torch's AdamW
+    master_weights: MasterWeights = True
 
     def optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer:
         if self.state is None:
             return torch.optim.AdamW(params, LR, weight_decay=WEIGHT_DECAY, fused=True)
-        return lucid.optim.AdamW(params, LR, weight_decay=WEIGHT_DECAY, state_format=self.state)
+        return lucid.optim.AdamW(
+            params, LR, weight_decay=WEIGHT_DECAY, state_format=self.state, master_weights=self.master_weights
+        )
 
     def contender(self) -> Contender:
         state = 2 * self.dtype.itemsize if self.state is None else self.state
-        return Contender(self.name, lambda params: self.optimizer(params).step, self.dtype, state)
+        return Contender(self.name, lambda params: self.optimizer(params).step, self.dtype, state, self.master_weights)
 
 
 EIGHT_BIT, BF16_STATE = "lucid 8bit", "lucid bf16"
 RESIDUAL, RESIDUAL_BF16 = "lucid, bf16 weights + residual", "lucid bf16, bf16 weights + residual"
 RESIDUAL_EIGHT_BIT = "lucid 8bit, bf16 weights + residual"
+STOCHASTIC_EIGHT_BIT = "lucid 8bit, bf16 weights, stochastic"
 FORMATS = (
     Format(FUSED, state=None),
     Format(FUSED_BF16, torch.bfloat16, state=None),
@@ -92,6 +99,7 @@ FORMATS = (
     Format(RESIDUAL, torch.bfloat16),
     Format(RESIDUAL_BF16, torch.bfloat16, "bf16"),
     Format(RESIDUAL_EIGHT_BIT, torch.bfloat16, "8bit"),
+    Format(STOCHASTIC_EIGHT_BIT, torch.bfloat16, "8bit", "stochastic"),
     Format("lucid 8bit, fp16 weights + master", torch.float16, "8bit"),
 )
 

@@ -65,10 +65,11 @@ def _pieces(row: Row, table: ScalarTable[float]) -> Iterator[_Piece]:
         slots = {key: flat.get(id(slot), slot) for key, slot in slots.items()}
     inner = math.prod(param.shape[1:])
     rows = max(1, PIECE_BYTES // max(1, inner * param.element_size()))
+    numbers = inner * (2 if param.is_complex() else 1)
     for begin in range(0, param.shape[0] if inner else 0, rows):
         part = slice(begin, begin + rows)
         own = {key: slot if key == "stream" else slot[part] for key, slot in slots.items()}
-        yield _Piece(row, param[part], gradient[part], own, WHOLE._replace(first=begin * inner), table)
+        yield _Piece(row, param[part], gradient[part], own, WHOLE._replace(first=begin * numbers), table)
 
 
 class Copies(Protocol):
