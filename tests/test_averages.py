@@ -333,7 +333,9 @@ def test_in_every_mode_of_autograd(outside, inside):
 
 def test_a_model_that_is_moved_or_converted_inside_is_back_at_its_address():
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    model.empty = Parameter(torch.ones(0))  # has no address
     optimizer = optim.AdamW([{"params": model[0].parameters(), "ema_decay": 0.5}, {"params": model[1].parameters()}])
+    optimizer.add_param_group({"params": [model.empty], "ema_decay": 0.5})
     optimizer.init_state()
     before = snapshot(optimizer, *model.parameters())
     with optimizer.averaged():
