@@ -333,7 +333,9 @@ def test_in_every_mode_of_autograd(outside, inside):
 
 def test_a_model_that_is_moved_or_converted_inside_is_back_at_its_address():
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    model.empty = Parameter(torch.ones(0))  # has no address
     optimizer = optim.AdamW([{"params": model[0].parameters(), "ema_decay": 0.5}, {"params": model[1].parameters()}])
+    optimizer.add_param_group({"params": [model.empty], "ema_decay": 0.5})
     optimizer.init_state()
     before = snapshot(optimizer, *model.parameters())
     with optimizer.averaged():
@@ -539,6 +541,12 @@ def test_a_model_that_does_not_fit_is_refused_and_unchanged():
         with pytest.raises(ValueError, match=message):
             optimizer.copy_averages_to(other)
         assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    coded = Net()
+    coded.first.weight = Parameter(torch.zeros(4, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"^model: expected parameter 'first.weight' .* same kind .*, got torch.int8"):
+        optimizer.copy_averages_to(coded)
+    with pytest.raises(ValueError, match=r"^model: expected memory for parameter 'first.weight', got .* meta device"):
+        optimizer.copy_averages_to(Net().to("meta"))
     with pytest.raises(TypeError, match=r"^model: expected a torch.nn.Module, got \{\}$"):
         optimizer.copy_averages_to({})
     with pytest.raises(TypeError, match=r"^model: expected a torch.nn.Module, got 3$"), optimizer.averaged(3):

@@ -60,6 +60,19 @@ def test_training_resumes_to_the_bit(kind):
     assert_same(results(resumed.run(3).optimizer), results(source.run(3).optimizer))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_average_that_is_switched_off_goes_on_after_a_load(kind):
+    source = of(kind)
+    source.optimizer.param_groups[0]["ema_decay"] = None
+    source.run(2)
+    resumed = anew(source, ema_decay=None)
+    resumed.optimizer.load_state_dict(through_a_file(source.optimizer.state_dict()))
+    assert_same(results(resumed.run(2).optimizer), results(source.run(2).optimizer))
+    for each in (source, resumed):
+        each.optimizer.param_groups[0]["ema_decay"] = 0.75
+    assert_same(results(resumed.run(2).optimizer), results(source.run(2).optimizer))
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
 def test_copies_and_pickles_keep_them(way):
     source = of("bfloat16")

@@ -200,9 +200,15 @@ def _target(average: _Average, params: dict[str, nn.Parameter]) -> Tensor:
             f"model: expected a parameter {member.given_name!r} in it, got {shown(sorted(params))}; give a model with "
             "the names of the one that is trained"
         )
-    if target.shape != member.param.shape or target.is_complex() != member.param.is_complex():
+    same_kind = target.is_complex() if member.param.is_complex() else target.is_floating_point()
+    if target.shape != member.param.shape or not same_kind:
         raise ValueError(
             f"model: expected {member.name} of shape {tuple(member.param.shape)} and of the same kind of numbers, got "
             f"{target.dtype} of shape {tuple(target.shape)}"
+        )
+    if target.device.type == "meta":
+        raise ValueError(
+            f"model: expected memory for {member.name}, got a parameter on the meta device; materialise the model "
+            "(to_empty) first"
         )
     return target

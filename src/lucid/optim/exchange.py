@@ -139,10 +139,9 @@ class Exchange:
                 self._entered[-1].leave()
                 self._entered.pop()
             for param, data in self._data:
-                if (
-                    shards.local(param).data_ptr() != shards.local(data).data_ptr()
-                ):  # somebody has moved or converted the parameter meanwhile
-                    param.data = data
+                now, before = shards.local(param), shards.local(data)
+                if now.data_ptr() != before.data_ptr() or (now.dtype, now.device) != (before.dtype, before.device):
+                    param.data = data  # somebody has moved or converted the parameter meanwhile
             self._renew()
 
     def _renew(self) -> None:

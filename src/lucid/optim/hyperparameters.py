@@ -40,9 +40,14 @@ class Hyperparameters(NamedTuple):
         """The hyperparameters that decide which slots a parameter's state has."""
         return self.amsgrad, self.state_format, self.master_weights, self.ema_decay is not None
 
-    def format_of(self, param: Tensor, name: str, state_device: StateDevice | None) -> StateFormat:
-        """Return the state format of a parameter of the group; raise if the parameter cannot be updated."""
-        ema = self.ema_decay is not None
+    def format_of(
+        self, param: Tensor, name: str, state_device: StateDevice | None, *, has_ema: bool = False
+    ) -> StateFormat:
+        """Return the state format of a parameter of the group; raise if the parameter cannot be updated.
+
+        ``has_ema``: whether its state has an average of the weights, also if steps no longer update it.
+        """
+        ema = has_ema or self.ema_decay is not None
         return checked_format(param, self.state_format, self.master_weights, name, state_device, ema=ema)
 
     def with_lr(self, lr: Any) -> Hyperparameters:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lucid.engine.conversion import converted_entry, copied
-from lucid.engine.formats import STEP, StateDevice, is_entry, step_is_uncertain
+from lucid.engine.formats import EMA, STEP, StateDevice, is_entry, step_is_uncertain
 from lucid.engine.told import warn
 from lucid.engine.values import plain, shown
 
@@ -85,7 +85,7 @@ def loaded(
             raise ValueError(f"state of {name}: expected a dict, got {type(entry).__name__}")
         if entry:
             hyper = hyperparameters[member.group]
-            kept = hyper.format_of(param, name, state_device)
+            kept = hyper.format_of(param, name, state_device, has_ema=entry.get(EMA) is not None)
             state[param] = converted_entry(kept, param, entry, name, member.rounding_key(hyper.seed))
             if step_is_uncertain(entry[STEP]):
                 uncertain.append((name, entry[STEP]))
