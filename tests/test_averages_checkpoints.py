@@ -124,7 +124,7 @@ def test_groups_of_one_saved_group_keep_their_own_decay(own, kept, recwarn):
     optimizer = optim.AdamW([{"params": [each], "ema_decay": decay} for each, decay in zip(named, own, strict=True)])
     optimizer.load_state_dict(optim.AdamW(named, ema_decay=0.7).state_dict())
     assert tuple(group["ema_decay"] for group in optimizer.param_groups) == kept
-    assert [str(told.message)[:45] for told in recwarn] == ["load_state_dict: groups that differ in ema_de"] * (own != kept)
+    assert ["groups that differ in ema_decay here" in str(told.message) for told in recwarn] == [True] * (own != kept)
 
 
 def test_torch_loads_what_has_averages_and_we_load_what_has_none():
