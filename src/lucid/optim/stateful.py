@@ -127,7 +127,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """Create the state of every parameter that requires a gradient and has none yet.
 
         Otherwise, state is created in the first step in which the parameter has a gradient. Training gives the same
-        bits either way. With this method you see the memory use before the first step.
+        bits either way. With this method you see the memory use before the first step. An average of the weights starts
+        from the weights as they are now, so load a model before you call it.
         """
         self._stepper.check_trains()
         new: list[tuple[Tensor, dict[str, Any], dict[str, Tensor]]] = []
