@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+import lucid.optim as optim
 from averaging import KINDS, master_of, params_of, world
 from bits import assert_same, peek, results, same, through_a_file
 from commands import inspected, run, save, train, trained
@@ -115,6 +116,15 @@ def test_the_optimizers_own_decay_counts_and_else_the_saved_one(own, saved, want
     other.optimizer.load_state_dict(source.optimizer.state_dict())
     assert [group["ema_decay"] for group in other.optimizer.param_groups] == [wanted] * 2
     assert len(other.optimizer.averages()) == len(other.params)
+
+
+@pytest.mark.parametrize(("own", "kept"), [((0.5, 0.9), (0.5, 0.9)), ((0.5, None), (0.5, 0.7))])
+def test_groups_of_one_saved_group_keep_their_own_decay(own, kept, recwarn):
+    named = [(str(number), torch.nn.Parameter(torch.ones(2))) for number in range(2)]
+    optimizer = optim.AdamW([{"params": [each], "ema_decay": decay} for each, decay in zip(named, own, strict=True)])
+    optimizer.load_state_dict(optim.AdamW(named, ema_decay=0.7).state_dict())
+    assert tuple(group["ema_decay"] for group in optimizer.param_groups) == kept
+    assert ["groups that differ in ema_decay here" in str(told.message) for told in recwarn] == [True] * (own != kept)
 
 
 def test_torch_loads_what_has_averages_and_we_load_what_has_none():

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+import lucid.optim as optim
 from bits import assert_same, on, same
 from fsdp import Net, adamw, sharded, shards, stepping, train
 from sharded import whole
@@ -151,12 +152,31 @@ def test_a_model_is_needed_and_no_step_is_taken_inside(ranks):
     ranks.run(2, refuses)
 
 
+def refuses_fsdp1(use_orig_params):
+    """A root that FSDP1 keeps gathered after a forward without gradients would evaluate its old weights."""
+    net = FullyShardedDataParallel(nn.Linear(8, 4), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    optimizer = optim.AdamW(net.parameters(), ema_decay=0.5)
+    x = torch.ones(2, 8)
+    with on("reference"):
+        net(x).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            before = net(x)
+            with pytest.raises(ValueError, match=r"^averaged: FSDP1 shards parameter 0 of group 0, and"):
+                optimizer.averaged().__enter__()
+            assert torch.equal(net(x), before)
+        assert optimizer.averages()
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_is_refused(ranks, use_orig_params):
+    ranks.run(2, refuses_fsdp1, use_orig_params)
+
+
 def one_refuses():
     """One process is inside and steps; the others, which would wait for it, hear of it."""
     param = nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
-    from lucid import optim
-
     optimizer = optim.AdamW([param], ema_decay=0.5, max_grad_norm=1.0, shard_group=distributed.group.WORLD)
     with on("reference"):
         optimizer.step()

@@ -323,6 +323,8 @@ def test_what_is_no_memory_is_refused(value):
     before = snapshot(world.optimizer)
     with pytest.raises(ValueError, match=r"spike_memory: expected \[mean norm"):
         world.optimizer.step()
+    with pytest.raises(ValueError, match=r"spike_memory: expected \[mean norm"):
+        world.optimizer.add_param_group({"params": [Parameter(torch.ones(2))]})
     assert snapshot(world.optimizer) == before
     off = Normed()
     off.optimizer.load_state_dict(saved)

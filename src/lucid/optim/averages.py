@@ -72,7 +72,8 @@ class AveragingOptimizer(StatefulOptimizer):
             On entering within another `averaged`. Inside, a step, saving, loading, a new group, and reading state or
             averages raise it too. Nothing is changed.
         ValueError
-            If no group has ``ema_decay``; if parameters are sharded and ``model`` is missing or has not all of them.
+            If no group has ``ema_decay``; if parameters are sharded and ``model`` is missing or has not all of them; if
+            FSDP1 shards them.
 
         Notes
         -----
@@ -90,6 +91,12 @@ class AveragingOptimizer(StatefulOptimizer):
         ...     loss = model(torch.ones(3, 2)).square().mean()
         """
         found = self._averages()
+        flattened = [each.member.name for each in found if getattr(each.member.param, "_fsdp_flattened", False)]
+        if flattened:
+            raise ValueError(
+                f"averaged: FSDP1 shards {flattened[0]}, and copies that it has gathered would keep their values; use "
+                "fully_shard (FSDP2)"
+            )
         gathered = Gathered(model)
         gathered.free()
         sharded = [each.member for each in found if shards.is_sharded(each.member.param)]

@@ -90,7 +90,10 @@ def taken_over(
     lost: set[str] = set()
     for number, places in spread.items():
         differing = set().union(*(_differing(groups[places[0]], groups[place]) for place in places))
-        lost |= differing - {DECAY} - (set(ADDED) - saved_groups[number].keys())
+        own_count = {DECAY} | (set(ADDED) - saved_groups[number].keys())
+        if all(_keeps_own_average(groups[place], saved_groups[number]) for place in places):
+            own_count.add("ema_decay")
+        lost |= differing - own_count
         for place in places:
             if DECAY in differing and DECAY in groups[place]:
                 taken[place] = {**taken[place], DECAY: groups[place][DECAY]}
@@ -102,6 +105,11 @@ def taken_over(
             UserWarning,
         )
     return taken
+
+
+def _keeps_own_average(own: Group, saved: Group) -> bool:
+    """Whether a group's own ``ema_decay`` counts, and not the saved one."""
+    return own.get("ema_decay") is not None or saved.get("ema_decay") is None
 
 
 def names_of(group: Group) -> list[str | None]:

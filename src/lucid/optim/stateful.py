@@ -106,14 +106,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if schedule_of(group) == "independent" and group.get("reference_lr") is None:
             group["reference_lr"] = checked_lr(group["lr"]) or None
         self._hyperparameters(group)
-        super().add_param_group(group)
-        self._share_memory()
-        self._follow_hooks()
-
-    def _share_memory(self) -> None:
-        """If steps look for spikes, let all groups share the memory of norms; raise if a group's is none."""
         if self._settings.spike_threshold is not None:
-            shared_memory(self.param_groups)
+            shared_memory([*self.param_groups, group])
+        super().add_param_group(group)
+        self._follow_hooks()
 
     def _follow_hooks(self) -> None:
         """If steps happen in backward, add hooks to new and unfrozen parameters, and remove those of removed ones."""
@@ -131,7 +127,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """Create the state of every parameter that requires a gradient and has none yet.
 
         Otherwise, state is created in the first step in which the parameter has a gradient. Training gives the same
-        bits either way. With this method you see the memory use before the first step.
+        bits either way. With this method you see the memory use before the first step. An average of the weights starts
+        from the weights as they are now, so load a model before you call it.
         """
         self._stepper.check_trains()
         new: list[tuple[Tensor, dict[str, Any], dict[str, Tensor]]] = []
