@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import World, assert_same, draw, on, peek, results, snapshot
+from bits import World, assert_same, draw, in_child, on, peek, results, snapshot
 from lucid.bench.shapes import gpt2_small, llama_1b
 from lucid.engine import formats, pinned, sizes
 from pinning import Pages, lies_in, pretend_pinned
@@ -267,6 +268,30 @@ def test_state_put_in_by_hand_is_pinned_or_refused(arena):
         ours.state[params[0]]["exp_avg"] = torch.empty(40, 30, device="meta")
         with pytest.raises(ValueError, match="meta device"):
             one_step(ours, params, 4)
+
+
+def test_what_cannot_be_copied_to_pinned_memory_is_refused():
+    """Its storage was freed, so to read it would end the process; or it has no values at all."""
+
+    def act():
+        with pytest.MonkeyPatch.context() as patch, on("cuda"):
+            pretend_pinned(patch)
+            world = World(state_device="cpu", ema_decay=0.9).run(1)
+            for key in ("exp_avg", "ema"):
+                kept = world.optimizer.state[world.params[0]][key]
+                freed = torch.zeros_like(kept)
+                freed.untyped_storage().resize_(0)
+                with FakeTensorMode():
+                    fake = torch.zeros(kept.shape)
+                for value, error, match in ((freed, ValueError, "has no memory"), (fake, TypeError, "FakeTensor")):
+                    world.optimizer.state[world.params[0]][key] = value
+                    world.set_gradients()
+                    with pytest.raises(error, match=f"state '{key}' of parameter 0 .*{match}"):
+                        world.optimizer.step()
+                world.optimizer.state[world.params[0]][key] = kept
+            assert_same(results(world.run(1).optimizer), results(World(ema_decay=0.9).run(2).optimizer))
+
+    in_child(act)
 
 
 def test_pinned_tensors_put_in_by_hand_again_and_again_do_not_add_up(arena):
