@@ -167,6 +167,23 @@ def test_memory_is_used_again_after_kernels_have_finished(arena):
     assert memory() is None
 
 
+def test_what_comes_back_while_others_are_waited_for_waits_for_its_own_kernels(arena):
+    """Another thread has launched a kernel for it since, and has dropped it."""
+    kept = [made((1000,)), made((1 << 20,))]
+    waste = []
+
+    class Dropping(Waited):
+        def synchronize(self):
+            waste.append(arena.waste)
+            kept.clear()
+
+    pinned.in_flight.launched("stream", lambda: Dropping([], "stream"))
+    before = arena.waste
+    del kept[0]
+    assert waste == [before, 0]
+    assert arena.reserved == 0
+
+
 def test_nothing_waits_while_a_step_is_captured(arena, monkeypatch):
     log = []
     tensor = made((1000,))
