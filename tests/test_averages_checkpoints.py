@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import lucid.optim as optim
 from averaging import KINDS, master_of, params_of, world
-from bits import assert_same, peek, results, same, through_a_file
+from bits import assert_same, in_child, peek, results, same, through_a_file
 from commands import inspected, run, save, train, trained
 from lucid.engine.formats import NAMES
 from lucid.optim.checkpoint import load_optimizer, torch_optimizer_state_dict
@@ -296,3 +296,27 @@ def test_the_plan_of_averages_and_of_drawn_weights(capsys):
     alone, _ = choices("--master-weights", "false")
     assert plain["bfloat16", "fp32"] - alone["bfloat16", "fp32"] == 2 * count
     assert plain["float16", "fp32"] - alone["float16", "fp32"] == 4 * count
+
+
+# Memory that is gone
+
+
+@pytest.mark.parametrize("way", ["first step", "switched on", "residual", "init_state", "averages", "of state"])
+def test_weights_without_memory_are_refused(way):
+    """Their storage was freed, so an average that began at them would end the process."""
+
+    def act():
+        later = way in ("switched on", "residual")
+        steps = 0 if way in ("first step", "init_state", "averages") else 2
+        found = world("bfloat16", steps=steps, **({"ema_decay": None} if later else {}))
+        param = found.params[0]
+        entry = peek(found.optimizer).get(param, {})
+        {"residual": entry.get("residual"), "of state": entry.get("ema")}.get(way, param).untyped_storage().resize_(0)
+        for group in found.optimizer.param_groups:
+            group["ema_decay"] = 0.9
+        found.set_gradients()
+        acts = {"init_state": found.optimizer.init_state, "averages": found.optimizer.averages}
+        with pytest.raises(ValueError, match="parameter 0 of group 0 has no memory"):
+            acts.get(way, found.optimizer.averages if way == "of state" else found.optimizer.step)()
+
+    in_child(act)

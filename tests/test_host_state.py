@@ -20,6 +20,7 @@ from guarded import Forbidden, Guarded, OnDevice
 from launchers import Device, device_plan
 from lucid import engine
 from lucid.engine import choice, formats, offload
+from lucid.engine.conversion import decoded
 from lucid.engine.cuda import launch
 from lucid.engine.numbers import Operand
 from pinning import Pages, lies_in, pretend_pinned
@@ -374,7 +375,15 @@ def test_who_reads_state_waits_for_replays(capturing, arena, monkeypatch):
 # Checkpoints
 
 
-OTHERS = {"device": {"state_device": None}, "cpu": {"state_device": "cpu"}}
+@pytest.mark.parametrize("state_format", ["fp32", "bf16", "8bit"])
+def test_torchs_state_stays_on_the_host(state_format):
+    """A device without room for the state has none for float32 moments either; `meta` stands for such a device."""
+    world = World(shapes=((64, 64), (7,)), state_format=state_format, amsgrad=True).run(1)
+    wanted = world.optimizer.torch_state_dict()["state"]
+    for number, param in enumerate(world.params):
+        found = decoded(param.detach().to("meta"), peek(world.optimizer)[param], "p")
+        assert {key: value.device.type for key, value in found.items()} == dict.fromkeys(wanted[number], "cpu")
+        assert all(torch.equal(value, wanted[number][key]) for key, value in found.items())
 
 
 @pytest.mark.parametrize("there", ["bf16", "8bit", "fp32"])

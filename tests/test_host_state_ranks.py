@@ -16,6 +16,7 @@ import lucid.optim as optim
 import resumed
 from bits import assert_same, on, peek, same
 from fsdp import Net, adamw, sharded, shards, train
+from launchers import device_plan
 from lucid.engine import pinned
 from lucid.engine import shards as engine_shards
 from lucid.optim import overlap
@@ -67,6 +68,21 @@ def in_every_format(layout):
 def test_shards_of_any_size(ranks, world, layout):
     """Of uneven and empty ones too."""
     ranks.run(world, in_every_format, layout)
+
+
+def on_the_device():
+    ((mesh, placements),) = layouts(distributed.get_world_size())["fsdp"]
+    ours, theirs = spread_over(mesh, placements, [(2, 3), (1, 70)], torch.float32)
+    optimizer = optim.AdamW(ours)
+    give_gradients(ours, theirs, 0)
+    with on("cuda"):
+        optimizer.step()
+        assert not device_plan(optimizer)._writes_host
+
+
+def test_an_empty_shard_is_no_state_on_the_host(ranks):
+    """Else steps would record events, and who reads the state would wait for kernels that write elsewhere."""
+    ranks.run(3, on_the_device)
 
 
 # In backward under FSDP2

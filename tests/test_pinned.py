@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import World, assert_same, draw, on, peek, results, snapshot
+from bits import World, assert_same, draw, in_child, on, peek, results, snapshot
 from lucid.bench.shapes import gpt2_small, llama_1b
 from lucid.engine import formats, pinned, sizes
 from pinning import Pages, lies_in, pretend_pinned
@@ -102,9 +103,9 @@ def test_pieces_are_powers_of_two_and_few(monkeypatch):
 def test_what_is_wasted(state_format, dtype, shapes):
     """Of the memory that models take: up to 1/16, what the largest tensors leave, and 4 MiB."""
     slots = [sizes.slot_bytes(shape, dtype, state_format) for shape in shapes]
-    sizes = [size for each in slots for key, size in each.items() if key != "stream"]
-    taken = sum(-(-size // 256) * 256 for size in sizes)
-    assert taken <= pinned.bytes_for(sizes) <= 1.13 * taken + (4 << 20)
+    pinned_sizes = [size for each in slots for key, size in each.items() if key != "stream"]
+    taken = sum(-(-size // 256) * 256 for size in pinned_sizes)
+    assert taken <= pinned.bytes_for(pinned_sizes) <= 1.13 * taken + (4 << 20)
 
 
 def test_planning_takes_no_memory():
@@ -164,6 +165,23 @@ def test_memory_is_used_again_after_kernels_have_finished(arena):
     del tensor
     assert log == [("wait", "stream"), ("wait", "other"), "freed"]
     assert memory() is None
+
+
+def test_what_comes_back_while_others_are_waited_for_waits_for_its_own_kernels(arena):
+    """Another thread has launched a kernel for it since, and has dropped it."""
+    kept = [made((1000,)), made((1 << 20,))]
+    waste = []
+
+    class Dropping(Waited):
+        def synchronize(self):
+            waste.append(arena.waste)
+            kept.clear()
+
+    pinned.in_flight.launched("stream", lambda: Dropping([], "stream"))
+    before = arena.waste
+    del kept[0]
+    assert waste == [before, 0]
+    assert arena.reserved == 0
 
 
 def test_nothing_waits_while_a_step_is_captured(arena, monkeypatch):
@@ -267,6 +285,30 @@ def test_state_put_in_by_hand_is_pinned_or_refused(arena):
         ours.state[params[0]]["exp_avg"] = torch.empty(40, 30, device="meta")
         with pytest.raises(ValueError, match="meta device"):
             one_step(ours, params, 4)
+
+
+def test_what_cannot_be_copied_to_pinned_memory_is_refused():
+    """Its storage was freed, so to read it would end the process; or it has no values at all."""
+
+    def act():
+        with pytest.MonkeyPatch.context() as patch, on("cuda"):
+            pretend_pinned(patch)
+            world = World(state_device="cpu", ema_decay=0.9).run(1)
+            for key in ("exp_avg", "ema"):
+                kept = world.optimizer.state[world.params[0]][key]
+                freed = torch.zeros_like(kept)
+                freed.untyped_storage().resize_(0)
+                with FakeTensorMode():
+                    fake = torch.zeros(kept.shape)
+                for value, error, match in ((freed, ValueError, "has no memory"), (fake, TypeError, "FakeTensor")):
+                    world.optimizer.state[world.params[0]][key] = value
+                    world.set_gradients()
+                    with pytest.raises(error, match=f"state '{key}' of parameter 0 .*{match}"):
+                        world.optimizer.step()
+                world.optimizer.state[world.params[0]][key] = kept
+            assert_same(results(world.run(1).optimizer), results(World(ema_decay=0.9).run(2).optimizer))
+
+    in_child(act)
 
 
 def test_pinned_tensors_put_in_by_hand_again_and_again_do_not_add_up(arena):

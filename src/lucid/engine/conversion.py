@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,8 +106,15 @@ def _decoded(param: Tensor, entry: Mapping[str, Any], name: str) -> tuple[Tensor
 
 
 def decoded(param: Tensor, entry: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """Return a copy of a parameter's state as ``torch.optim.AdamW`` stores it: float32 moments, no master weights."""
-    return converted_entry(plain_format(param.dtype), param, entry, name, (0, 0))
+    """Return a copy of a parameter's state as ``torch.optim.AdamW`` stores it: float32 moments, no master weights.
+
+    It is on the host if the moments are there: the parameter's device may not have the memory.
+    """
+    kept = plain_format(param.dtype)
+    saved = (entry.get(key) for key in (*CODES, *kept.slots))
+    if any(isinstance(value, Tensor) and shards.local(value).device.type == "cpu" for value in saved):
+        kept = replace(kept, on_host=frozenset(kept.slots_with(True)))
+    return converted_entry(kept, param, entry, name, (0, 0))
 
 
 def copied(value: Any) -> Any:

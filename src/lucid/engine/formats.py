@@ -18,7 +18,7 @@ from torch import Tensor
 from . import codecs, pinned, shards
 from .choice import in_place
 from .numbers import MomentFormat, ParamFormat
-from .row import COMPUTE, RowFormat, check_param
+from .row import COMPUTE, RowFormat, check_param, check_plain, has_memory
 from .scalars import MAX_STEP
 from .values import as_float, number_in, plain, shown
 
@@ -107,6 +107,7 @@ class Slot:
             raise ValueError(
                 f"state {key!r} of {name} is {value.dtype} with layout {value.layout}, expected dense {wanted}"
             )
+        _check_memory(value, f"state {key!r} of {name}")
         return value
 
     def local_part(self, value: Any, param: Tensor, key: str, name: str) -> Tensor:
@@ -117,6 +118,13 @@ class Slot:
         if self.dtype.is_complex:
             return value.is_complex()
         return value.is_floating_point() if self.dtype.is_floating_point else value.dtype == self.dtype
+
+
+def _check_memory(tensor: Tensor, what: str) -> None:
+    """Raise if a tensor's storage is too small for it: to read it would end the process."""
+    part = shards.local(tensor)
+    if not part._is_zerotensor() and not has_memory(part):
+        raise ValueError(f"{what} has no memory, or less than its shape needs; was its storage freed?")
 
 
 CODES = {
@@ -180,7 +188,7 @@ class StateFormat:
         slots = self.slots_with(amsgrad)
         if not entry:
             new = {key: self.new_slot(key, slot, param, rounding_key) for key, slot in slots.items()}
-            self._begin_average(param, {}, new)
+            self._begin_average(param, {}, new, name)
             return {STEP: new_step()} | new
         missing: dict[str, Tensor] = {}
         step = checked_step(entry.get(STEP), name)
@@ -213,27 +221,30 @@ class StateFormat:
                     f"state {key!r} of {name} has strides {tensor.stride()}, expected contiguous codes and scales; "
                     "load it with load_state_dict, which makes them contiguous"
                 )
-            if self._is_pinned(key) and not pinned.arena.holds(shards.local(tensor)):
-                missing[key] = self.new_slot(key, slot, param, rounding_key)
-                shards.local(missing[key]).copy_(shards.local(tensor).detach())
-        self._begin_average(param, entry, missing)
+            if self._is_pinned(key):
+                check_plain(shards.local(tensor), f"state {key!r} of {name}")
+                if not pinned.arena.holds(shards.local(tensor)):
+                    missing[key] = self.new_slot(key, slot, param, rounding_key)
+                    shards.local(missing[key]).copy_(shards.local(tensor).detach())
+        self._begin_average(param, entry, missing, name)
         return missing
 
-    def _begin_average(self, param: Tensor, entry: Mapping[str, Any], new: Mapping[str, Tensor]) -> None:
+    def _begin_average(self, param: Tensor, entry: Mapping[str, Any], new: Mapping[str, Tensor], name: str) -> None:
         """If the average of the weights is new, set it to the master weight of `param`; `entry` is its other state."""
         if EMA not in new:
             return
         with torch.inference_mode(False), torch.no_grad():
-            shards.local(new[EMA]).copy_(self.master_of(param, entry))
+            shards.local(new[EMA]).copy_(self.master_of(param, entry, name))
 
-    def master_of(self, param: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    def master_of(self, param: Tensor, entry: Mapping[str, Any], name: str) -> Tensor:
         """Return this process's shard of the master weight of `param`, whose state is `entry`, maybe `param` itself."""
+        _check_memory(param, name)
         part = shards.local(param).detach()
         key = _MASTER.get(param.dtype, (None,))[0]
         kept = None if key is None or key not in self.slots else entry.get(key)
-        if kept is None:
+        if key is None or kept is None:
             return part
-        low = shards.local(kept).to(part.device)
+        low = shards.local(self.slots[key].check(kept, param, key, name)).to(part.device)
         return codecs.joined(part, low) if key == "residual" else codecs.master_of_float16(part, low)
 
     def new_slot(self, key: str, slot: Slot, param: Tensor, rounding_key: RoundingKey) -> Tensor:

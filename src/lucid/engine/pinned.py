@@ -147,21 +147,20 @@ class Arena:
 
     def _sweep(self) -> None:
         """Free what was given back, after all kernels that may still write there."""
-        if not self._returned or cuda.is_capturing():
-            return
-        in_flight.wait()
-        while self._returned:
-            piece, begin, end = self._returned.popleft()
-            piece.join(begin, end)
-            if piece.free == [(0, piece.size)]:
-                self._pieces.remove(piece)
+        while (count := len(self._returned)) and not cuda.is_capturing():
+            in_flight.wait()
+            for _ in range(count):  # what comes back meanwhile may be of kernels launched since
+                piece, begin, end = self._returned.popleft()
+                piece.join(begin, end)
+                if piece.free == [(0, piece.size)]:
+                    self._pieces.remove(piece)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in this memory."""
         if not tensor.numel():
             return True
         at = tensor.data_ptr()
-        return any(piece.address <= at < piece.address + piece.size for piece in self._pieces)
+        return any(piece.address <= at < piece.address + piece.size for piece in list(self._pieces))
 
 
 def _allocate(size: int) -> Bytes:

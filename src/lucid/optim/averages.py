@@ -45,7 +45,11 @@ class _Average(NamedTuple):
     def value(self) -> Tensor:
         """Return a copy of the average, sharded as the parameter is."""
         param = self.member.param
-        part = shards.local(self.entry[EMA]) if EMA in self.entry else self.kept.master_of(param, self.entry)
+        part = (
+            shards.local(self.entry[EMA])
+            if EMA in self.entry
+            else self.kept.master_of(param, self.entry, self.member.name)
+        )
         part = part.detach().to(COMPUTE[param.dtype], copy=True)
         return shards.spread_like(param, part, param.shape)
 

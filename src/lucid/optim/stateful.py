@@ -225,7 +225,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         -------
         dict
             Like `state_dict`, but with float32 moments ``exp_avg`` and ``exp_avg_sq``, and without the tensors and keys
-            that torch does not have: codes and scales, residuals and masters, and our own hyperparameters.
+            that torch does not have: codes and scales, residuals and masters, and our own hyperparameters. If moments
+            are on the host, so is the copy.
         """
         saved = self.state_dict()
         params = params_of(self.param_groups)

@@ -72,7 +72,8 @@ class CUDA:
 
     def bind(self, row: Row) -> None:
         bind(self._rows, row, on_device=True)
-        self._writes_host |= any(pinned.arena.holds(local(slot)) for slot in row.slots.values() if slot.numel())
+        parts = (local(slot) for slot in row.slots.values())
+        self._writes_host |= any(pinned.arena.holds(part) for part in parts if part.numel())
 
     def _current(self, only: Device | None = None, *, captured: bool = False) -> Iterator[DeviceTables]:
         """Yield the tables of each device, or of `only`, up to date for this step; that device is the current one."""
