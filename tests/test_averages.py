@@ -342,6 +342,9 @@ def test_a_model_that_is_moved_or_converted_inside_is_back_at_its_address():
         model.bfloat16()
         model(torch.ones(1, 3, dtype=torch.bfloat16))
     assert snapshot(optimizer, *model.parameters()) == before
+    with optimizer.averaged():
+        model[0].weight.data = model[0].weight.data.t()  # at the same address
+    assert snapshot(optimizer, *model.parameters()) == before
 
 
 # What cannot be done inside

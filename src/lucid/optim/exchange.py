@@ -105,6 +105,11 @@ def pieces(param: Tensor, average: Tensor, master: Tensor | None) -> Iterator[Pi
             yield _Swapped(own, averaged)
 
 
+def _place(param: Tensor) -> tuple[object, ...]:
+    part = shards.local(param)
+    return part.data_ptr(), part.device, part.dtype, part.shape, part.stride()
+
+
 class Exchange:
     """The exchange of an optimizer's parameters, which happens whole or not at all.
 
@@ -139,9 +144,8 @@ class Exchange:
                 self._entered[-1].leave()
                 self._entered.pop()
             for param, data in self._data:
-                now, before = shards.local(param), shards.local(data)
-                if now.data_ptr() != before.data_ptr() or (now.dtype, now.device) != (before.dtype, before.device):
-                    param.data = data  # somebody has moved or converted the parameter meanwhile
+                if _place(param) != _place(data):  # somebody has moved or converted the parameter meanwhile
+                    param.data = data
             self._renew()
 
     def _renew(self) -> None:
