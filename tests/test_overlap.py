@@ -177,6 +177,35 @@ def test_the_order_of_events(played):
     assert optimizer.state
 
 
+READ = {
+    "skipped_steps": lambda optimizer: optimizer.skipped_steps,
+    "statistics": lambda optimizer: str(optimizer.statistics()),
+    "state": lambda optimizer: [entry["exp_avg"].clone() for entry in optimizer.state.values()],
+}
+
+
+@pytest.mark.parametrize("read", READ.values(), ids=READ.keys())
+def test_who_reads_within_backward_waits_for_updates(read, played):
+    runs = []
+    for device in ("cpu", None):
+        net, found = network(), []
+        optimizer = optim.AdamW(net.parameters(), 0.05, state_device=device, nonfinite="skip")
+        optimizer.observe()
+        optimizer.step_in_backward()
+        for step in range(4):
+            hidden = net[:4](draw(step, (5, 8)))
+            if step:
+                hidden.register_hook(lambda _, optimizer=optimizer, found=found: found.append(read(optimizer)))
+            if step == 2:
+                net[4].weight.register_hook(lambda gradient: gradient * math.nan)
+            net[4:](hidden).square().mean().backward()
+        assert optimizer.state
+        runs.append((str(found), optimizer.skipped_steps, results(optimizer)))
+    assert len(found) == 3
+    assert runs[0][:2] == runs[1][:2]
+    assert_same(runs[0][2], runs[1][2])
+
+
 def test_gradients_are_held_until_their_stream_waits(played, monkeypatch):
     alive, most = weakref.WeakSet(), []
     updating = overlap._Lane.updating

@@ -252,6 +252,7 @@ class Stepper:
 
     def confirm(self) -> None:
         """Confirm all assumed step counts, waiting for the devices that decide steps."""
+        self.overlap.join()  # it reads on the current stream
         if not self._unconfirmed or engine.cuda.is_capturing():
             return
         with self._lock:
@@ -260,7 +261,6 @@ class Stepper:
 
     def settle(self) -> None:
         """Confirm all assumed step counts, and wait for kernels that still write to state on the host."""
-        self.overlap.join()
         self.confirm()
         engine.pinned.in_flight.wait()
 
