@@ -21,7 +21,7 @@ namespace {
 // The sets in a table of scalars (lucid.engine.scalars.table), float64[1 + sets, words_of_set]; the first row is not a
 // set.
 std::vector<lucid::HostScalars> sets_in(nb::handle table) {
-  constexpr size_t words_of_set = 24;
+  constexpr size_t words_of_set = 32;
   Py_buffer buffer;
   if (PyObject_GetBuffer(table.ptr(), &buffer, PyBUF_SIMPLE) != 0) throw nb::python_error();
   const size_t sets = static_cast<size_t>(buffer.len) / (words_of_set * sizeof(double));

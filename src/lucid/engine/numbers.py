@@ -96,7 +96,7 @@ class Scalar(IntEnum):
     COUNT = 12  # the step count after this step
 
 
-SET = 24  # words of a set
+SET = 32  # words of a set, some unused, so that kernels shift instead of multiplying
 
 
 class Told(IntEnum):
