@@ -100,7 +100,16 @@ def test_keys_of_torchs_tools_are_known():
 def test_options_that_zero_redundancy_optimizer_copies_are_known():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optim.AdamW([group(max_grad_norm=1.0, nonfinite="skip", shard_group=None, state_device=None)])
+        options = {"max_grad_norm": 1.0, "nonfinite": "skip", "shard_group": None, "state_device": None}
+        optim.AdamW([group(**options)], **options)
+
+
+@pytest.mark.parametrize(("key", "value"), [("spike_threshold", 6.0), ("max_grad_norm", 1.0), ("nonfinite", "skip")])
+def test_an_option_of_the_optimizer_in_a_group_is_told_once(key, value):
+    with pytest.warns(UserWarning, match=f"^param_groups: '{key}' is an option of the whole optimizer") as told:
+        optimizer = optim.AdamW([group(**{key: value}), group(**{key: value})])
+    assert (len(told), told[0].filename) == (1, __file__)
+    assert getattr(optimizer, key) != value
 
 
 def test_keys_that_are_not_text_are_kept_without_a_word():

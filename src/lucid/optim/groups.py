@@ -17,11 +17,13 @@ from lucid.engine.values import readable, shown
 _MISSING = object()
 
 _read: set[str] = set()  # the names of hyperparameters, from `add_read`
+# The options of the optimizer, which no group has. ZeroRedundancyOptimizer copies them into the groups.
+OF_OPTIMIZER = ("max_grad_norm", "nonfinite", "spike_threshold", "shard_group", "state_device")
 # Keys that are read or written elsewhere: by this package, torch's optimizers and schedulers, Lightning, Transformers.
 _KNOWN = {
     *("params", "param_names", "state_version", "spike_memory", "name"),
     *("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"),
-    *("max_grad_norm", "nonfinite", "spike_threshold", "shard_group", "state_device"),  # ZeroRedundancyOptimizer copies
+    *OF_OPTIMIZER,
     *("initial_lr", "base_lr", "min_lr", "max_lr", "swa_lr", "momentum", "base_momentum", "max_momentum"),
 }
 _told: set[str] = set()  # keys of which a warning has told
@@ -43,6 +45,17 @@ def _tell(key: object) -> None:
         + (f"perhaps {nearest[0]!r}" if nearest else "or a key that another tool reads; then ignore this warning"),
         UserWarning,
     )
+
+
+def tell_misplaced(key: str) -> None:
+    """Warn, once for each key, that it is an option of the optimizer and changes nothing in a group."""
+    if key not in _told:
+        _told.add(key)
+        warn(
+            f"param_groups: {key!r} is an option of the whole optimizer and changes nothing in a group; give it as an "
+            "argument of the optimizer",
+            UserWarning,
+        )
 
 
 class ParamGroup(dict[str, Any]):

@@ -134,10 +134,11 @@ def _differing(one: Group, other: Group) -> set[str]:
     if one is other:
         return set()
     keys = (one.keys() | other.keys()) - _NOT_TAKEN
-    return {key for key in keys if (key in one) != (key in other) or not _alike(one.get(key), other.get(key))}
+    return {key for key in keys if (key in one) != (key in other) or not alike(one.get(key), other.get(key))}
 
 
-def _alike(one: Any, other: Any) -> bool:
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values are known to be equal."""
     try:
         same = one == other
         return one is other or bool(same.all() if isinstance(same, Tensor) or hasattr(same, "all") else same)

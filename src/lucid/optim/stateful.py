@@ -12,8 +12,9 @@ from torch import Tensor
 from lucid.engine.conversion import decoded
 from lucid.engine.values import checked_lr, shown
 
-from .groups import ParamGroup, check_ordered, checked_params
+from .groups import OF_OPTIMIZER, ParamGroup, check_ordered, checked_params, tell_misplaced
 from .hyperparameters import Hyperparameters, checked_groups, schedule_of
+from .matching import alike
 from .members import members, params_of
 from .settings import Settings
 from .spike_memory import shared_memory
@@ -106,6 +107,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if schedule_of(group) == "independent" and group.get("reference_lr") is None:
             group["reference_lr"] = checked_lr(group["lr"]) or None
         self._hyperparameters(group)
+        for key in OF_OPTIMIZER:
+            if key in group and not alike(group[key], getattr(self._settings, key)):
+                tell_misplaced(key)
         if self._settings.spike_threshold is not None:
             shared_memory([*self.param_groups, group])
         super().add_param_group(group)
