@@ -83,8 +83,8 @@ class AdamW(Optimizer):
         of them, and they skip the same steps. DTensors (FSDP2, tensor parallelism) do not need it.
     state_device : {"cpu", "cpu:moments"} or None, default None
         Where the state of parameters on a GPU is. ``"cpu"`` keeps it in the host's pinned memory, ``"cpu:moments"``
-        only the moments and leaves master weights on the GPU. The GPU reads and writes the state over the bus, and the
-        host does not wait. Bits, and what it works with, are those of state on the GPU. See ``docs/gpu.md``.
+        only the moments, and leaves master weights and averages on the GPU. The GPU reads and writes the state over the
+        bus, and the host does not wait. Bits, and what it works with, are as with state on the GPU: ``docs/gpu.md``.
     weight_decay_schedule : {"lr", "independent"}, default "lr"
         The part of a parameter that a step takes away: α·λ under ``"lr"``, as in torch; λ·(α/α₀) under
         ``"independent"``, as in the paper. There the decay follows the schedule but not the size of the learning rate;
