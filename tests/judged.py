@@ -156,7 +156,8 @@ def refusal(call, optimizer, params):
     refused = None
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "param_groups: the optimizer keeps the key", UserWarning)  # is no refusal
+            for told in ("the optimizer keeps the key", ".* is an option of the whole optimizer"):  # are no refusals
+                warnings.filterwarnings("ignore", f"param_groups: {told}", UserWarning)
             call()
     except Exception as error:
         refused = error
