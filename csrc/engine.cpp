@@ -159,9 +159,8 @@ void update_slices(const Work& work, const Scalars<T>& scalars, int64_t begin, i
               observed};
   slice.at[exp_avg_scale] = work.address[exp_avg_scale];
   slice.at[exp_avg_sq_scale] = work.address[exp_avg_sq_scale];
-  const int64_t most = work.layout != nullptr                                     ? staged
-                       : work.address[ema] == nullptr || averages_in_update(work) ? slice.n
-                                                                                  : averaged;
+  if (work.layout == nullptr && work.address[ema] == nullptr) return update_in_place(work, scalars, slice);
+  const int64_t most = work.layout != nullptr ? staged : averages_in_update(work) ? slice.n : averaged;
   for (; slice.first < end; slice.first += slice.n, slice.number += slice.n) {
     const int64_t full = slice.first + most;  // 8-bit: the first cut after full - block is at most at full
     if (full >= end) {
