@@ -7,22 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import torch
 from rich.text import Text
 
 from lucid.bench.shapes import Shape
 from lucid.engine import pinned
-from lucid.engine.formats import (
-    AMSGRAD,
-    CODES,
-    NAMES,
-    STEP,
-    STREAM,
-    MasterWeights,
-    StateFormatName,
-    moments,
-    new_step,
-)
+from lucid.engine.formats import NAMES, OF_MOMENTS, STEP, STREAM, MasterWeights, StateFormatName, new_step
 from lucid.engine.sizes import slot_bytes
 
 from . import output
@@ -30,7 +19,6 @@ from .shapes import DTYPES, Model, memory
 
 TORCH = "torch"
 _NUMBERS = {STEP, STREAM}  # in the host's ordinary memory, wherever the state is
-_MOMENTS = {*CODES, *moments(torch.float32), AMSGRAD}  # which "cpu:moments" puts on the host
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +71,7 @@ def _placed(held: Sequence[tuple[str, int]], state_device: str | None) -> tuple[
     if state_device is None:
         return whole, 0
     numbers = sum(size for key, size in held if key in _NUMBERS)
-    on_host = [size for key, size in held if key in _MOMENTS or (state_device == "cpu" and key not in _NUMBERS)]
+    on_host = [size for key, size in held if key in OF_MOMENTS or (state_device == "cpu" and key not in _NUMBERS)]
     return whole - numbers - sum(on_host), numbers + pinned.bytes_for(on_host)
 
 

@@ -144,7 +144,7 @@ _LATER = {AMSGRAD, EMA, STREAM, *(key for key, *_ in _MASTER.values())}  # these
 _MOST_CERTAIN = 256  # bfloat16 represents every whole number up to this
 # The keys of all formats, which a conversion replaces.
 KEYS = {STEP, STREAM, *CODES, *moments(torch.float32), *_LATER}
-_OF_MOMENTS = {*CODES, *moments(torch.float32), AMSGRAD}
+OF_MOMENTS = {*CODES, *moments(torch.float32), AMSGRAD}  # which "cpu:moments" puts on the host
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +288,7 @@ def format_for(
     if state_device is not None:
         in_pinned = in_place(shards.local(param).device)
         every = frozenset(kept.slots_with(True)) - {STREAM}
-        on_host = every & _OF_MOMENTS if state_device == "cpu:moments" and in_pinned else every
+        on_host = every & OF_MOMENTS if state_device == "cpu:moments" and in_pinned else every
         kept = replace(kept, on_host=on_host, in_pinned=in_pinned)
     if kept.moments == "8bit":
         shards.check_blocks(param, name)
