@@ -26,3 +26,16 @@ class Interrupts:
             self.where = f"{file.rpartition('/')[2]}:{frame.f_lineno} ({event})"
             sys.setprofile(None)
             signal.getsignal(signal.SIGINT)(signal.SIGINT, frame)
+
+
+def interrupted(call, at, files):
+    """Call with Ctrl-C at one of these points; return which it was, or None if there are fewer."""
+    interrupts = Interrupts(at, files)
+    sys.setprofile(interrupts)
+    try:
+        call()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.setprofile(None)
+    return interrupts.where

@@ -7,10 +7,11 @@ import torch
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import on, results
+from bits import assert_same, on, results
+from lucid import engine
 from lucid.engine import shards
 from lucid.engine.shards import Numbering
-from patterns import LENGTHS, patterns
+from patterns import BATCHES, LENGTHS, LEVELS, patterns
 
 FORMATS = ["fp32", "bf16", "8bit"]
 MASTERS = {  # for each dtype of parameters, the values of master_weights that make a difference
@@ -110,6 +111,30 @@ def ran(dtype, steps=3, *, observe=False, numbering=None, monkeypatch=None, **op
 def on_reference(dtype, steps=3, **options):
     with on("reference"):
         return ran(dtype, steps, **options)
+
+
+def assert_levels_agree(dtype, step=1, **options):
+    """Every SIMD level, number of threads and batch size gives the reference's bits; one of `step` is tried."""
+    wanted = on_reference(dtype, **options)
+    every = list(itertools.product(LEVELS, [1, 2], BATCHES))
+    for level, threads, batch in dict.fromkeys([*every[::step], every[-1]]):
+        torch.set_num_threads(threads)
+        with engine.cpu.forced_simd_level(level), engine.cpu.forced_batch_elements(batch):
+            assert_same(ran(dtype, **options), wanted, f"{level}, {threads} threads, batches of {batch}")
+
+
+def assert_continues(dtype, **options):
+    """A run that is saved and loaded after two steps gives the bits of one that goes on."""
+
+    def run(steps):
+        return Run(dtype, few=True, **options).run(steps)
+
+    whole, first, second = run(4), run(2), run(0)
+    second.done = 2
+    for param, own in zip(second.params, first.params, strict=True):
+        param.data.copy_(own.detach())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    assert_same(results(second.run(2).optimizer), results(whole.optimizer))
 
 
 # The draws, written apart from the code under test

@@ -6,14 +6,13 @@ At every place, and with every plan, parameters, state and counts are those befo
 import itertools
 import random
 import signal
-import sys
 
 import pytest
 import torch
 
 import lucid.optim as optim
 from bits import World, assert_same, on, peek, results, snapshot
-from interrupting import Interrupts
+from interrupting import interrupted
 from lucid import engine
 from lucid.engine import formats, reference
 from lucid.engine.cuda.device import CUDA
@@ -145,15 +144,8 @@ def test_an_interrupt_at_every_point_of_the_step(stage, engine_name):
             world = world_at(stage, engine_name, shapes=shapes, amsgrad=True)
             world.set_gradients()
             before = snapshot(world.optimizer)
-            interrupts = Interrupts(at, "lucid/engine" if engine_name == "cuda" else "lucid")
-            sys.setprofile(interrupts)
-            try:
-                world.optimizer.step()
-            except KeyboardInterrupt:
-                pass
-            finally:
-                sys.setprofile(None)
-            if interrupts.where is None:
+            where = interrupted(world.optimizer.step, at, "lucid/engine" if engine_name == "cuda" else "lucid")
+            if where is None:
                 break
             try:
                 if snapshot(world.optimizer) != before:
@@ -161,7 +153,7 @@ def test_an_interrupt_at_every_point_of_the_step(stage, engine_name):
                     world.done += 1
                 assert_same(results(world.run(stage + 3 - world.done).optimizer), wanted)
             except (AssertionError, RuntimeError) as error:
-                wrong.append(f"{interrupts.where}: {str(error)[:100]}")
+                wrong.append(f"{where}: {str(error)[:100]}")
         assert at > 20
         assert not wrong, "\n".join(dict.fromkeys(wrong))
 

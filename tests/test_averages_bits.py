@@ -5,7 +5,6 @@ SIMD level, thread count, batch size, layout, state format and shard must give t
 average stalls where its change is below half of its last place, and one in bfloat16 never moves: ours must not.
 """
 
-import itertools
 import math
 
 import numpy as np
@@ -21,8 +20,8 @@ from lucid import engine
 from lucid.engine import codecs, reference
 from lucid.engine.shards import WHOLE
 from offloading import offload_all
-from options import NUMBERINGS, STORED, Run, draws_for, on_reference, ran
-from patterns import BATCHES, LEVELS, patterns
+from options import NUMBERINGS, STORED, assert_continues, assert_levels_agree, draws_for, on_reference, ran
+from patterns import patterns
 from stored import DRAWS, ENGINES, float32, stepped
 
 GAMMAS = [0.0, 0.3, 0.4999999999, 0.5, 0.9, 0.9999]
@@ -121,12 +120,7 @@ def test_every_engine_gives_the_references_averages(dtype, masters, state_format
 @by_format
 def test_levels_threads_and_batches_give_the_references_averages(dtype, masters, state_format):
     options = {"master_weights": masters, "state_format": state_format, "ema_decay": 0.9}
-    wanted = on_reference(dtype, **options)
-    every = list(itertools.product(LEVELS, [1, 2], BATCHES))
-    for level, threads, batch in every[::4] + every[-1:]:
-        torch.set_num_threads(threads)
-        with engine.cpu.forced_simd_level(level), engine.cpu.forced_batch_elements(batch):
-            assert_same(ran(dtype, **options), wanted, f"{level}, {threads} threads, batches of {batch}")
+    assert_levels_agree(dtype, 4, **options)
 
 
 @by_format
@@ -292,14 +286,5 @@ def test_every_draw_moves_an_average_by_its_change_in_the_mean(name):
 
 
 def test_a_run_continues_with_the_same_averages(engine_name):
-    def run(steps):
-        return Run(torch.float32, few=True, state_format="8bit", ema_decay=0.9).run(steps)
-
     with on(engine_name):
-        whole, first = run(4), run(2)
-        second = run(0)
-        second.done = 2
-        for param, own in zip(second.params, first.params, strict=True):
-            param.data.copy_(own.detach())
-        second.optimizer.load_state_dict(first.optimizer.state_dict())
-        assert_same(results(second.run(2).optimizer), results(whole.optimizer))
+        assert_continues(torch.float32, state_format="8bit", ema_decay=0.9)

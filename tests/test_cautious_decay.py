@@ -1,7 +1,5 @@
 """Guards cautious decay: only where update and weight have the same sign, neither zero; one set of bits."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -11,8 +9,8 @@ import lucid.optim as optim
 from bits import assert_same, on, results, same
 from lucid import engine
 from lucid.engine import reference
-from options import STORED, on_reference, ran
-from patterns import BATCHES, LEVELS, patterns
+from options import STORED, assert_levels_agree, on_reference, ran
+from patterns import patterns
 from stored import ENGINES, stepped
 
 by_format = pytest.mark.parametrize(("dtype", "masters", "state_format"), STORED, ids=str)
@@ -80,12 +78,7 @@ def test_every_engine_gives_the_references_bits(dtype, masters, state_format, en
 @by_format
 def test_levels_threads_and_batches_give_the_references_bits(dtype, masters, state_format):
     options = {"master_weights": masters, "state_format": state_format, "cautious_decay": True}
-    wanted = on_reference(dtype, **options)
-    every = list(itertools.product(LEVELS, [1, 2], BATCHES))
-    for level, threads, batch in every[::4] + every[-1:]:
-        torch.set_num_threads(threads)
-        with engine.cpu.forced_simd_level(level), engine.cpu.forced_batch_elements(batch):
-            assert_same(ran(dtype, **options), wanted, f"{level}, {threads} threads, batches of {batch}")
+    assert_levels_agree(dtype, 4, **options)
 
 
 def test_the_observed_update_has_the_decay_that_was_subtracted(engine_name):

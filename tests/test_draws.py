@@ -10,17 +10,9 @@ from hypothesis import strategies as st
 
 from lucid.engine import codecs
 from lucid.engine.shards import WHOLE
+from options import mixed
 from quick import examples
 from stored import ENGINES, float32, stepped
-
-
-def mixed(x):
-    """The finalizer of splitmix64 after its increment, from its publication."""
-    mask = 2**64 - 1
-    z = (x + 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
 
 
 def draw(stream, step, number):

@@ -7,7 +7,6 @@ import copy
 import math
 import pickle
 import random
-import sys
 import warnings
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from torch.nn import Parameter
 
 import lucid.optim as optim
 from bits import World, assert_same, on, results, snapshot, through_a_file
-from interrupting import Interrupts
+from interrupting import interrupted
 from lucid import engine
 from lucid.engine.spikes import MOST_IN_A_ROW, SPAN, TOO_LARGE, WARM_UP, Memory, judged
 from lucid.optim.checkpoint import load_optimizer
@@ -502,19 +501,12 @@ def test_an_interrupt_at_every_point_leaves_step_and_memory_together():
         twin = Normed(spike_threshold=6.0).steps(NORMS)
         twin.set_gradients(1.0)
         before = snapshot(twin.optimizer)
-        interrupts = Interrupts(at, "lucid")
-        sys.setprofile(interrupts)
-        try:
-            twin.optimizer.step()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.setprofile(None)
-        if interrupts.where is None:
+        where = interrupted(twin.optimizer.step, at, "lucid")
+        if where is None:
             break
         taken = snapshot(twin.optimizer) != before
         both.add(taken)
         if taken:
-            assert_same(results(twin.optimizer), finished, interrupts.where)
-            assert memory(twin.optimizer) == memory_after, interrupts.where
+            assert_same(results(twin.optimizer), finished, where)
+            assert memory(twin.optimizer) == memory_after, where
     assert both == {True, False}

@@ -12,12 +12,12 @@ import torch
 from torch.nn import Parameter
 
 import lucid.optim as optim
-from bits import assert_same, draw, on, results, same
+from bits import assert_same, draw, on, same
 from lucid import engine
 from lucid.engine import codecs
 from lucid.engine.shards import WHOLE
-from options import FORMATS, NUMBERINGS, Run, draws_for, on_reference, ran
-from patterns import BATCHES, LEVELS
+from options import FORMATS, NUMBERINGS, assert_continues, assert_levels_agree, draws_for, on_reference, ran
+from patterns import LEVELS
 from stored import ENGINES, LOWER, assert_stored, delivered, float32, stepped
 
 STOCHASTIC = {"master_weights": "stochastic"}
@@ -106,11 +106,7 @@ def test_every_engine_gives_the_references_bits(state_format, engine_name):
 @by_format
 def test_levels_threads_and_batches_give_the_references_bits(state_format):
     options = STOCHASTIC | {"state_format": state_format}
-    wanted = on_reference(BF16, **options)
-    for level, threads, batch in itertools.product(LEVELS, [1, 2], BATCHES):
-        torch.set_num_threads(threads)
-        with engine.cpu.forced_simd_level(level), engine.cpu.forced_batch_elements(batch):
-            assert_same(ran(BF16, **options), wanted, f"{level}, {threads} threads, batches of {batch}")
+    assert_levels_agree(BF16, **options)
 
 
 @pytest.mark.parametrize("numbering", NUMBERINGS)
@@ -142,17 +138,8 @@ def test_a_shard_has_the_weights_of_the_whole(state_format, engine_name, monkeyp
 
 
 def test_a_run_continues_with_the_same_draws(engine_name):
-    def run(steps):
-        return Run(BF16, few=True, state_format="8bit", **STOCHASTIC).run(steps)
-
     with on(engine_name):
-        whole, first = run(4), run(2)
-        second = run(0)
-        second.done = 2
-        for param, own in zip(second.params, first.params, strict=True):
-            param.data.copy_(own.detach())
-        second.optimizer.load_state_dict(first.optimizer.state_dict())
-        assert_same(results(second.run(2).optimizer), results(whole.optimizer))
+        assert_continues(BF16, state_format="8bit", **STOCHASTIC)
 
 
 # Unbiased
