@@ -32,7 +32,7 @@ StateFormat = Literal["fp32", "bf16", "8bit"]
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """An optimizer, the format of its state, how it keeps the weights, and whether its decay is cautious.
+    """An optimizer, the format of its state, how it keeps the weights, whether its decay is cautious, and how strong.
 
     Under lucid bf16 weights have their residual (``master_weights=True``, the default) unless they are stochastically
     rounded; under torch nothing, and the moments are bf16 as well, as torch's always are for bf16 parameters.
@@ -43,6 +43,7 @@ class Configuration:
     state: StateFormat = "fp32"
     weights: Literal["fp32", "bf16", "bf16 stochastic"] = "fp32"
     cautious: bool = False
+    decay: float = 1.0  # as a part of the task's
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,7 +58,7 @@ class Configuration:
         torch's is the fused one: of its bf16 steps the kindest, that rounds each result once.
         """
         groups: list[dict[str, Any]] = [
-            {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": self.decay * weight_decay},
             {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
         ]
         betas = (0.9, beta2)
@@ -87,6 +88,7 @@ CONFIGURATIONS = {
         Configuration("bf16 stochastic", "lucid", weights="bf16 stochastic"),
         Configuration("8bit + stochastic", "lucid", state="8bit", weights="bf16 stochastic"),
         Configuration("cautious decay", "lucid", cautious=True),
+        Configuration("half the decay", "lucid", decay=0.5),
         Configuration(TORCH, "torch"),
         Configuration("torch bf16", "torch", state="bf16", weights="bf16"),
     )
