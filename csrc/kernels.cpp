@@ -100,7 +100,7 @@ struct Block {
   int64_t begin, end;
   Few most;  // the bits of the largest magnitudes
   Scales scales;
-  alignas(64) float m[block], v[block];
+  alignas(64) float m[block], v[block + lanes];  // where draws part a block, a vector may reach past its end
 };
 
 // The same for a block, four vectors at a time. With `usual`, a whole block is compiled for itself if vectors are wide.

@@ -22,9 +22,9 @@ run() {  # NAME SANITIZERS LIBRARY PYTEST-ARGUMENT...
     -C cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON .
   echo "== $sanitizers"
   # -S leaves the editable install out; the address space is not randomised since GCC 12's thread sanitizer cannot
-  # place its shadow otherwise.
+  # place its shadow otherwise. pytest must not catch what a sanitizer says.
   env PYTHONPATH="$target:$site" LD_PRELOAD="$(c++ -print-file-name="$library") $(c++ -print-file-name=libstdc++.so)" \
-    setarch "$(uname -m)" -R $python -S -m pytest -p no:cacheprovider --timeout 1800 "$@"
+    setarch "$(uname -m)" -R $python -S -m pytest -p no:cacheprovider --timeout 1800 --capture=sys "$@"
 }
 
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
