@@ -96,6 +96,7 @@ class Arena:
     def __init__(self, allocate: Callable[[int], Bytes | None]) -> None:
         self._allocate = allocate
         self._pieces: list[_Piece] = []
+        self._filled: dict[int, int] = {}  # by size: how many of the first pieces have no room for it
         self._lock = threading.Lock()
         self._returned: deque[tuple[_Piece, int, int]] = deque()  # by finalizers, which may run at any time
 
@@ -121,10 +122,11 @@ class Arena:
 
     def _place(self, size: int) -> tuple[_Piece, int]:
         size = _aligned(size)
-        for piece in self._pieces:
-            begin = piece.cut(size)
+        for number in range(self._filled.get(size, 0), len(self._pieces)):
+            begin = self._pieces[number].cut(size)
             if begin is not None:
-                return piece, begin
+                self._filled[size] = number
+                return self._pieces[number], begin
         wanted = _power_of_two(max(size, _LEAST, min(_MOST, self.reserved // _PART)))
         try:
             piece = _Piece(wanted, self._allocate(wanted))
@@ -134,6 +136,7 @@ class Arena:
                 f"that it has, and did not get them ({error}). Nothing was changed. Free memory of the host, give this "
                 "process more (a container has a limit), or use a smaller state_format"
             ) from error
+        self._filled[size] = len(self._pieces)
         self._pieces.append(piece)
         return piece, piece.cut(size) or 0
 
@@ -149,6 +152,7 @@ class Arena:
         """Free what was given back, after all kernels that may still write there."""
         while (count := len(self._returned)) and not cuda.is_capturing():
             in_flight.wait()
+            self._filled.clear()
             for _ in range(count):  # what comes back meanwhile may be of kernels launched since
                 piece, begin, end = self._returned.popleft()
                 piece.join(begin, end)
