@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -25,12 +26,9 @@ def _serve(rank, connection, log):
     """Run what comes, until nothing does."""
     sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
     os.dup2(sys.stderr.fileno(), 2)
-    faulthandler.enable(sys.stderr)
-    faulthandler.register(signal.SIGALRM, sys.stderr, chain=True)  # says where all threads are, and ends the process
     import torch
     import torch.distributed as dist
 
-    torch._C._set_print_stack_traces_on_fatal_signal(True)  # of threads that Python does not know, too
     torch.set_num_threads(1)
     quicken()
     warnings.simplefilter("error")
@@ -40,6 +38,7 @@ def _serve(rank, connection, log):
         if task is None:
             return
         function, arguments, world, store = task
+        _watch()
         signal.alarm(LIMIT)
         try:
             dist.init_process_group(
@@ -58,13 +57,33 @@ def _serve(rank, connection, log):
         except BaseException:
             answer = (False, traceback.format_exc())
         signal.alarm(0)
-        connection.send(answer)
+        connection.send_bytes(pickle.dumps(answer))  # torch's own pickling starts a thread that blocks signals
 
 
-def crashed_in_torch(said):
+def stack_of_crash(said):
+    """Return the stack of C++ of the thread that ended a process, out of all that the process has said."""
+    _, found, stack = said.partition("FatalSignalHandler::fatalSignalHandler")
+    return found + stack.partition("\n\n")[0]
+
+
+def crashed_in_torch(stack):
     """Whether a thread of C++ alone ended its process, with torch in its stack, and neither our engine nor Triton."""
-    stack = said.partition("FatalSignalHandler::fatalSignalHandler")[2].partition("\n\n")[0]
     return "libtorch" in stack and not any(part in stack for part in ("/_cpu.", "triton", "python frames"))
+
+
+def _watch():
+    """Let this process say where its threads are when it crashes or an alarm ends it, those of C++ alone included.
+
+    Frameworks leave signals as they were to Python, without these handlers, so each function has them set anew.
+    """
+    from torch._C import _set_print_stack_traces_on_fatal_signal as print_stacks_of_all_threads
+
+    print_stacks_of_all_threads(False)
+    faulthandler.disable()
+    faulthandler.unregister(signal.SIGALRM)
+    faulthandler.enable(sys.stderr)
+    faulthandler.register(signal.SIGALRM, sys.stderr, chain=True)
+    print_stacks_of_all_threads(True)
 
 
 class Ranks:
@@ -92,7 +111,7 @@ class Ranks:
         try:
             return self._run(world, function, arguments)
         except AssertionError as failure:
-            if not crashed_in_torch(str(failure)):
+            if not crashed_in_torch(stack_of_crash(str(failure))):
                 raise
             warnings.warn(f"a thread of torch's own crashed, so it ran again: {failure}", stacklevel=2)
         return self._run(world, function, arguments)
@@ -112,9 +131,10 @@ class Ranks:
             try:
                 if not connection.poll(max(0.0, until - time.monotonic())):
                     raise EOFError
-                done, answer = connection.recv()
+                done, answer = pickle.loads(connection.recv_bytes())
             except (EOFError, ConnectionError):
-                failures.append(f"rank {rank} ended or hangs:\n{Path(log).read_text()[-20_000:]}")
+                said = Path(log).read_text()
+                failures.append(f"rank {rank} ended or hangs:\n{stack_of_crash(said)}\n\n{said[-6000:]}")
                 continue
             answers.append(answer)
             if not done:
