@@ -1,6 +1,6 @@
 """Train small real tasks in every number format, and tell whether they end as float32 does.
 
-    python -m benchmarks.quality --jobs 2                # what has not been run yet; all of it takes an hour
+    python -m benchmarks.quality --jobs 2                # what has not been run yet; all of it takes 75 minutes
     python -m benchmarks.quality --quick                 # a look: a tenth of the steps, not for quoting
     python -m benchmarks.quality --task vit convnet --seeds 3
     python -m benchmarks.quality --report --markdown benchmarks/QUALITY.md --plot docs/quality.png
