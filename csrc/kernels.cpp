@@ -100,7 +100,7 @@ struct Block {
   int64_t begin, end;
   Few most;  // the bits of the largest magnitudes
   Scales scales;
-  alignas(64) float m[block], v[block + lanes];  // where draws part a block, a vector may reach past its end
+  alignas(64) float m[block], v[block];
 };
 
 // The same for a block, four vectors at a time. With `usual`, a whole block is compiled for itself if vectors are wide.
@@ -192,7 +192,7 @@ template <bool usual, class Param, class Gradient, bool amsgrad>
   auto* const m_scales = static_cast<float*>(s.at[exp_avg_scale]);
   auto* const v_scales = static_cast<float*>(s.at[exp_avg_sq_scale]);
   constexpr int at_once = 4;
-  Block blocks[at_once];
+  Block blocks[at_once + 1];  // where draws part a block, a vector may reach past its end, also that of the last one
 
   int64_t in_row = s.first % s.row;
   int64_t number = s.first / s.row * ((s.row + block - 1) / block) + in_row / block;  // of all the parameter's blocks
