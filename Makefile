@@ -33,7 +33,7 @@ train-fsdp: setup  ## the same model on 2 processes with FSDP2 and 8-bit state (
 compare: setup  ## the same training with lucid's AdamW and torch's, side by side
 	$(BIN)/python examples/train_gpt.py --compare
 
-check: setup lint  ## in three minutes: lint, types, and of every test a few cases, in which every value of each parameter is
+check: setup lint  ## in six minutes: lint, types, and of every test a few cases, in which every value of each parameter is
 	$(BIN)/python tools/tests.py --quick $(ARGS)
 
 test: setup lint  ## everything that must pass: lint, types, formats, tests, doctests
