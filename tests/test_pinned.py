@@ -108,6 +108,16 @@ def test_what_is_wasted(state_format, dtype, shapes):
     assert taken <= pinned.bytes_for(pinned_sizes) <= 1.13 * taken + (4 << 20)
 
 
+def test_room_that_comes_back_is_found(arena):
+    """Also by a size for which the first pieces had none."""
+    tensors = [made((1 << 18,)) for _ in range(6)]
+    before = arena.reserved
+    address = tensors[1].data_ptr()
+    del tensors[1]
+    tensors.append(made((1 << 18,)))
+    assert (tensors[-1].data_ptr(), arena.reserved) == (address, before)
+
+
 def test_planning_takes_no_memory():
     assert pinned.bytes_for([1 << 40, 5, 0]) == (1 << 40) + (1 << 30)
 
