@@ -90,10 +90,8 @@ def taken_over(
     lost: set[str] = set()
     for number, places in spread.items():
         differing = set().union(*(_differing(groups[places[0]], groups[place]) for place in places))
-        own_count = {DECAY} | (set(ADDED) - saved_groups[number].keys())
-        if all(_keeps_own_average(groups[place], saved_groups[number]) for place in places):
-            own_count.add("ema_decay")
-        lost |= differing - own_count
+        kept = set.intersection(*(own_that_count(groups[place], saved_groups[number]) for place in places))
+        lost |= differing - {DECAY} - kept
         for place in places:
             if DECAY in differing and DECAY in groups[place]:
                 taken[place] = {**taken[place], DECAY: groups[place][DECAY]}
@@ -107,9 +105,10 @@ def taken_over(
     return taken
 
 
-def _keeps_own_average(own: Group, saved: Group) -> bool:
-    """Whether a group's own ``ema_decay`` counts, and not the saved one."""
-    return own.get("ema_decay") is not None or saved.get("ema_decay") is None
+def own_that_count(own: Group, saved: Group) -> set[str]:
+    """Return which of a group's `ADDED` values count, and not the saved ones."""
+    keeps_average = own.get("ema_decay") is not None or saved.get("ema_decay") is None
+    return {key for key in ADDED if key not in saved or (key == "ema_decay" and keeps_average)}
 
 
 def names_of(group: Group) -> list[str | None]:

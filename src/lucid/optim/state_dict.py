@@ -15,7 +15,7 @@ from lucid.engine.values import plain, shown
 
 from .groups import ParamGroup
 from .hyperparameters import Reading
-from .matching import ADDED, OWN_OPTIONS, SPIKES, VERSION, is_name, matched
+from .matching import ADDED, OWN_OPTIONS, SPIKES, VERSION, is_name, matched, own_that_count
 from .members import members, params_of
 from .state_box import State
 
@@ -188,8 +188,9 @@ def _group(saved: Mapping[str, Any], own: ParamGroup, defaults: ParamGroup) -> P
     for key in OWN_OPTIONS:
         if key in own:
             group[key] = own[key]
+    kept = own_that_count(own, saved)
     for key in ADDED:
-        if key in own and (key not in saved or (key == "ema_decay" and own[key] is not None)):
+        if key in own and key in kept:
             group[key] = own[key]
     for key, value in defaults.items():
         group.setdefault(key, value)
