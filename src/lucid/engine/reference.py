@@ -23,7 +23,7 @@ from .observed import Observed, Seen
 from .protocol import StepOrder
 from .row import COMPUTE, Row, RowFormat
 from .scalars import Scalars, scalars_in
-from .shards import local
+from .shards import local, place
 
 Update = tuple[Tensor, Tensor]
 
@@ -91,15 +91,15 @@ def compute(
     for row, h in zip(rows, scalars, strict=True):
         param = local(row.param).detach()
         slots = {key: local(slot) for key, slot in row.slots.items()}
-        place = (param.device, param.data_ptr(), param.dtype, param.shape, param.stride())
-        theta, m, v, w = _loaded(row.format, latest.get(place, param), slots)
+        where = place(param)
+        theta, m, v, w = _loaded(row.format, latest.get(where, param), slots)
         g = _gradient(row)
         new = adamw(h, theta, g, m, v, w)
         if observe:
             observed.append((row.index, _observed(h, theta, g, *new)))
         drawn = functools.partial(_drawn, row, slots)
         values = _stored(row.format, param.dtype, *new, drawn)
-        latest[place] = values["param"]
+        latest[where] = values["param"]
         if row.format.ema:
             stored = _loaded(row.format, values["param"], slots | values)[0]
             new_average = average(h, _real(slots["ema"]), stored, drawn(Use.EMA))

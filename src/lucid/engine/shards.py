@@ -58,6 +58,12 @@ def local(tensor: Tensor) -> Tensor:
     return part.wait() if hasattr(part, "wait") else part  # a collective may still be running
 
 
+def place(tensor: Tensor) -> tuple[object, ...]:
+    """Return where this process's part of a tensor lies, and how it lies there."""
+    part = local(tensor)
+    return part.device, part.data_ptr(), part.dtype, part.shape, part.stride()
+
+
 def spread_like(param: Tensor, part: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the tensor of `shape` that is sharded like `param`, with `part` as this process's shard."""
     if not is_sharded(param):

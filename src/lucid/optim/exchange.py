@@ -105,11 +105,6 @@ def pieces(param: Tensor, average: Tensor, master: Tensor | None) -> Iterator[Pi
             yield _Swapped(own, averaged)
 
 
-def _place(param: Tensor) -> tuple[object, ...]:
-    part = shards.local(param)
-    return part.data_ptr(), part.device, part.dtype, part.shape, part.stride()
-
-
 class Exchange:
     """The exchange of an optimizer's parameters, which happens whole or not at all.
 
@@ -144,7 +139,7 @@ class Exchange:
                 self._entered[-1].leave()
                 self._entered.pop()
             for param, data in self._data:
-                if _place(param) != _place(data):  # somebody has moved or converted the parameter meanwhile
+                if shards.place(param) != shards.place(data):  # somebody has moved or converted the parameter meanwhile
                     param.data = data
             self._renew()
 
