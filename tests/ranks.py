@@ -50,8 +50,7 @@ def _serve(rank, connection, log):
             )
             try:
                 answer = (True, function(*arguments))
-                if dist.is_initialized():
-                    dist.barrier()  # a group that ends here may still be connecting there
+                dist.barrier()  # a group that ends here may still be connecting there
             finally:
                 dist.destroy_process_group()
         except BaseException:
